@@ -1,0 +1,198 @@
+"""The command line: parse, build, run, close. Nothing else.
+
+Exit codes: 0 done; 2 a mistake that the message tells how to mend; 130 / 143 stopped by Ctrl-C / SIGTERM with a checkpoint written.
+Nothing heavy is imported before it is known that there is work to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from fastgessl.config import Config, UsageError
+
+if TYPE_CHECKING:
+    from fastgessl.recipes import Recipe
+
+COMMANDS = {
+    "train": "train a recipe, evaluate it and write the run's folder",
+    "evaluate": "measure what a finished run has learned",
+    "recipes": "list the recipes, or show one with the source of each number",
+    "doctor": "what this machine has, and which engine and kernels will be used",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; never returns a traceback for a user's mistake."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="fastgessl",
+        description="Train and measure universal self-supervised representations.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()),
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below; COMMAND --help explains it")
+    command = parser.parse_args(arguments[:1]).command
+    run = {"train": _train, "evaluate": _evaluate, "recipes": _recipes, "doctor": _doctor}[command]
+    try:
+        run(arguments[1:])
+    except UsageError as error:
+        _fail(command, str(error))
+
+
+def _train(arguments: list[str]) -> None:
+    recipe, options = _positional(arguments, "train", "RECIPE", "a composed name such as digits-simclr-gessl, or a YAML file")
+    print_config = "--print_config" in options
+    config = _override(_load(recipe).config, [word for word in options if word != "--print_config"], f"fastgessl train {recipe}")
+    if print_config:
+        print(to_yaml(config), end="")
+        return
+    from fastgessl.trainer import train
+
+    sys.exit(train(config))
+
+
+def _evaluate(arguments: list[str]) -> None:
+    run, options = _positional(arguments, "evaluate", "RUN", "the folder of a run")
+    from fastgessl.runs import read_config
+
+    options = ["--evaluate.tasks" if word == "--tasks" else word for word in options]
+    config = _override(read_config(run), options, f"fastgessl evaluate {run}")
+    from fastgessl.trainer import evaluate_run
+
+    evaluate_run(config, run)
+
+
+def _recipes(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fastgessl recipes", description=COMMANDS["recipes"])
+    parser.add_argument("name", nargs="?", help="recipe to show in full, for example digits-simclr-gessl-fast")
+    name = parser.parse_args(arguments).name
+    if name is None:
+        _print_matrix()
+    else:
+        _print_recipe(_load(name))
+
+
+def _doctor(arguments: list[str]) -> None:
+    argparse.ArgumentParser(prog="fastgessl doctor", description=COMMANDS["doctor"]).parse_args(arguments)
+    from fastgessl.doctor import print_findings
+
+    print_findings()
+
+
+def _load(recipe: str) -> Recipe:
+    from fastgessl.recipes import load
+
+    return load(recipe)
+
+
+def _positional(arguments: list[str], command: str, name: str, meaning: str) -> tuple[str, list[str]]:
+    """The word before the options, or the help text if there is none."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    if not {"-h", "--help"} & set(arguments):
+        raise UsageError(f"{name} is missing: {meaning}. `fastgessl {command} --help` lists the options, `fastgessl recipes` the recipes.")
+    print(f"usage: fastgessl {command} {name} [--section.option value ...]\n\n{COMMANDS[command]}\n\n{name}: {meaning}")
+    print("--print_config: print the complete configuration and stop\n" if command == "train" else "--tasks: same as --evaluate.tasks\n")
+    _override(Config(), ["--help"], f"fastgessl {command} {name}")
+    raise SystemExit(0)
+
+
+def _override(config: Config, options: list[str], program: str) -> Config:
+    """`config` with the command line's options over it, by tyro; its findings about bad options become a UsageError."""
+    import tyro
+
+    _refuse_unknown(options)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(Config, default=config, args=options, prog=program, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_one_line(printed.getvalue())) from None
+
+
+def _refuse_unknown(options: list[str]) -> None:
+    from fastgessl.recipes import dotted_keys
+
+    for word in options:
+        name = word.removeprefix("--").split("=")[0].replace("-", "_")
+        if word.startswith("--") and name != "help" and name not in dotted_keys():
+            near = difflib.get_close_matches(name, dotted_keys(), n=3, cutoff=0.5)
+            meant = f" Perhaps you meant {', '.join('--' + key for key in near)}." if near else ""
+            raise UsageError(f"unknown option {word}.{meant} `fastgessl train --help` explains every option.")
+
+
+def _one_line(boxed: str) -> str:
+    """Tyro's boxed message as one sentence: without its frame, the help text that it repeats, and pydantic's jargon."""
+    words = " ".join(re.sub(r"[╭╮╰╯│─]+|[-+]{5,}|^\||\|$", " ", boxed, flags=re.MULTILINE).split())
+    words = re.split(r" Argument helptext: | For full helptext, | For further information visit ", words)[0]
+    words = re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument|Required options) ", "", words)
+    found = re.match(r"Error parsing (\S+): \d+ validation errors? for \w+ (.*) \[type=\w+, input_value=(.*), input_type=", words)
+    if found is None:
+        return f"{words.rstrip('.')}. `fastgessl train --help` explains every option."
+    section, finding, value = found.groups()
+    if "Value error, " in finding:
+        return finding.split("Value error, ", 1)[1]
+    field, _, problem = finding.partition(" ")
+    return f"--{section}.{field}: {problem[0].lower()}{problem[1:]}, found {value}. `fastgessl train --help` explains every option."
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `fastgessl train FILE.yaml` accepts."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _print_matrix() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastgessl.recipes import parts
+
+    table = Table(title="<data>-<method>[-<backbone>][-gessl[-<preset>]]", title_justify="left")
+    for column in ("data", "backbones", *parts("methods")):
+        table.add_column(column)
+    for data, part in parts("data").items():
+        cells = [f"{data}-{method}" for method in parts("methods")]
+        table.add_row(data, ", ".join(part["backbones"]), *cells)
+    console = Console()
+    console.print(table)
+    for kind, title in (("data", "data sets"), ("methods", "methods"), ("gessl", "GeSSL presets")):
+        console.print(f"\n{title}")
+        for name, part in parts(kind).items():
+            console.print(f"  {name:12} {part['about']}", highlight=False, soft_wrap=True)
+    console.print("\n`fastgessl recipes NAME` shows one in full, with the source of each number.")
+
+
+def _print_recipe(recipe: Recipe) -> None:
+    for section, values in recipe.config.model_dump(mode="json").items():
+        if not isinstance(values, dict):
+            print(f"{section}: {values}")
+            continue
+        print(f"{section}:")
+        for key, value in values.items():
+            source = recipe.sources.get(f"{section}.{key}", "default")
+            print(f"  {key}: {_scalar(value):<40} # {source}")
+
+
+def _scalar(value: object) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+
+
+def _fail(command: str, message: str) -> NoReturn:
+    """One line on standard error from the first process of a machine, and exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"fastgessl {command}: {message}", file=sys.stderr)
+    sys.exit(2)

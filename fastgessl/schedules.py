@@ -1,0 +1,34 @@
+"""What changes over a run, as arrays indexed by optimiser step: resuming and plotting come for free."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def learning_rate(peak: float, total_steps: int, *, warmup_steps: int = 0, shape: str = "cosine", end: float = 0.0) -> np.ndarray:
+    """Linear warm-up from peak / warmup_steps to `peak`, then half a cosine to `end` x peak, or constant: (total_steps,) float64.
+
+    A warm-up longer than the run fills all of it.  Loshchilov and Hutter, "SGDR", ICLR 2017, eq. (5), without restarts.
+
+    >>> learning_rate(1.0, 5, warmup_steps=2).round(3).tolist()
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    warmup_steps = min(warmup_steps, total_steps)
+    warmup = peak * np.arange(1, warmup_steps + 1) / max(warmup_steps, 1)
+    rest = total_steps - warmup_steps
+    if shape == "constant":
+        return np.concatenate([warmup, np.full(rest, peak)])
+    progress = np.arange(rest) / max(rest - 1, 1)
+    return np.concatenate([warmup, peak * (end + (1 - end) * (1 + np.cos(np.pi * progress)) / 2)])
+
+
+def cosine_momentum(start: float, end: float, total_steps: int) -> np.ndarray:
+    """Momentum of a momentum encoder from `start` to `end` along half a cosine: (total_steps,) float64.
+
+    Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, section 3.2: tau_k = 1 - (1 - tau_0)(cos(pi k / K) + 1) / 2.
+
+    >>> cosine_momentum(0.99, 1.0, 3).round(4).tolist()
+    [0.99, 0.9925, 0.9975]
+    """
+    progress = np.arange(total_steps) / max(total_steps, 1)
+    return end - (end - start) * (np.cos(np.pi * progress) + 1) / 2

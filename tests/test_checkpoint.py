@@ -1,0 +1,76 @@
+"""Checkpoints are complete or absent, pruned, and never run code."""
+
+import os
+
+import pytest
+import torch
+
+from fastgessl import checkpoint
+from fastgessl.config import UsageError
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    weights = torch.randn(3, 2)
+    saved = checkpoint.save(tmp_path, 7, {"weights": weights, "nested": [{"step": 1}]}, keep=2)
+    state = checkpoint.load(saved)
+    assert torch.equal(state["weights"], weights)
+    assert (state["step"], state["nested"]) == (7, [{"step": 1}])
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 20, 3, 400):
+        checkpoint.save(tmp_path, step, {}, keep=2)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000000020", "step-000000400"]
+    assert checkpoint.find(tmp_path, "auto") == tmp_path / "checkpoints" / "step-000000400"
+
+
+def test_a_kill_while_writing_leaves_the_older_checkpoint_as_the_newest(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {}, keep=2)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 2, {}, keep=2)
+    monkeypatch.undo()
+    assert checkpoint.find(tmp_path, "auto") == tmp_path / "checkpoints" / "step-000000001"
+    checkpoint.save(tmp_path, 2, {}, keep=2)
+    assert not list((tmp_path / "checkpoints").glob("*.part"))
+
+
+@pytest.mark.parametrize("resume", ["auto", "elsewhere"])
+def test_resume_without_a_checkpoint_is_refused(tmp_path, resume):
+    with pytest.raises(UsageError, match="checkpoint"):
+        checkpoint.find(tmp_path, resume)
+
+
+def test_never_looks_for_nothing(tmp_path):
+    assert checkpoint.find(tmp_path, "never") is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "pickle"])
+def test_a_damaged_or_hostile_checkpoint_is_refused_by_name(tmp_path, damage):
+    saved = checkpoint.save(tmp_path, 5, {"weights": torch.zeros(1000)}, keep=1)
+    file = saved / "state.pt"
+    canary = tmp_path / "canary"
+
+    class Hostile:
+        def __reduce__(self):
+            return (canary.write_text, ("code ran",))
+
+    content = {"truncated": file.read_bytes()[:1500], "text": b"hello", "empty": b""}
+    if damage == "pickle":
+        torch.save({"format": 1, "payload": Hostile()}, file)
+    else:
+        file.write_bytes(content[damage])
+    with pytest.raises(UsageError, match="step-000000005"):
+        checkpoint.load(saved)
+    assert not canary.exists()
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
+    saved = checkpoint.save(tmp_path, 5, {}, keep=1)
+    torch.save({"format": 99}, saved / "state.pt")
+    with pytest.raises(UsageError, match="format 99"):
+        checkpoint.load(saved)

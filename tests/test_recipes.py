@@ -1,0 +1,99 @@
+"""Recipes compose, say where their numbers come from, and refuse what makes no sense."""
+
+import itertools
+
+import pytest
+import yaml
+
+from fastgessl.config import Config, UsageError
+from fastgessl.recipes import dotted_keys, load, names, parts
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_is_a_valid_configuration(name):
+    recipe = load(name)
+    assert recipe.config.recipe == name
+    assert set(recipe.sources) <= set(dotted_keys())
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "scope", "every"), [("gessl", 0, "all", 2), ("gessl-head", 1, "head", 1), ("gessl-exact", 1, "all", 1)]
+)
+def test_presets_set_what_they_say(name, steps, scope, every):
+    gessl = load(f"digits-simclr-{name}").config.gessl
+    assert (gessl.inner_steps, gessl.scope, gessl.every, gessl.w_sigma > 0) == (steps, scope, every, True)
+
+
+def test_without_a_preset_training_is_plain():
+    assert load("cifar10-byol").config.gessl.w_sigma == 0
+
+
+def test_backbone_and_preset_come_in_either_order():
+    first, second = load("imagenet-simclr-gessl-resnet18").config, load("imagenet-simclr-resnet18-gessl").config
+    assert first.model_copy(update={"recipe": ""}) == second.model_copy(update={"recipe": ""})
+    assert first.model.name == "resnet18"
+
+
+def test_later_parts_win():
+    data, method = parts("data")["digits"]["config"], parts("methods")["simclr"]
+    assert method["config"]["optim"]["name"] != method["per_data"]["digits"]["config"]["optim"]["name"]
+    config = load("digits-simclr").config
+    assert config.optim.name == method["per_data"]["digits"]["config"]["optim"]["name"]
+    assert config.views.size == data["views"]["size"]
+
+
+def test_no_two_parts_are_twins():
+    for kind in ("data", "methods", "gessl"):
+        for (first, one), (second, two) in itertools.combinations(parts(kind).items(), 2):
+            assert one["config"] != two["config"], f"{first} and {second}"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("digits-simlcr", "digits-simclr"),
+        ("digits-simclr-gesl", "gessl"),
+        ("digits-simclr-gessl-fasst", "fast"),
+        ("digits", "digits-"),
+        ("digits-simclr-resnet50", "--model.name"),
+        ("digits-simclr-gessl-gessl", "unknown part"),
+        ("nowhere.yaml", "no recipe file"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_a_way_out(name, expected):
+    with pytest.raises(UsageError, match=expected):
+        load(name)
+
+
+def test_a_printed_configuration_loads_as_the_same(tmp_path):
+    config = load("digits-byol-gessl-exact").config
+    path = tmp_path / "custom.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load(str(path)).config == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {batch_sise: 3}", "train.batch_size"),
+        ("train: {batch_size: -3}", "found -3"),
+        ("train: {batch_size: 3.5}", "found 3.5"),
+        ("- a", "mapping"),
+        ("train: [", "YAML"),
+        ("gessl: {w_ssl: 0}", "nothing to train"),
+        ("train: !!python/object/apply:os.system ['true']", "YAML"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, text, expected):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=expected) as caught:
+        load(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_option_has_a_help_text():
+    for section, field in Config.model_fields.items():
+        assert field.description, section
+        for name, option in getattr(field.annotation, "model_fields", {}).items():
+            assert option.description, f"{section}.{name}"

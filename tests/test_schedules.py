@@ -1,0 +1,36 @@
+"""Schedules against the formulas they cite."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fastgessl.schedules import cosine_momentum, learning_rate
+
+
+def test_learning_rate_warms_up_linearly_then_follows_half_a_cosine():
+    rates = learning_rate(0.8, 110, warmup_steps=10)
+    assert rates.shape == (110,)
+    for step in range(10):
+        assert rates[step] == pytest.approx(0.8 * (step + 1) / 10)
+    for step in range(100):
+        assert rates[10 + step] == pytest.approx(0.4 * (1 + math.cos(math.pi * step / 99)))
+
+
+def test_learning_rate_ends_at_the_asked_share():
+    assert learning_rate(2.0, 50, warmup_steps=5, end=0.1)[-1] == pytest.approx(0.2)
+
+
+def test_constant_learning_rate_stays():
+    assert set(learning_rate(0.3, 20, warmup_steps=4, shape="constant")[4:]) == {0.3}
+
+
+def test_a_warm_up_longer_than_the_run_fills_it():
+    rates = learning_rate(1.0, 4, warmup_steps=100)
+    assert rates.tolist() == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_momentum_follows_byols_formula():
+    momentum = cosine_momentum(0.996, 1.0, 1000)
+    expected = [1 - (1 - 0.996) * (math.cos(math.pi * step / 1000) + 1) / 2 for step in range(1000)]
+    np.testing.assert_allclose(momentum, expected, rtol=1e-12)

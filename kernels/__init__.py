@@ -1,0 +1,34 @@
+"""Contrastive and distillation losses of self-supervised learning: no similarity table is stored, and all are twice differentiable.
+
+>>> import torch
+>>> from fastgessl.kernels import nt_xent
+>>> view1, view2 = torch.randn(2, 8, 16, requires_grad=True)
+>>> nt_xent(view1, view2, temperature=0.5).backward()
+"""
+
+if __name__ != "fastgessl.kernels":
+    raise ImportError(
+        f"this package is fastgessl.kernels, but was imported as {__name__!r}, which would load it twice. Write `import fastgessl.kernels`."
+    )
+
+from fastgessl.kernels.dispatch import implementation_for
+from fastgessl.kernels.distillation import gessl_loss, sigma_kl, soft_cross_entropy
+from fastgessl.kernels.losses import clip_loss, info_nce, nt_xent, similarity_logsumexp
+from fastgessl.kernels.prototypes import sinkhorn_potentials, softmax_marginal
+from fastgessl.kernels.views import ViewParameters, augment_views, colour_views
+
+__all__ = [
+    "ViewParameters",
+    "augment_views",
+    "clip_loss",
+    "colour_views",
+    "gessl_loss",
+    "implementation_for",
+    "info_nce",
+    "nt_xent",
+    "sigma_kl",
+    "similarity_logsumexp",
+    "sinkhorn_potentials",
+    "soft_cross_entropy",
+    "softmax_marginal",
+]

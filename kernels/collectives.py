@@ -1,0 +1,105 @@
+"""Collectives whose backward is right, and differentiable twice.
+
+The convention: every rank backpropagates the loss of its own rows, and gradients mean those of the sum of all ranks' losses. DDP's
+averaging of local means then gives the gradient of the global mean. So the backward of a gather is a reduce-scatter (sum), and that of a
+sum is a sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(0, 1) without a group."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def check_equal_rows(tensor: Tensor, group: dist.ProcessGroup, name: str) -> None:
+    """Every rank must hold as many rows: unequal ones would hang or mix up memory inside the collective.
+
+    Raises ValueError on every rank.
+    """
+    rows = torch.tensor([len(tensor)], device=tensor.device)
+    found = rows.new_empty(dist.get_world_size(group))
+    dist.all_gather_into_tensor(found, rows, group=group)
+    message = f"{name} must have as many rows on every rank (drop the last, smaller batch)"
+    if tensor.is_cuda:
+        # Asynchronous: the assertion stands before the gather on the same stream, and the host need not wait.
+        torch._assert_async((found == len(tensor)).all(), message)
+    elif (found != len(tensor)).any():
+        raise ValueError(f"{message}; found {found.tolist()}.")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        rows = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(rows, tensor.contiguous(), group=group)
+        return rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _ReduceScatter.apply(gradient, ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if dist.get_backend(group) == "gloo":
+            # gloo sums in the tensor's own dtype and, before torch 2.8, has no reduce-scatter.
+            total = tensor.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(total, group=group)
+            return total.chunk(size)[rank].clone()
+        rows = tensor.new_empty(len(tensor) // size, *tensor.shape[1:])
+        dist.reduce_scatter_tensor(rows, tensor.contiguous(), group=group)
+        return rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(gradient, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.group), None
+
+
+def all_gather_rows(tensor: Tensor, group: dist.ProcessGroup | None, name: str = "key") -> Tensor:
+    """(N, …) on each of W ranks -> (W·N, …), rank by rank, the same on all. Without a group, the tensor itself. Differentiable twice.
+
+    Raises ValueError if the ranks hold unequal numbers of rows.
+    """
+    if group is None:
+        return tensor
+    check_equal_rows(tensor, group, name)
+    return _Gather.apply(tensor, group)
+
+
+def all_reduce_mean(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean over the ranks, the same on all. Without a group, the tensor itself. Differentiable to any order."""
+    return tensor if group is None else _Sum.apply(tensor, group) / dist.get_world_size(group)

@@ -1,0 +1,167 @@
+"""What prototype methods need besides a cross-entropy: SwAV's balanced assignment, and the mean assignment that DISSL keeps spread out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.library import custom_op
+
+from fastgessl.kernels import reference
+from fastgessl.kernels.arguments import CheckedScale, check_bias, check_pair, scale_of
+from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean
+from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
+from fastgessl.kernels.losses import Temperature, similarity_logsumexp
+from fastgessl.kernels.similarity import Curvature, Gradients, Statistics, compiled, one_call_each, plain
+from fastgessl.kernels.similarity_operators import WEIGHTS, gradients, gradients_body, statistics, statistics_body
+
+NO_SIDE = (None,) * 4
+BIAS_ONLY = (False, False, False, True, *(False,) * 4)
+
+
+def marginal_body(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+    """p_j = mean_i P_ij (N,), which is the gradient of mean_i lse_i to the column bias; and lse (M,)."""
+    lse = statistics_body(query, key, scale, bias, *NO_SIDE, None, None, False, implementation)[0]
+    weight = torch.full_like(lse, 1 / len(lse))
+    operands = (query, key, scale, bias, *NO_SIDE)
+    found = gradients_body(weight, None, None, *operands, None, None, lse, None, None, False, implementation, BIAS_ONLY)
+    return found[3], lse
+
+
+marginal = custom_op("fastgessl::softmax_marginal", marginal_body, mutates_args=())
+
+
+@marginal.register_fake
+def _(query, key, scale, bias, implementation):
+    return torch.empty_like(bias), bias.new_empty(query.shape[0])
+
+
+def _marginal_backward(
+    ctx: Any, cotangent: Tensor, forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Any, ...]:
+    """Σ_j u_j p_j = mean_i E_P[u], which is the cross-entropy statistic of a student whose logits are the column bias -u, in every row."""
+    query, key, scale, bias, lse = ctx.saved_tensors
+    flat = (query.new_zeros(len(query), 1), key.new_zeros(len(key), 1), torch.ones_like(scale), -cotangent)
+    operands = (*flat, query, key, scale, bias)
+    found = forward(*operands, None, None, False, ctx.implementation)
+    flat_lse, teacher_lse, mean = (found[index].detach() for index in (0, 3, 4))
+    weight = torch.full_like(lse, 1 / len(lse))
+    needs = (*(False,) * 4, *ctx.needs_input_grad[:4])
+    constants = (None, None, flat_lse, teacher_lse, mean, False, ctx.implementation, needs)
+    found = backward(torch.zeros_like(lse), None, weight, *operands, *constants)
+    return (*(grad if need else None for grad, need in zip(found[4:], needs[4:], strict=True)), None)
+
+
+class Marginal(torch.autograd.Function):
+    """The mean softmax, twice differentiable; lse is returned for the backward only."""
+
+    @staticmethod
+    def forward(*inputs):
+        return (marginal_body if plain(inputs) else marginal)(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _marginal_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_forward(*inputs[:4], output[1])
+
+    @staticmethod
+    def backward(ctx, cotangent, _):
+        return _marginal_backward(ctx, cotangent, Statistics.apply, Gradients.apply)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        query, key, scale, bias, lse = ctx.saved_tensors
+        weight = torch.full_like(lse, 1 / len(lse))
+        operands = (query, key, scale, bias, *NO_SIDE)
+        constants = (None, None, lse, None, None, False, ctx.implementation, BIAS_ONLY)
+        return Curvature.apply(*tangents[:4], *NO_SIDE, weight, None, None, *operands, *constants)[WEIGHTS + 3], None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return one_call_each(Marginal, info.batch_size, in_dims, args)
+
+
+def _marginal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.implementation = inputs[4]
+    ctx.save_for_backward(*inputs[:4], output[1])
+
+
+marginal.register_autograd(
+    lambda ctx, cotangent, _: _marginal_backward(ctx, cotangent, statistics, gradients),
+    setup_context=_marginal_context,
+)
+
+
+def softmax_marginal(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    bias: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """p_j = mean over rows of softmax_j(q_i·k_j/τ + bias_j), e.g. for DISSL's entropy of the mean assignment.  (M, D), (N, D) -> (N,).
+
+    Twice differentiable. Keys are prototypes, the same on every rank; with `group` the mean runs over the rows of all ranks.
+    Raises ValueError for shapes, dtypes, devices or temperatures that do not fit.
+
+    >>> import torch
+    >>> softmax_marginal(torch.eye(2), torch.eye(2), temperature=1.0)
+    tensor([0.5000, 0.5000])
+    """
+    check_pair(query, key)
+    check_bias(bias, key)
+    query, key = as_matmul(query, key)
+    scale = scale_of(temperature, query)
+    wide_bias = scale.new_zeros(len(key)) if bias is None else bias.to(scale.dtype)
+    name, _ = implementation_for(query, implementation)
+    if name == "reference":
+        scale = CheckedScale.apply(scale, None, wide_bias, None, None, None, len(key))
+        return all_reduce_mean(dense(reference.softmax_marginal, query, key, scale.reciprocal(), wide_bias), group)
+    call = marginal if compiled(query, key, scale, wide_bias) else Marginal.apply
+    return all_reduce_mean(call(query, key, scale, wide_bias, name)[0], group)
+
+
+def sinkhorn_potentials(
+    query: Tensor,
+    prototypes: Tensor,
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    group: ProcessGroup | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """SwAV's assignment as a column bias: softmax_j(q_i·c_j/ε + b_j) after `iterations` Sinkhorn steps.
+
+    (M, D), (N, D) -> (N,), mean 0, no gradient.
+
+    Caron et al. 2020, §3.1. Each step is one streaming log-sum-exp over the rows and one over the prototypes; no table is stored. Pass the
+    result as `teacher_bias` of `soft_cross_entropy` with `teacher_temperature=epsilon`. With `group`, prototypes are the same on every rank
+    and the balance is over the rows of all ranks. Raises ValueError for operands that do not fit, epsilon ≤ 0 or iterations < 1.
+
+    >>> import torch
+    >>> sinkhorn_potentials(torch.eye(2), torch.eye(2))
+    tensor([0., 0.])
+    """
+    check_pair(query, prototypes, ("query", "prototypes"))
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, found {iterations}.")
+    (query, prototypes), scale = as_matmul(query.detach(), prototypes.detach()), scale_of(epsilon, query, "epsilon")
+    name, _ = implementation_for(query, implementation)
+    if name == "reference" and group is None:
+        return dense(reference.sinkhorn_potentials, query, prototypes, epsilon, iterations)
+    with torch.no_grad():
+        row_potential = scale.new_zeros(len(query))
+        for step in range(iterations):
+            columns = -similarity_logsumexp(prototypes, query, temperature=epsilon, bias=row_potential, implementation=name)
+            if group is not None:
+                shards = all_gather_rows(-columns[None], group)
+                columns = -shards.logsumexp(0)
+            if step < iterations - 1:
+                row_potential = -similarity_logsumexp(query, prototypes, temperature=epsilon, bias=columns, implementation=name)
+        return columns - columns.mean()

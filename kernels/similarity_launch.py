@@ -1,0 +1,224 @@
+"""Launching the Triton kernels: the same three functions as `similarity_chunked`, with the tiles of one table.
+
+`statistics`, `gradients` and `curvature` take and give exactly what their namesakes there do, so that either may stand behind the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgessl.kernels import similarity_chunked as chunked
+from fastgessl.kernels import similarity_triton as first_order
+from fastgessl.kernels import similarity_triton_second as second_order
+from fastgessl.kernels.similarity_chunked import NOTHING, Moments, Parts, Rows, Side, Statistics
+from fastgessl.kernels.similarity_tiles import Tile, tile_for
+
+
+class Operands(NamedTuple):
+    """What every kernel begins with, and the flags that follow from it."""
+
+    student: Side
+    teacher: Side | None
+    positives: Tensor | None
+    exclude: Tensor | None
+
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        return (*self.student, *(self.teacher or (None,) * 4), self.positives, self.exclude)
+
+    def flags(self) -> dict[str, Any]:
+        student, teacher = self.student, self.teacher
+        return {
+            "D": student.query.shape[1],
+            "E": student.query.shape[1] if teacher is None else teacher.query.shape[1],
+            "POSITIVES": self.positives is not None,
+            "EXCLUDE": 0 if self.exclude is None else self.exclude.shape[1],
+            "BIAS": student.bias is not None,
+            "TEACHER": teacher is not None,
+            "TEACHER_BIAS": teacher is not None and teacher.bias is not None,
+            "PRECISION": "tf32x3" if student.query.dtype == torch.float32 else "ieee",
+        }
+
+
+def _side(side: Side) -> Side:
+    """Contiguous matrices, and float32 for what statistics are made of."""
+    return Side(
+        side.query.contiguous(), side.key.contiguous(), side.scale.float(), None if side.bias is None else side.bias.float().contiguous()
+    )
+
+
+def _operands(student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None) -> Operands:
+    return Operands(
+        _side(student),
+        None if teacher is None else _side(teacher),
+        None if positives is None else positives.contiguous(),
+        None if exclude is None else exclude.contiguous(),
+    )
+
+
+def _launch(
+    kernel: Any, operands: Operands, blocks: Callable[[Tile], int], width: int, arguments: tuple[Any, ...], flags: dict[str, Any]
+) -> None:
+    """`width` 0: a kernel without an output of features; otherwise its chunks are the second axis of the grid."""
+    settings = {**operands.flags(), **flags}
+    tile = tile_for(
+        kernel.__name__, operands.student.query, max(settings["D"], settings["E"] if settings["TEACHER"] else 0), settings["TEACHER"]
+    )
+    chunk, teacher_chunk = tile.chunk(settings["D"]), tile.chunk(settings["E"])
+    outputs = -(-width // (teacher_chunk if flags.get("OF_TEACHER") else chunk)) if width else 1
+    sizes = (len(operands.student.query), len(operands.student.key))
+    device = operands.student.query.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(blocks(tile), outputs)](
+            *operands.pointers(), *arguments, *sizes, **settings, CHUNK=chunk, TEACHER_CHUNK=teacher_chunk, BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _by_rows(operands: Operands) -> Callable[[Tile], int]:
+    return lambda tile: -(-len(operands.student.query) // tile.rows)
+
+
+def _by_columns(operands: Operands) -> Callable[[Tile], int]:
+    return lambda tile: -(-len(operands.student.key) // tile.columns)
+
+
+def statistics(student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool) -> Statistics:
+    """See `similarity_chunked.statistics`."""
+    operands = _operands(student, teacher, positives, exclude)
+    M, none = len(student.query), operands.student.scale.new_empty(0)
+    lse = none.new_empty(M)
+    positive = none if positives is None else none.new_empty(M)
+    teacher_lse, mean = (none.clone(), none.clone()) if teacher is None else (none.new_empty(M), none.new_empty(M))
+    _launch(first_order.statistics_kernel, operands, _by_rows(operands), 0, (lse, positive, teacher_lse, mean), {"ENTROPY": entropy})
+    divergence = (mean - teacher_lse if entropy else mean).masked_fill(teacher_lse == -torch.inf, 0.0)
+    return Statistics(lse, positive, divergence, teacher_lse, mean)
+
+
+def _normalised(weights: Rows, dtype: torch.dtype) -> tuple[Rows, Tensor]:
+    """Row weights in float32 and the factor taken out of them. float16 reaches down to 6e-8 only: there the largest weight becomes 1."""
+    wide = Rows(*(weight.float().contiguous() for weight in weights))
+    one = wide.lse.new_ones(())
+    if dtype != torch.float16:
+        return wide, one
+    largest = torch.stack([weight.abs().max() if len(weight) else torch.zeros_like(one) for weight in wide]).max()
+    factor = torch.where(largest > 0, largest, one)
+    return Rows(*(weight / factor for weight in wide)), factor
+
+
+def _two_passes(
+    kernels: tuple[Any, Any],
+    operands: Operands,
+    constants: tuple[Tensor, ...],
+    factors: tuple[Tensor, Tensor],
+    side: Side,
+    needs: tuple[bool, ...],
+    flags: dict[str, Any],
+) -> Parts:
+    """Gradients to one side by a pass over rows (query, scale) and one over columns (key, bias), each only where it is needed.
+
+    `factors`: what the matrices are multiplied by inside the kernel, and the row and column sums outside.
+    """
+    inner, outer = factors
+    (needs_query, needs_key, needs_scale, needs_bias), width = needs, side.query.shape[1]
+    query = key = scale = bias = None
+    if needs_query or needs_scale:
+        query, rows = torch.empty_like(side.query, memory_format=torch.contiguous_format), inner.new_empty(len(side.query))
+        _launch(kernels[0], operands, _by_rows(operands), width, (*constants, inner, query, rows), flags)
+        scale = (rows.sum() * outer).to(side.scale.dtype)
+    if needs_key or needs_bias:
+        key, columns = torch.empty_like(side.key, memory_format=torch.contiguous_format), inner.new_empty(len(side.key))
+        _launch(kernels[1], operands, _by_columns(operands), width, (*constants, inner, key, columns), flags)
+        bias = columns * outer
+    return Parts(*(part if need else None for part, need in zip((query, key, scale, bias), needs, strict=True)))
+
+
+def gradients(
+    weights: Rows,
+    student: Side,
+    teacher: Side | None,
+    positives: Tensor | None,
+    exclude: Tensor | None,
+    saved: Statistics,
+    entropy: bool,
+    needs: tuple[bool, ...] = (True,) * 4,
+    teacher_needs: tuple[bool, ...] = NOTHING,
+) -> tuple[Parts, Parts]:
+    """See `similarity_chunked.gradients`."""
+    operands = _operands(student, teacher, positives, exclude)
+    weights, factor = _normalised(weights, student.query.dtype)
+    constants = (saved.lse, saved.teacher_lse, saved.teacher_mean, *weights)
+    kernels = (first_order.gradient_rows_kernel, first_order.gradient_columns_kernel)
+    flags = {"ENTROPY": entropy, "OF_TEACHER": False}
+    found = _two_passes(kernels, operands, constants, (factor * operands.student.scale, factor), student, needs, flags)
+    if operands.teacher is None or teacher is None or not any(teacher_needs):
+        return found, Parts()
+    factors = (factor * operands.teacher.scale, factor)
+    return found, _two_passes(kernels, operands, constants, factors, teacher, teacher_needs, flags | {"OF_TEACHER": True})
+
+
+def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor]:
+    """Tangents with zeros for what is absent, and the factor taken out of them; as with weights, only float16 needs one."""
+    scale = student.scale.float()
+    query, key = (
+        torch.zeros_like(operand) if part is None else part.contiguous() for part, operand in zip(tangent[:2], student[:2], strict=True)
+    )
+    small = scale.new_zeros(()) if tangent.scale is None else tangent.scale.float()
+    bias = None
+    if student.bias is not None:
+        bias = torch.zeros_like(student.bias, dtype=torch.float32) if tangent.bias is None else tangent.bias.float().contiguous()
+    one = torch.ones_like(scale)
+    if query.dtype != torch.float16:
+        return Parts(query, key, small, bias), one
+    largest = torch.stack([part.abs().max().float() for part in (query, key, small, bias) if part is not None]).max()
+    factor = torch.where(largest > 0, largest, one)
+    matrices = ((part.float() / factor).to(part.dtype) for part in (query, key))
+    return Parts(*matrices, small / factor, None if bias is None else bias / factor), factor
+
+
+def curvature(
+    tangent: Parts,
+    teacher_tangent: Parts,
+    weights: Rows,
+    student: Side,
+    teacher: Side | None,
+    positives: Tensor | None,
+    exclude: Tensor | None,
+    saved: Statistics,
+    entropy: bool,
+    needs: tuple[bool, ...] = (True,) * 4,
+    teacher_needs: tuple[bool, ...] = NOTHING,
+    moments: Moments | None = None,
+) -> tuple[Moments, Parts, Parts]:
+    """See `similarity_chunked.curvature`, which takes over where the teacher itself moves (a teacher that is not detached, at second order)."""
+    if any(part is not None for part in teacher_tangent):
+        return chunked.curvature(
+            tangent, teacher_tangent, weights, student, teacher, positives, exclude, saved, entropy, needs, teacher_needs, moments
+        )
+    operands = _operands(student, teacher, positives, exclude)
+    weights, factor = _normalised(weights, student.query.dtype)
+    moved, tangent_factor = _tangents(tangent, student)
+    sums = _moments(operands, saved, moved) if moments is None else Moments(*(part / tangent_factor for part in moments))
+    constants = (saved.lse, saved.teacher_lse, *moved, *weights, sums.student, sums.student_under_teacher)
+    kernels = (second_order.curvature_rows_kernel, second_order.curvature_columns_kernel)
+    factor = factor * tangent_factor
+    found = _two_passes(kernels, operands, constants, (factor, factor), student, needs, {"OF_TEACHER": False})
+    teacher_found = Parts()
+    if operands.teacher is not None and teacher is not None and any(teacher_needs):
+        factors = (factor * operands.teacher.scale, factor)
+        teacher_found = _two_passes(kernels, operands, constants, factors, teacher, teacher_needs, {"OF_TEACHER": True})
+    return Moments(*(part * tangent_factor for part in sums)), found, teacher_found
+
+
+def _moments(operands: Operands, saved: Statistics, moved: Parts) -> Moments:
+    M, none = len(operands.student.query), operands.student.scale.new_empty(0)
+    mean = none.new_empty(M)
+    positive = none if operands.positives is None else none.new_empty(M)
+    teacher_mean = none if operands.teacher is None else none.new_empty(M)
+    arguments = (saved.lse, saved.teacher_lse, *moved, mean, positive, teacher_mean)
+    _launch(second_order.moments_kernel, operands, _by_rows(operands), 0, arguments, {})
+    return Moments(mean, positive, teacher_mean, none, none)

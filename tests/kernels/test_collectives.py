@@ -1,0 +1,124 @@
+"""Losses over a group of ranks equal one process on all rows: values, gradients and Hessian-vector products (two gloo ranks)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fastgessl.kernels import (
+    clip_loss,
+    gessl_loss,
+    info_nce,
+    nt_xent,
+    sigma_kl,
+    similarity_logsumexp,
+    sinkhorn_potentials,
+    softmax_marginal,
+)
+from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean
+
+RANKS, ROWS, D = 2, 5, 4
+TOTAL = RANKS * ROWS
+
+
+def _inputs():
+    torch.manual_seed(0)
+    weight = torch.randn(D, D, dtype=torch.float64)
+    return weight, torch.randn(4, TOTAL, D, dtype=torch.float64), torch.randperm(TOTAL), torch.randn(TOTAL, dtype=torch.float64)
+
+
+def _losses(data, positives, bias, weight, temperature, group, mode):
+    """Every loss on rows that depend on the weight: first order through one, second order through all."""
+    query, key, teacher_query, teacher_key = data @ weight
+    exclude = (positives + 3) % TOTAL
+    settings = {"temperature": temperature, "group": group, "mode": mode}
+    both = gessl_loss(query, key, teacher_query, teacher_key, positives=positives, exclude=exclude, **settings)
+    mean = softmax_marginal(query, weight, temperature=temperature, group=group)
+    return torch.stack(
+        [
+            info_nce(query, key, positives=positives, exclude=exclude, **settings),
+            info_nce(query, key, **settings),
+            nt_xent(query, key, **settings),
+            clip_loss(query, key, **settings),
+            similarity_logsumexp(query, key, bias=bias, **settings).mean(),
+            sigma_kl(query, key, teacher_query, teacher_key, student_bias=bias, **settings),
+            both[0].mean() + both[1].mean(),
+            (mean * mean.log()).sum(),
+        ]
+    )
+
+
+def _derivatives(data, positives, bias, weight, group, mode, average):
+    """Losses, gradients and Hessian-vector products; `average` is what DDP does to losses and gradients."""
+    weight = weight.clone().requires_grad_()
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    losses = _losses(data, positives, bias, weight, temperature, group, mode)
+    found = [average(losses.detach())]
+    for loss in losses:
+        first = torch.autograd.grad(loss, (weight, temperature), create_graph=True)
+        # The direction is the same on all ranks, so the product with the mean gradient is the mean of the ranks' products.
+        along = (first[0] * torch.arange(1.0, D + 1)).sum() + 0.3 * first[1]
+        found += [average(gradient.detach()) for gradient in first]
+        found += [average(product) for product in torch.autograd.grad(along, (weight, temperature), retain_graph=True)]
+    return found
+
+
+def _compare(rank, store, mode):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    assert dist.get_world_size() == RANKS
+    weight, data, positives, bias = _inputs()
+    mine = slice(rank * ROWS, (rank + 1) * ROWS)
+
+    def average(tensor):
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor / RANKS
+
+    found = _derivatives(data[:, mine], positives[mine], bias[mine], weight, dist.group.WORLD, mode, average)
+    expected = _derivatives(data, positives, bias, weight, None, "gather", lambda tensor: tensor)
+    for a, b in zip(found, expected, strict=True):
+        # nt_xent's rows come in another order, which changes nothing but rounding.
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    potentials = sinkhorn_potentials(data[0][mine], data[1], epsilon=0.5, group=dist.group.WORLD)
+    torch.testing.assert_close(potentials, sinkhorn_potentials(data[0], data[1], epsilon=0.5))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["gather", "ring"])
+def test_losses_of_two_ranks_equal_one_process_to_second_order(tmp_path, mode):
+    mp.spawn(_compare, (str(tmp_path / "store"), mode), nprocs=RANKS)
+
+
+def _unequal(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    with pytest.raises(ValueError, match=r"key must have as many rows on every rank .* found \[3, 4\]"):
+        info_nce(torch.ones(3, 2), torch.ones(3 + rank, 2), group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_ranks_with_unequal_rows_all_raise_instead_of_hanging(tmp_path):
+    mp.spawn(_unequal, (str(tmp_path / "store"),), nprocs=RANKS)
+
+
+def _adjoints(rank, store):
+    """⟨gather(x), y⟩ summed over ranks equals ⟨x, backward(y)⟩ summed over ranks; the same once more for the backward, and for the mean."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    group = dist.group.WORLD
+    torch.manual_seed(rank)
+    for operation, shape in ((all_gather_rows, (3, 2)), (all_reduce_mean, (4,))):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        image = operation(x, group)
+        y = torch.randn_like(image).requires_grad_()
+        (pulled,) = torch.autograd.grad(image, x, y, create_graph=True)
+        z = torch.randn_like(x)
+        (pushed,) = torch.autograd.grad(pulled, y, z)
+        sums = torch.stack([(image * y).sum(), (x * pulled).sum(), (pulled * z).sum(), (y * pushed).sum()]).detach()
+        dist.all_reduce(sums)
+        torch.testing.assert_close(sums[0], sums[1])
+        torch.testing.assert_close(sums[2], sums[3])
+    dist.destroy_process_group()
+
+
+def test_backwards_of_collectives_are_their_adjoints_at_both_orders(tmp_path):
+    mp.spawn(_adjoints, (str(tmp_path / "store"),), nprocs=RANKS)

@@ -1,0 +1,39 @@
+"""Importing the package: one name only, nothing heavy, soon done."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fastgessl.kernels
+
+ROOT = Path(fastgessl.kernels.__file__).resolve().parents[1]
+HEAVY = ("nvidia", "torchvision", "timm", "accelerate", "matplotlib", "pydantic", "triton", "numpy.testing")
+
+
+def run(code, cwd=ROOT):
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_bare_import_of_the_folder_is_refused():
+    found = run("import kernels")
+    assert found.returncode and "Write `import fastgessl.kernels`" in found.stderr
+
+
+def test_import_brings_in_nothing_that_torch_does_not():
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastgessl.kernels; "
+        f"print([m for m in set(sys.modules) - before if m.split('.')[0] in {HEAVY}])"
+    )
+    found = run(code)
+    assert found.stdout.strip() == "[]", found.stdout + found.stderr
+
+
+def test_import_adds_at_most_half_a_second_of_work_to_torch():
+    code = "import time, torch; start = time.process_time(); import fastgessl.kernels; print(time.process_time() - start)"
+    assert min(float(run(code).stdout) for _ in range(3)) < 0.5
+
+
+def test_every_public_name_exists_and_the_list_is_sorted():
+    names = fastgessl.kernels.__all__
+    assert all(hasattr(fastgessl.kernels, name) for name in names)
+    assert sorted(names) == names

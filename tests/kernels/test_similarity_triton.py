@@ -1,0 +1,63 @@
+"""The Triton kernels in Triton's interpreter, through the public losses, against the dense reference in float64."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+RTOL = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
+CASES = {
+    "info_nce[D=64-ragged]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64},
+    "info_nce[D=96-excluded]": {"loss": "info_nce", "M": 33, "N": 65, "D": 96, "exclude": 1},
+    "info_nce[D=300-chunked]": {"loss": "info_nce", "M": 20, "N": 33, "D": 300, "exclude": 2},
+    "info_nce[cold]": {"loss": "info_nce", "M": 33, "N": 65, "D": 128, "temperature": 0.01},
+    "info_nce[one-row]": {"loss": "info_nce", "M": 1, "N": 3, "D": 64},
+    "info_nce[empty-rows]": {"loss": "info_nce", "M": 5, "N": 1, "D": 16, "empty": True},
+    "info_nce[bfloat16]": {"loss": "info_nce", "M": 33, "N": 50, "D": 128, "dtype": "bfloat16", "exclude": 1},
+    "info_nce[bfloat16-cold]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "bfloat16", "temperature": 0.01},
+    "info_nce[float16]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "float16", "temperature": 0.5},
+    "info_nce[float16-cold]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "float16", "temperature": 0.01},
+    "logsumexp[bias]": {"loss": "logsumexp", "M": 40, "N": 33, "D": 64, "exclude": 1},
+    "cross_entropy[teacher-wider]": {"loss": "cross_entropy", "M": 33, "N": 40, "D": 64, "E": 200, "bias": True},
+    "gessl[everything]": {"loss": "gessl", "M": 33, "N": 50, "D": 96, "E": 40, "exclude": 2, "bias": True},
+    "gessl[D=256]": {"loss": "gessl", "M": 17, "N": 33, "D": 256},
+    "gessl[bfloat16]": {"loss": "gessl", "M": 33, "N": 50, "D": 64, "exclude": 1, "bias": True, "dtype": "bfloat16"},
+    "gessl[float16]": {"loss": "gessl", "M": 33, "N": 50, "D": 64, "exclude": 1, "dtype": "float16"},
+}
+for case in CASES.values():
+    case.setdefault("dtype", "float32")
+    case.setdefault("temperature", 0.1)
+
+
+def older(package, *release):
+    return tuple(int(part) for part in version(package).split(".")[:2]) < release
+
+
+@pytest.fixture(scope="module")
+def errors():
+    if older("triton", 3, 7) and not older("numpy", 2, 4):
+        pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
+    program = Path(__file__).parent / "interpreter_program.py"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, program], input=json.dumps(list(CASES.values())), env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    return dict(zip(CASES, json.loads(found.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_first_and_second_derivatives_equal_dense_float64(name, errors):
+    case = CASES[name]
+    tolerance = 1e-4 if case["dtype"] == "float32" and case["temperature"] == 0.01 else RTOL[case["dtype"]]
+    expected = {"d_query", "d_key", "d_temperature", "dd_query", "dd_key", "dd_temperature"}
+    if case["loss"] in ("gessl", "cross_entropy"):
+        expected |= {"d_teacher_query", "d_teacher_key", "dd_teacher_query", "dd_teacher_key"}
+    assert expected <= errors[name].keys()
+    assert {part: error for part, error in errors[name].items() if not error <= tolerance} == {}

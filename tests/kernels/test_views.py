@@ -1,0 +1,203 @@
+"""The batched views against torchvision's functions on float tensors, and against their one-image definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastgessl.kernels.views import ViewParameters, augment_views, colour_views
+from fastgessl.kernels.views_reference import augment_view_reference
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
+GREY_LEVEL = 1 / 255
+
+
+def images_of(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Noise, with a quarter of the rows grey and saturated patches, where hue and clipping are at their most delicate."""
+    images = torch.randint(0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    images[: count // 4] = images[: count // 4, :, :, :1]
+    images[:, : height // 3, : width // 3, 0] = 255
+    return images
+
+
+def random_parameters(count: int, height: int, width: int, seed: int = 0) -> ViewParameters:
+    draw = np.random.default_rng(seed)
+    tall, wide = draw.integers(1, height + 1, count), draw.integers(1, width + 1, count)
+    crop = np.stack([draw.integers(0, height - tall + 1), draw.integers(0, width - wide + 1), tall, wide], 1)
+    sigma = np.where(draw.random(count) < 0.5, draw.uniform(0.1, 2.0, count), 0)
+    return ViewParameters(
+        crop=torch.from_numpy(crop.astype(np.float32)),
+        reach=torch.from_numpy(crop.astype(np.float32)),
+        flip=torch.from_numpy(draw.random(count) < 0.5),
+        jitter=torch.from_numpy(draw.random(count) < 0.8),
+        factors=torch.from_numpy(draw.uniform([0.2, 0.2, 0.2, -0.5], [1.8, 1.8, 1.8, 0.5], (count, 4)).astype(np.float32)),
+        order=torch.from_numpy(np.argsort(draw.random((count, 4)), axis=1)),
+        grayscale=torch.from_numpy(draw.random(count) < 0.2),
+        blur_sigma=torch.from_numpy(sigma.astype(np.float32)),
+        solarize=torch.from_numpy(draw.random(count) < 0.3),
+    )
+
+
+def only(parameters: ViewParameters, *kept: str) -> ViewParameters:
+    """`parameters` with every operation but those `kept` switched off."""
+    count = len(parameters)
+    neutral = ViewParameters.unchanged(count, 1, 1)
+    kept = (*kept, "crop", "reach", "order")
+    return ViewParameters(**{name: getattr(parameters if name in kept else neutral, name) for name in vars(parameters)})
+
+
+def torchvision_view(image, drawn, *, size, interpolation="bilinear", blur_kernel=23, solarize_threshold=128.0, mean=MEAN, std=STD):
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    view = image.permute(2, 0, 1).float() / 255
+    top, left, height, width = (int(value) for value in drawn.crop[0])
+    mode = functional.InterpolationMode(interpolation)
+    view = functional.resized_crop(view, top, left, height, width, [size, size], interpolation=mode, antialias=True).clamp(0, 1)
+    view = functional.horizontal_flip(view) if drawn.flip[0] else view
+    if drawn.jitter[0]:
+        names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+        for operation in drawn.order[0].tolist():
+            view = getattr(functional, names[operation])(view, drawn.factors[0, operation].item())
+    view = functional.rgb_to_grayscale(view, 3) if drawn.grayscale[0] else view
+    view = functional.gaussian_blur(view, [blur_kernel] * 2, [drawn.blur_sigma[0].item()]) if drawn.blur_sigma[0] > 0 else view
+    view = functional.solarize(view, solarize_threshold / 255) if drawn.solarize[0] else view
+    return functional.normalize(view, list(mean), list(std))
+
+
+def difference(images: torch.Tensor, drawn: ViewParameters, **options) -> torch.Tensor:
+    """|augment_views - torchvision|, in grey levels of 255."""
+    ours = augment_views(images, drawn, mean=MEAN, std=STD, **options)
+    theirs = torch.stack([torchvision_view(image, drawn[row : row + 1], **options) for row, image in enumerate(images)])
+    return (ours - theirs).abs() * torch.tensor(STD)[:, None, None] * 255
+
+
+OPERATIONS = {
+    "crop and bilinear resize": ((), {"interpolation": "bilinear"}),
+    "crop and bicubic resize": ((), {"interpolation": "bicubic"}),
+    "flip": (("flip",), {}),
+    "jitter in each sample's order": (("jitter", "factors"), {}),
+    "grayscale": (("grayscale",), {}),
+    "blur": (("blur_sigma",), {}),
+    "solarize": (("solarize",), {}),
+    "whole recipe, bilinear": (tuple(vars(ViewParameters.unchanged(1, 1, 1))), {"interpolation": "bilinear"}),
+    "whole recipe, bicubic": (tuple(vars(ViewParameters.unchanged(1, 1, 1))), {"interpolation": "bicubic"}),
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 16, 3), (32, 45, 32, 5), (150, 100, 64, 23)], ids=["enlarged", "small", "reduced"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_augment_views_equals_torchvision(name, shape):
+    height, width, size, kernel = shape
+    kept, options = OPERATIONS[name]
+    images, drawn = images_of(24, height, width), only(random_parameters(24, height, width), *kept)
+    found = difference(images, drawn, size=size, blur_kernel=kernel, **options)
+    print(f"{name:32s} {height}x{width} -> {size}: mean {found.mean():.1e}, max {found.max():.1e} of 255")
+    assert found.max() < 0.02
+
+
+@pytest.mark.parametrize("operation", range(4), ids=["brightness", "contrast", "saturation", "hue"])
+@pytest.mark.parametrize("factor", ["low", "high"])
+def test_each_jitter_operation_equals_torchvision(operation, factor):
+    images, drawn = images_of(8, 20, 20), only(random_parameters(8, 20, 20), "jitter", "factors")
+    factors = ViewParameters.unchanged(8, 20, 20).factors.clone()
+    factors[:, operation] = {"low": (0.2, 0.0, 0.0, -0.5), "high": (1.8, 1.8, 3.0, 0.5)}[factor][operation]
+    drawn = ViewParameters(**(vars(drawn) | {"factors": factors, "jitter": torch.ones(8, dtype=torch.bool)}))
+    assert difference(images, drawn, size=20).max() < 0.02
+    unchanged = augment_views(images, only(drawn), size=20, mean=MEAN, std=STD)
+    assert not torch.allclose(augment_views(images, drawn, size=20, mean=MEAN, std=STD), unchanged)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_augment_views_equals_its_definition_in_float64(interpolation):
+    images, drawn = images_of(12, 13, 17), random_parameters(12, 13, 17, seed=1)
+    # The crop may be finer than a pixel, and interpolation may read beyond it.
+    whole = torch.tensor([[0.0, 0.0, 13.0, 17.0]]).repeat(6, 1)
+    drawn.crop[:6] = torch.tensor([[1.25, 2.5, 7.75, 11.5]])
+    drawn = ViewParameters(**(vars(drawn) | {"reach": torch.cat([whole, drawn.reach[6:]])}))
+    options = {"size": 9, "mean": MEAN, "std": STD, "interpolation": interpolation, "blur_kernel": 5, "solarize_threshold": 100.0}
+    ours = augment_views(images, drawn, **options)
+    expected = torch.stack([augment_view_reference(image, drawn[row : row + 1], **options) for row, image in enumerate(images)])
+    torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=0)
+
+
+def test_colour_views_is_the_part_after_the_crop():
+    images = images_of(10, 12, 12)
+    drawn = only(random_parameters(10, 12, 12), "jitter", "factors", "grayscale", "blur_sigma", "solarize")
+    whole = ViewParameters.unchanged(10, 12, 12)
+    drawn = ViewParameters(**(vars(drawn) | {"crop": whole.crop, "reach": whole.reach}))
+    ours = colour_views(images, drawn, mean=MEAN, std=STD, blur_kernel=3)
+    torch.testing.assert_close(ours, augment_views(images, drawn, size=12, mean=MEAN, std=STD, blur_kernel=3), atol=1e-5, rtol=0)
+
+
+def test_a_view_of_an_image_does_not_depend_on_its_batch(monkeypatch):
+    images, drawn = images_of(20, 16, 16), random_parameters(20, 16, 16)
+    together = augment_views(images, drawn, size=16, mean=MEAN, std=STD, blur_kernel=3)
+    monkeypatch.setattr("fastgessl.kernels.views.CPU_CHUNK_PIXELS", 7 * 256)
+    chunked = augment_views(images, drawn, size=16, mean=MEAN, std=STD, blur_kernel=3)
+    torch.testing.assert_close(together, chunked, atol=1e-5, rtol=0)
+    alone = augment_views(images[13:14], drawn[13:14], size=16, mean=MEAN, std=STD, blur_kernel=3)
+    torch.testing.assert_close(together[13:14], alone, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def three_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_views_are_float32_channels_last_and_leave_threads_and_images_alone():
+    images, drawn = images_of(6, 9, 9), random_parameters(6, 9, 9)
+    before = images.clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        views = augment_views(images, drawn, size=10, mean=MEAN, std=STD, blur_kernel=3)
+    assert views.dtype == torch.float32 and views.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(views, augment_views(images, drawn, size=10, mean=MEAN, std=STD, blur_kernel=3))
+    assert torch.equal(images, before) and torch.get_num_threads() == 3
+
+
+def test_an_unchanged_view_is_the_normalised_image():
+    images = images_of(3, 11, 11)
+    views = augment_views(images, ViewParameters.unchanged(3, 11, 11), size=11, mean=MEAN, std=STD)
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    torch.testing.assert_close(views, expected, atol=1e-5, rtol=0)
+
+
+def test_an_empty_batch_gives_no_views():
+    images = torch.zeros(0, 8, 8, 3, dtype=torch.uint8)
+    assert augment_views(images, ViewParameters.unchanged(0, 8, 8), size=4, mean=MEAN, std=STD).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        (torch.zeros(2, 8, 8, 3), {}, r"\(B, H, W, 3\) uint8, found \(2, 8, 8, 3\) torch.float32"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}, r"found \(2, 3, 8, 8\)"),
+        (torch.zeros(3, 8, 8, 3, dtype=torch.uint8), {}, "describe 2 images, but 3 were given"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {"interpolation": "nearest"}, "'bilinear' or 'bicubic', found 'nearest'"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {"blur_kernel": 4}, "odd and at most 15"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {"blur_kernel": 17}, "odd and at most 15 for views of 8 pixels, found 17"),
+    ],
+)
+def test_what_does_not_fit_is_named(images, options, message):
+    drawn = ViewParameters(**(vars(ViewParameters.unchanged(2, 8, 8)) | {"blur_sigma": torch.ones(2)}))
+    with pytest.raises(ValueError, match=message):
+        augment_views(images, drawn, size=8, mean=MEAN, std=STD, **options)
+
+
+def test_solarize_inverts_from_the_threshold_on():
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+    drawn = ViewParameters(**(vars(ViewParameters.unchanged(1, 16, 16)) | {"solarize": torch.ones(1, dtype=torch.bool)}))
+    views = augment_views(image, drawn, size=16, mean=(0, 0, 0), std=(1, 1, 1), solarize_threshold=200.0)
+    expected = [value if value < 200 else 255 - value for value in range(256)]
+    assert (views[0, 0].flatten() * 255).round().int().tolist() == expected
+
+
+def test_blur_keeps_the_mean_of_a_periodic_image_and_reduces_its_variance():
+    image = (torch.randint(0, 2, (1, 32, 32, 1), generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8).expand(1, 32, 32, 3)
+    drawn = ViewParameters(**(vars(ViewParameters.unchanged(1, 32, 32)) | {"blur_sigma": torch.ones(1)}))
+    blurred = augment_views(image.contiguous(), drawn, size=32, mean=(0, 0, 0), std=(1, 1, 1), blur_kernel=13)[0, 0]
+    # White noise keeps 1 / (4 pi sigma^2) of its variance under a Gaussian of that sigma.
+    assert blurred.var().item() == pytest.approx(0.25 / (4 * math.pi), rel=0.15)

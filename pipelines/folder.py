@@ -1,0 +1,78 @@
+"""Images from a folder: nested (the first level names the class) or flat (no labels)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from fastgessl.pipelines.errors import DataError
+from fastgessl.pipelines.images import FileImages
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+
+
+def read_folder(root: Path, split: str) -> FileImages | None:
+    """The `split` ("train" or "test") of a folder; None without test images.
+
+    Training images are those under root/train, or under root itself if there is no such folder; test images those under root/val or
+    root/test beside root/train. Raises DataError if the folder is missing, unreadable or holds no images.
+    """
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise DataError(f"data.root {str(root)!r} {what}. Point --data.root at the folder that holds the images.")
+    if not (root / "train").is_dir():
+        return _read(root) if split == "train" else None
+    train = _read(root / "train")
+    if split == "train":
+        return train
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    return None if held_out is None else _read(held_out, train.classes)
+
+
+def _read(root: Path, classes: tuple[str, ...] | None = None) -> FileImages:
+    """Every image under `root`; labels are the first-level folders, numbered by `classes` (their sorted names if None)."""
+    paths, searched = _find(root)
+    if not paths:
+        raise DataError(
+            f"data.root {str(root)!r} holds no images (searched {searched} folders for {', '.join(EXTENSIONS)}). "
+            "Put images there or point --data.root at the folder that has them."
+        )
+    parts = [path.relative_to(root).parts for path in paths]
+    names = tuple(sorted({part[0] for part in parts if len(part) > 1}))
+    loose = sum(len(part) == 1 for part in parts)
+    if loose and names:
+        warnings.warn(
+            f"{root}: {loose} images lie beside {len(names)} folders of images, so folders are not classes and no image has a label. "
+            "Move the loose images away to train with labels.",
+            stacklevel=2,
+        )
+    if loose or (classes is None and len(names) == 1) or classes == ():
+        return FileImages(tuple(paths))
+    classes = names if classes is None else classes
+    if unknown := sorted(set(names) - set(classes)):
+        raise DataError(f"{root}: the folders {', '.join(unknown[:5])} name classes that the training images do not have. Rename them.")
+    number = {name: label for label, name in enumerate(classes)}
+    return FileImages(tuple(paths), np.array([number[part[0]] for part in parts], dtype=np.int64), classes)
+
+
+def _find(root: Path) -> tuple[list[Path], int]:
+    """Sorted image files under `root`, links followed but no folder entered twice, and the number of folders searched."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"data.root: {error.filename!r} cannot be read ({error.strerror}). Check its permissions.") from error
+
+    paths: list[Path] = []
+    seen: set[str] = set()
+    for folder, inner, files in os.walk(root, followlinks=True, onerror=refuse):
+        place = os.path.realpath(folder)
+        if place in seen:
+            inner.clear()
+            continue
+        seen.add(place)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        # macOS leaves "._photo.jpg" beside "photo.jpg": not an image.
+        paths += [Path(folder, name) for name in files if name.lower().endswith(tuple("." + end for end in EXTENSIONS)) and name[0] != "."]
+    return sorted(paths), len(seen)

@@ -1,0 +1,102 @@
+"""What an image file says of itself before it is decoded, and which file it was when decoding failed."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastgessl.pipelines.errors import DataError
+
+# MPO is what phones write: a JPEG with further pictures behind it.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BROKEN = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
+
+def read_encoded(path: Path) -> NDArray[np.uint8]:
+    """The bytes of a file: (n,) uint8. Raises DataError if it cannot be read or is empty."""
+    try:
+        encoded = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"image {str(path)!r} cannot be read ({error.strerror}). Remove it from the data set, or restore it.") from error
+    if len(encoded) == 0:
+        raise DataError(f"image {str(path)!r} is an empty file. Remove it from the data set, or restore it.")
+    return encoded
+
+
+def image_size(encoded: NDArray[np.uint8], path: Path) -> tuple[int, int]:
+    """Height and width of the upright picture, EXIF orientation applied. Raises DataError if it is not one of the formats read here."""
+    image, orientation = _open(encoded, path)
+    width, height = image.size
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def decode(path: Path) -> Image.Image:
+    """The upright RGB picture, decoded by Pillow. Raises DataError, naming the file, if it cannot be."""
+    image, orientation = _open(read_encoded(path), path)
+    try:
+        if image.mode.startswith("I;16"):
+            # Pillow's own conversion clips 16-bit grey at 255; the high byte is the picture.
+            pixels = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        else:
+            pixels = image.convert("RGB")
+    except _BROKEN as error:
+        raise DataError(f"image {str(path)!r} is damaged ({error}). Remove it from the data set, or replace it.") from error
+    return pixels.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else pixels
+
+
+def _open(encoded: NDArray[np.uint8], path: Path) -> tuple[Image.Image, int]:
+    """The picture, not decoded yet, and its EXIF orientation."""
+    content = encoded.tobytes()
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.format == "PNG" and "exif" not in image.info and b"eXIf" in content:
+            # A PNG may say which side is up after its pixels; Pillow finds that by decoding them.
+            image.load()
+    except _BROKEN as error:
+        raise DataError(
+            f"image {str(path)!r} is not an image that can be read ({type(error).__name__}; it begins with {content[:8]!r}). "
+            "Remove it from the data set, or replace it."
+        ) from error
+    if image.format not in _FORMATS:
+        raise DataError(
+            f"image {str(path)!r} is a {image.format} file, not JPEG, PNG, WebP or BMP. Convert it, or remove it from the data set."
+        )
+    return image, _orientation(image.info.get("exif", b""))
+
+
+def _orientation(block: bytes) -> int:
+    """1 to 8; 1, upright, if the EXIF block is absent or broken, as DALI has it. XMP, which DALI does not read, is left aside too."""
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        return int(exif.get(_EXIF_ORIENTATION, 1))
+    except (SyntaxError, ValueError, TypeError, struct.error):
+        return 1
+
+
+def blame(paths: Iterable[Path], failure: Exception) -> DataError:
+    """The error that names the file among `paths` on which a decoder failed without saying which; looks for it by decoding each."""
+    count = 0
+    for path in paths:
+        count += 1
+        try:
+            decode(path)
+        except DataError as error:
+            return error
+    return DataError(f"decoding failed on one of {count} images, each of which Pillow can decode: {failure}. Try data.engine torchvision.")

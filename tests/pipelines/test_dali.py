@@ -1,0 +1,220 @@
+"""The DALI engine against torchvision's functions with the same draws, on files of every kind."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("torchvision")
+
+from PIL import Image
+
+from fastgessl.pipelines import ArrayImages, DataError, FileImages, ViewSpec, build, evaluation_view, open_images, view_preset
+
+HALF = (0.5, 0.5, 0.5)
+GEOMETRY = {"mean": HALF, "std": HALF, "jitter_probability": 0.0}
+
+
+def batches(images, views, engine, count=None, **options):
+    loader = build(images, views, **({"engine": engine, "batch_size": 4, "seed": 1, "workers": 1} | options))
+    found = []
+    for batch in loader:
+        found.append(batch)
+        if len(found) == count:
+            break
+    loader.close()
+    return found
+
+
+def difference(images, views, **options):
+    """|dali - torchvision| of all views, grey levels of 255."""
+    ours, theirs = (batches(images, views, engine, **options) for engine in ("dali", "torchvision"))
+    assert [batch.index.tolist() for batch in ours] == [batch.index.tolist() for batch in theirs] and ours
+    return [
+        torch.cat([(a.views[number] - b.views[number]).abs() for a, b in zip(ours, theirs, strict=True)]) * 127.5
+        for number in range(len(ours[0].views))
+    ]
+
+
+RECIPES = {
+    "bilinear crop": (ViewSpec(size=24, **GEOMETRY),),
+    "bicubic crop": (ViewSpec(size=24, interpolation="bicubic", **GEOMETRY),),
+    "evaluation": (evaluation_view(24, mean=HALF, std=HALF),),
+    "simclr": view_preset("simclr", 24, mean=HALF, std=HALF),
+    "byol": view_preset("byol", 24, mean=HALF, std=HALF),
+    "dino": view_preset("dino", 24, mean=HALF, std=HALF),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_views_of_files_equal_torchvisions(photos, recipe):
+    for number, found in enumerate(difference(open_images("folder", photos), RECIPES[recipe])):
+        inner = found[:, :, 1:-1, 1:-1]
+        print(
+            f"{recipe:14s} view {number}: mean {found.mean():.2f}, max {found.max():.1f}, max without the border {inner.max():.1f} of 255"
+        )
+        # Both round the crop to bytes, which colour may enlarge. In the outermost pixels DALI repeats the crop's border where
+        # torchvision takes fewer taps.
+        assert found.mean() < 1.0
+        if recipe in ("bilinear crop", "evaluation"):
+            assert inner.max() <= 1.01
+        assert inner.median() <= 0.51
+
+
+def test_evaluation_reads_every_file_once_with_a_partial_last_batch(photos):
+    images = open_images("folder", photos)
+    found = batches(images, RECIPES["evaluation"], "dali", training=False)
+    assert [len(batch.index) for batch in found] == [4, 4, 4, 2]
+    assert torch.cat([batch.index for batch in found]).tolist() == list(range(14))
+    assert torch.cat([batch.label for batch in found]).tolist() == images.labels.tolist()
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for batch in found for view in batch.views)
+
+
+def test_each_picture_comes_with_its_own_number_and_label(tmp_path, encode):
+    for number in range(9):
+        path = tmp_path / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(np.full((20 + number, 30, 3), 25 * number, np.uint8), "PNG"))
+    images = open_images("folder", tmp_path)
+    view = ViewSpec(size=8, mean=(0, 0, 0), std=(1 / 255,) * 3, jitter_probability=0.0)
+    for batch in batches(images, (view,), "dali", batch_size=3):
+        levels = (batch.views[0].mean(dim=(1, 2, 3)) / 25).round().long()
+        assert [int(images.paths[index].stem) for index in batch.index] == levels.tolist()
+        assert (batch.label == levels % 3).all()
+
+
+@pytest.mark.parametrize("kind", ["grey", "cmyk", "palette", "rgba", "16-bit", "webp", "bmp", "1x1"])
+def test_unusual_files_decode_as_torchvision_shows_them(tmp_path, picture, encode, kind):
+    image = Image.fromarray(picture)
+    content = {
+        "grey": lambda: encode(image.convert("L"), "JPEG"),
+        "cmyk": lambda: encode(image.convert("CMYK"), "JPEG"),
+        "palette": lambda: encode(image.convert("P"), "PNG"),
+        "rgba": lambda: encode(image.convert("RGBA"), "PNG"),
+        "16-bit": lambda: encode(picture[..., 0].astype(np.uint16) * 257, "PNG"),
+        "webp": lambda: encode(image, "WEBP", lossless=True),
+        "bmp": lambda: encode(image, "BMP"),
+        "1x1": lambda: encode(picture[:1, :1], "PNG"),
+    }[kind]()
+    path = tmp_path / "käfer 1.jpg"
+    path.write_bytes(content)
+    (found,) = difference(FileImages((path,)), (ViewSpec(size=16, **GEOMETRY),), batch_size=1)
+    assert found[:, :, 1:-1, 1:-1].max() <= 2.01
+
+
+def behind_the_pixels(png: bytes) -> bytes:
+    """Moves the eXIf chunk of a PNG to its end, where the standard allows it too."""
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+    return png[:start] + png[end:-12] + png[start:end] + png[-12:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PNG, late", "WEBP"])
+@pytest.mark.parametrize("orientation", [2, 3, 5, 6, 7, 8, "broken"])
+def test_pictures_stand_upright(tmp_path, picture, encode, kind, orientation):
+    tags = Image.Exif()
+    tags[0x0112] = 6 if orientation == "broken" else orientation
+    block = tags.tobytes()
+    if orientation == "broken":
+        block = block[:6] + b"garbage!" * 4
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encode(picture, kind.split(",")[0], exif=block, **options)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(behind_the_pixels(content) if kind == "PNG, late" else content)
+    (found,) = difference(FileImages((path,)), (ViewSpec(size=16, **GEOMETRY),), batch_size=1)
+    assert found[:, :, 1:-1, 1:-1].max() <= 2.01
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "gif", "header", "truncated", "truncated-png", "absent"])
+@pytest.mark.parametrize("place", [0, 13])
+def test_a_bad_file_is_named_and_nothing_hangs(photos, encode, picture, kind, place):
+    images = open_images("folder", photos)
+    bad = images.paths[place]
+    jpeg, png = encode(picture, "JPEG"), encode(picture, "PNG")
+    content = {
+        "empty": b"", "text": b"no image at all", "gif": encode(picture, "GIF"), "header": jpeg[:200],
+        "truncated": jpeg[: len(jpeg) // 2], "truncated-png": png[: len(png) // 2], "absent": b"",
+    }[kind]  # fmt: skip
+    bad.write_bytes(content)
+    if kind == "absent":
+        bad.unlink()
+    with pytest.raises(DataError) as caught:
+        batches(images, RECIPES["evaluation"], "dali", training=False)
+    assert repr(str(bad)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_loader_works_again_after_the_bad_file_is_mended(photos):
+    images = open_images("folder", photos)
+    content = images.paths[5].read_bytes()
+    loader = build(images, RECIPES["evaluation"], engine="dali", batch_size=4, training=False, workers=1)
+    images.paths[5].write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError):
+        list(loader)
+    images.paths[5].write_bytes(content)
+    assert torch.cat([batch.index for batch in loader]).tolist() == list(range(14))
+
+
+def test_resume_in_mid_epoch_shows_what_the_uninterrupted_run_shows(photos):
+    images, views = open_images("folder", photos), RECIPES["simclr"]
+    options = {"engine": "dali", "batch_size": 4, "seed": 1}
+    loader = build(images, views, **options)
+    whole = [batch for _ in range(2) for batch in loader]
+    for stop in range(6):
+        first = build(images, views, **options)
+        seen = []
+        while len(seen) < stop:
+            for batch in first:
+                seen.append(batch)
+                if len(seen) == stop:
+                    break
+        second = build(images, views, **options, workers=3)
+        second.load_state_dict(first.state_dict())
+        while second.epoch < 2:
+            seen += list(second)
+        assert len(seen) == len(whole)
+        for found, expected in zip(seen, whole, strict=True):
+            assert torch.equal(found.index, expected.index)
+            assert all(torch.equal(a, b) for a, b in zip(found.views, expected.views, strict=True))
+
+
+def test_two_ranks_see_what_one_process_sees(photos):
+    images, views = open_images("folder", photos), RECIPES["byol"]
+    ranks = [batches(images, views, "dali", rank=rank, world_size=2) for rank in range(2)]
+    for whole, *parts in zip(batches(images, views, "dali"), *ranks, strict=True):
+        assert torch.cat([part.index for part in parts]).tolist() == whole.index.tolist()
+        for number, view in enumerate(whole.views):
+            torch.testing.assert_close(torch.cat([part.views[number] for part in parts]), view, atol=1e-5, rtol=0)
+
+
+def test_a_loop_left_early_is_continued(photos):
+    images, views = open_images("folder", photos), RECIPES["simclr"]
+    whole = batches(images, views, "dali")
+    loader = build(images, views, engine="dali", batch_size=4, seed=1)
+    first = next(iter(loader))
+    assert [batch.index.tolist() for batch in (first, *loader)] == [batch.index.tolist() for batch in whole]
+
+
+def test_arrays_may_go_through_dali_too():
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)
+    (found,) = difference(ArrayImages(pixels), (ViewSpec(size=12, **GEOMETRY),))
+    assert found[:, :, 1:-1, 1:-1].max() <= 1.01
+
+
+def shared_photos() -> Path:
+    return Path(
+        os.environ.get("FASTGESSL_PHOTOS", Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_sample_fullsize.tar")
+    )
+
+
+@pytest.mark.skipif(not shared_photos().is_file(), reason="no tar of real photos at FASTGESSL_PHOTOS")
+def test_real_photos_equal_torchvisions(tmp_path):
+    with tarfile.open(shared_photos()) as archive:
+        members = [member for member in archive.getmembers() if member.isfile() and ("/odd/" in member.name or "/val/" in member.name)][:16]
+        archive.extractall(tmp_path, members, filter="data")
+    images = FileImages(tuple(sorted(path for path in tmp_path.rglob("*") if path.is_file())))
+    for found in difference(images, view_preset("simclr", 96, mean=HALF, std=HALF), batch_size=len(images)):
+        assert found.mean() < 0.5

@@ -1,0 +1,161 @@
+"""Draws: pure in (seed, epoch, image, view), and distributed as torchvision's own."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastgessl.pipelines import DataError, ViewSpec, evaluation_view, view_preset
+from fastgessl.pipelines.draws import Draws, draw_views
+
+HALF = (0.5, 0.5, 0.5)
+SPEC = view_preset("simclr", 32, mean=HALF, std=HALF)[0]
+
+
+def drawn(spec=SPEC, index=range(100), height=40, width=60, seed=0, epoch=0, view=0):
+    index = np.asarray(index)
+    return draw_views(spec, index, np.full(len(index), height), np.full(len(index), width), seed=seed, epoch=epoch, view=view)
+
+
+def same(first, second):
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in vars(first))
+
+
+def test_a_draw_does_not_depend_on_what_else_is_drawn():
+    together, shuffled = drawn(index=range(200)), drawn(index=[150, 3, 77])
+    assert same(together[torch.tensor([150, 3, 77])], shuffled)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"view": 1}])
+def test_seed_epoch_and_view_change_the_draw(change):
+    assert not same(drawn(), drawn(**change)) and same(drawn(**change), drawn(**change))
+
+
+def test_repeated_views_are_numbered_through():
+    first, second = view_preset("byol", 32, mean=HALF, std=HALF)
+    sizes = np.array([40, 40]), np.array([60, 60])
+    both = Draws((first, second), seed=5)(np.array([1, 2]), *sizes, epoch=3)
+    assert same(both[1], draw_views(second, np.array([1, 2]), *sizes, seed=5, epoch=3, view=1))
+
+
+@pytest.mark.parametrize(
+    ("size", "spec"),
+    [((40, 60), SPEC), ((60, 40), SPEC), ((8, 8), SPEC), ((20, 300), SPEC), ((1, 1), SPEC)],
+    ids=["wide", "tall", "tiny", "panorama", "pixel"],
+)
+def test_crops_are_distributed_as_random_resized_crops(size, spec):
+    stats = pytest.importorskip("scipy.stats")
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    ours = drawn(spec, range(3000), *size).crop.numpy()
+    torch.manual_seed(0)
+    theirs = transforms.RandomResizedCrop(32, scale=spec.crop_scale, ratio=spec.crop_ratio)
+    image = torch.zeros(3, *size)
+    expected = np.array(
+        [[params[key] for key in ("top", "left", "height", "width")] for params in (theirs.make_params([image]) for _ in range(3000))]
+    )
+    for ours_column, their_column in zip(ours.T, expected.T, strict=True):
+        assert stats.ks_2samp(ours_column, their_column, method="asymp").pvalue > 1e-3
+    assert stats.ks_2samp(ours[:, 2] * ours[:, 3], expected[:, 2] * expected[:, 3], method="asymp").pvalue > 1e-3
+    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all() and (ours[:, :2] + ours[:, 2:] <= size).all()
+
+
+@pytest.mark.parametrize("size", [(10, 400), (400, 10), (10, 10)], ids=["wide", "tall", "square"])
+def test_a_crop_that_never_fits_falls_back_to_torchvisions_central_crop(size):
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    # Nine tenths of 400 x 10, or of any square at a ratio of 1.3, do not fit into it.
+    ranges = {"scale": (0.9, 1.0), "ratio": (0.75, 1.3) if size[0] != size[1] else (1.3, 1.33)}
+    spec = ViewSpec(size=8, mean=HALF, std=HALF, crop_scale=ranges["scale"], crop_ratio=ranges["ratio"])
+    params = transforms.RandomResizedCrop(8, **ranges).make_params([torch.zeros(3, *size)])
+    crops = drawn(spec, range(20), *size).crop
+    assert crops.unique(dim=0).tolist() == [[params["top"], params["left"], params["height"], params["width"]]]
+
+
+def test_chances_factors_and_sigmas_are_distributed_as_asked():
+    stats = pytest.importorskip("scipy.stats")
+    spec = ViewSpec(
+        size=32, mean=HALF, std=HALF, flip_probability=0.3, jitter_probability=0.6, brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1,
+        grayscale_probability=0.2, blur_probability=0.7, blur_sigma=(0.5, 1.5), solarize_probability=0.1,
+    )  # fmt: skip
+    count = 4000
+    views = drawn(spec, range(count))
+    for values, chance in (
+        (views.flip, 0.3), (views.jitter, 0.6), (views.grayscale, 0.2), (views.blur_sigma > 0, 0.7), (views.solarize, 0.1)
+    ):  # fmt: skip
+        assert stats.binomtest(int(values.sum()), count, chance).pvalue > 1e-3
+    # contrast 1.5 would reach below 0, where torchvision clips its range.
+    for column, (low, high) in enumerate([(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)]):
+        assert stats.kstest(views.factors[:, column].numpy(), "uniform", args=(low, high - low)).pvalue > 1e-3
+    sigma = views.blur_sigma[views.blur_sigma > 0].numpy()
+    assert stats.kstest(sigma, "uniform", args=(0.5, 1.0)).pvalue > 1e-3
+    orders, counts = views.order.unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and stats.chisquare(counts.numpy()).pvalue > 1e-3
+    # Two decisions of one sample are independent of each other.
+    table = np.histogram2d(views.flip.numpy(), views.grayscale.numpy(), bins=2)[0]
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_an_evaluation_view_leaves_nothing_to_chance():
+    spec = evaluation_view(64, mean=HALF, std=HALF)
+    views, others = drawn(spec, seed=0), drawn(spec, seed=1, epoch=9, view=3)
+    assert torch.equal(views.crop, others.crop) and torch.equal(views.reach, others.reach)
+    assert not (views.flip | views.jitter | views.grayscale | views.solarize | (views.blur_sigma > 0)).any()
+
+
+@pytest.mark.parametrize("size", [(40, 61), (61, 40), (32, 32), (500, 333)])
+@pytest.mark.parametrize("view", [32, 96])
+def test_the_evaluation_view_is_resize_and_centre_crop(size, view):
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    from fastgessl.kernels.views import augment_views
+
+    image = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    spec = evaluation_view(view, mean=(0, 0, 0), std=(1, 1, 1))
+    ours = augment_views(image, drawn(spec, [0], *size), size=view, mean=spec.mean, std=spec.std)
+    resized = functional.resize(image.permute(0, 3, 1, 2).float() / 255, [110 if view == 96 else 32])
+    assert (ours - functional.center_crop(resized, [view])).abs().max() < 1e-4
+
+
+def test_presets_are_those_of_the_papers():
+    simclr, byol = view_preset("simclr", 224, mean=HALF, std=HALF), view_preset("byol", 224, mean=HALF, std=HALF)
+    assert len(simclr) == 1 and simclr[0].repeat == 2
+    assert (simclr[0].brightness, simclr[0].contrast, simclr[0].saturation, simclr[0].hue) == (0.8, 0.8, 0.8, 0.2)
+    assert (simclr[0].blur_probability, simclr[0].blur_kernel, simclr[0].crop_scale) == (0.5, 23, (0.08, 1.0))
+    assert [view.blur_probability for view in byol] == [1.0, 0.1] and [view.solarize_probability for view in byol] == [0.0, 0.2]
+    assert (byol[0].brightness, byol[0].contrast, byol[0].saturation, byol[0].hue) == (0.4, 0.4, 0.2, 0.1)
+    swav, dino = view_preset("swav", 224, mean=HALF, std=HALF), view_preset("dino", 224, mean=HALF, std=HALF)
+    assert [(view.size, view.repeat) for view in swav] == [(224, 2), (96, 6)]
+    assert [(view.size, view.repeat) for view in dino] == [(224, 1), (224, 1), (96, 8)]
+
+
+def test_what_is_given_replaces_the_presets_value():
+    views = view_preset(
+        "byol", 32, mean=HALF, std=HALF, crop_scale=(0.2, 0.9), flip_probability=0.0, jitter_probability=0.1, jitter_strength=0.5,
+        grayscale_probability=0.0, blur_probability=0.0, solarize_probability=0.0,
+    )  # fmt: skip
+    for view in views:
+        assert (view.crop_scale, view.flip_probability, view.jitter_probability, view.brightness, view.hue) == (
+            (0.2, 0.9),
+            0,
+            0.1,
+            0.2,
+            0.05,
+        )
+        assert (view.grayscale_probability, view.blur_probability, view.solarize_probability) == (0, 0, 0)
+    local = view_preset("dino", 224, mean=HALF, std=HALF, crop_scale=(0.3, 1.0))[-1]
+    assert local.crop_scale == (0.05, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "simclear"}, "views.preset 'simclear' is unknown. Choose one of simclr"),
+        ({"crop_scale": (0.9, 0.2)}, "crop_scale must be two ordered shares"),
+        ({"crop_scale": (0.2, 1.5)}, "crop_scale must be two ordered shares"),
+        ({"flip_probability": 1.2}, "flip_probability must be in"),
+        ({"jitter_strength": -1.0}, "jitter_strength must be 0 or more"),
+        ({"jitter_strength": 4.0}, "hue must be in"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
+        ({"size": 0}, "size and repeat must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        view_preset(**({"name": "simclr", "size": 32, "mean": HALF, "std": HALF} | options))

@@ -1,0 +1,176 @@
+"""The loader: epochs, ranks, exact resume, the choice of an engine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastgessl.pipelines
+from fastgessl.pipelines import ArrayImages, DataError, FileImages, build, choose_engine, evaluation_view, view_preset
+
+HALF = (0.5, 0.5, 0.5)
+VIEWS = view_preset("byol", 8, mean=HALF, std=HALF)
+IMAGES = ArrayImages(
+    np.random.default_rng(0).integers(0, 256, (26, 9, 7, 3), dtype=np.uint8), np.arange(26, dtype=np.int64) % 5, tuple("abcde")
+)
+
+
+def loader(images=IMAGES, views=VIEWS, **options):
+    return build(images, views, **({"batch_size": 8, "seed": 3} | options))
+
+
+def content(batch):
+    """What a batch holds, to the last bit."""
+    return [view.numpy().tobytes() for view in batch.views], batch.index.tolist(), batch.label.tolist()
+
+
+def epochs(source, count):
+    return [[content(batch) for batch in source] for _ in range(count)]
+
+
+def test_a_batch_is_float32_channels_last_with_index_and_label():
+    batch = next(iter(loader()))
+    assert [view.shape for view in batch.views] == [(8, 3, 8, 8)] * 2
+    assert all(view.dtype == torch.float32 and view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+    assert batch.index.dtype == batch.label.dtype == torch.int64 and (batch.label == batch.index % 5).all()
+    assert next(iter(loader(ArrayImages(IMAGES.images)))).label is None
+
+
+def test_an_epoch_drops_the_partial_batch_and_the_next_has_another_order():
+    source = loader()
+    assert len(source) == 3 and source.epoch == 0
+    first, second = epochs(source, 2)
+    assert source.epoch == 2 and len(first) == len(second) == 3
+    order = [[index for batch in epoch for index in batch[1]] for epoch in (first, second)]
+    assert len(set(order[0])) == 24 and order[0] != order[1]
+    assert epochs(loader(), 2) == [first, second]
+    assert epochs(loader(seed=4), 1) != [first]
+
+
+def test_repeated_views_of_an_image_differ():
+    views = view_preset("simclr", 8, mean=HALF, std=HALF)
+    batch = next(iter(loader(views=views)))
+    assert len(batch.views) == 2 and not torch.equal(*batch.views)
+
+
+@pytest.mark.parametrize("stop", range(7))
+def test_resume_at_every_step_equals_the_uninterrupted_run(stop):
+    whole = [batch for epoch in epochs(loader(), 3) for batch in epoch]
+    source, seen = loader(), []
+    state = source.state_dict()
+    while len(seen) < stop:
+        for batch in source:
+            seen.append(content(batch))
+            state = source.state_dict()
+            if len(seen) == stop:
+                break
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert resumed.epoch == stop // 3
+    while resumed.epoch < 3:
+        seen += [content(batch) for batch in resumed]
+    assert seen == whole
+
+
+def test_a_loop_left_early_is_continued_in_training_and_repeated_in_evaluation():
+    source = loader()
+    whole = epochs(loader(), 2)
+    first = content(next(iter(source)))
+    assert [first, *epochs(source, 1)[0]] == whole[0] and epochs(source, 1) == [whole[1]]
+    evaluation = loader(training=False)
+    first = content(next(iter(evaluation)))
+    assert epochs(evaluation, 2)[0][0] == first and epochs(evaluation, 1)[0] == epochs(loader(training=False), 1)[0]
+
+
+def test_a_loop_left_at_its_last_batch_goes_on_with_the_next_epoch():
+    source = loader()
+    for number, _ in enumerate(source):
+        if number == 2:
+            break
+    assert source.state_dict()["epoch"] == 1 and source.state_dict()["iteration"] == 0
+    assert epochs(source, 1) == [epochs(loader(), 2)[1]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_ranks_together_see_what_one_process_sees(world_size):
+    ranks = [loader(rank=rank, world_size=world_size) for rank in range(world_size)]
+    for one, *parts in zip(loader(), *ranks, strict=True):
+        for number, view in enumerate(one.views):
+            torch.testing.assert_close(torch.cat([part.views[number] for part in parts]), view, atol=1e-6, rtol=0)
+        assert torch.cat([part.index for part in parts]).tolist() == one.index.tolist()
+
+
+def test_a_run_resumes_on_another_number_of_ranks():
+    one = loader()
+    next(iter(one))
+    ranks = [loader(rank=rank, world_size=4) for rank in range(4)]
+    for rank in ranks:
+        rank.load_state_dict(one.state_dict())
+    for whole, *parts in zip(one, *ranks, strict=True):
+        assert torch.cat([part.index for part in parts]).tolist() == whole.index.tolist()
+        torch.testing.assert_close(torch.cat([part.views[1] for part in parts]), whole.views[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_evaluation_shows_every_image_once_and_the_same_views_each_time(world_size):
+    ranks = [loader(rank=rank, world_size=world_size, training=False, views=VIEWS) for rank in range(world_size)]
+    for _ in range(2):
+        seen = [[content(batch) for batch in rank] for rank in ranks]
+        assert [len(batches) for batches in seen] == [len(rank) for rank in ranks]
+        assert sorted(index for batches in seen for batch in batches for index in batch[1]) == list(range(26))
+    assert seen == [[content(batch) for batch in rank] for rank in ranks]
+
+
+def test_an_evaluation_batch_may_be_larger_than_the_data():
+    (batch,) = loader(batch_size=64, training=False, views=[evaluation_view(8, mean=HALF, std=HALF)])
+    assert batch.index.tolist() == list(range(26)) and len(batch.views) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 27}, "batch size 27 is larger than the data set of 26 images"),
+        ({"batch_size": 9, "world_size": 2}, "batch size 9 is no positive multiple of the 2 processes"),
+        ({"images": ArrayImages(IMAGES.images[:0])}, "holds no images"),
+        ({"views": []}, "no view is asked for"),
+        (
+            {"views": view_preset("simclr", 96, mean=HALF, std=HALF)},
+            "views.size 96 is more than 8 times the images' 9 pixels. Choose at most 72",
+        ),
+        ({"engine": "dahli"}, "data.engine 'dahli' is unknown. Choose auto, resident, dali, torchvision"),
+        ({"engine": "resident", "resident_limit": 1e-9}, "more than data.resident_limit 1e-09 GiB"),
+        ({"images": FileImages((None,) * 9), "engine": "resident"}, "resident needs an array data set, found image files"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        loader(**options)
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"batch_size": 4}, {"images": ArrayImages(IMAGES.images[:25])}])
+def test_a_state_of_another_run_is_refused(change):
+    with pytest.raises(DataError, match="Resume with the same data, batch size and seed"):
+        loader(**change).load_state_dict(loader().state_dict())
+
+
+def test_auto_takes_resident_for_arrays_that_fit_and_dali_for_files(monkeypatch):
+    assert choose_engine(IMAGES) == ("resident", "26 images take 4.58e-06 GiB of cpu memory, within data.resident_limit 16 GiB")
+    monkeypatch.setattr("fastgessl.pipelines.loader._missing", lambda module: "")
+    assert choose_engine(IMAGES, resident_limit=1e-9)[0] == "dali" and choose_engine(FileImages((None,)))[0] == "dali"
+    monkeypatch.setattr("fastgessl.pipelines.loader._missing", lambda module: "No module named 'nvidia'")
+    name, reason = choose_engine(FileImages((None,)))
+    assert name == "torchvision" and "DALI does not import (No module named 'nvidia')" in reason
+    with pytest.raises(DataError, match=r"data.engine dali does not import \(No module named 'nvidia'\)"):
+        loader(engine="dali")
+
+
+def test_the_package_is_light_and_goes_by_one_name():
+    heavy = ("nvidia.dali", "torchvision", "PIL", "sklearn", "timm")
+    script = f"import sys, fastgessl.pipelines; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+    outside = Path(fastgessl.pipelines.__file__).resolve().parents[1]
+    found = subprocess.run([sys.executable, "-c", "import pipelines"], capture_output=True, text=True, cwd=outside)
+    assert found.returncode == 1 and "Write `import fastgessl.pipelines`" in found.stderr

@@ -1,0 +1,76 @@
+"""BYOL: predict a momentum encoder's projection of the other view. No negatives.
+
+Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, eq. (2) and (3), section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, normalize
+
+from fastgessl.config import MethodConfig
+from fastgessl.methods.base import Method, Outputs, Similarity
+from fastgessl.methods.registry import register
+from fastgessl.models import Predictor, Projector, apply_head, encode, feature_width
+from fastgessl.schedules import cosine_momentum
+
+
+@register("byol")
+class BYOL(Method):
+    """Two views, projector and predictor. State: the momentum encoder, an exponential moving average of the online weights.
+
+    >>> from torch import nn
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    >>> backbone.num_features = 6
+    >>> config = MethodConfig(name="byol", projector_hidden=16, projector_out=4, predictor_hidden=16)
+    >>> method = BYOL(config, backbone, total_steps=100, negatives="local")
+    >>> views = [torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)]
+    >>> out, targets = method(views), method.targets(views)
+    >>> tuple(out.predictions.shape), tuple(targets.shape), tuple(method.loss(out, targets).shape)
+    ((2, 5, 4), (2, 5, 4), ())
+    """
+
+    def __init__(self, config: MethodConfig, backbone: nn.Module, *, total_steps: int, negatives: Literal["local", "global"]):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out)
+        self.predictor = Predictor(config.projector_out, config.predictor_hidden)
+        self.momentum_backbone = deepcopy(self.backbone).requires_grad_(False)
+        self.momentum_projector = deepcopy(self.projector).requires_grad_(False)
+        self.momentum = cosine_momentum(config.momentum_start, config.momentum_end, total_steps).tolist()
+        self.temperature = config.temperature
+
+    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
+        """Two views (N, 3, S, S), or their features (2, N, F) -> projections and predictions (2, N, D)."""
+        features = encode(self.backbone, views, features)
+        projections = apply_head(self.projector, features)
+        return Outputs(features, projections, apply_head(self.predictor, projections))
+
+    @torch.no_grad()
+    def targets(self, views: Sequence[Tensor]) -> Tensor:
+        """The momentum encoder's projections (2, N, D), with the batch statistics of these views."""
+        return apply_head(self.momentum_projector, encode(self.momentum_backbone, views))
+
+    def loss(self, out: Outputs, aux: Any = None) -> Tensor:
+        """Mean over images of 2 - 2 cos(prediction, momentum projection of the other view), summed over both directions. Returns ()."""
+        assert out.predictions is not None
+        return (2 - 2 * cosine_similarity(out.predictions, aux.flip(0), dim=-1)).mean(1).sum()
+
+    def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
+        """π of the task: predictions against the momentum projections of the other view, in both directions."""
+        assert out.predictions is not None
+        first, second = normalize(out.predictions, dim=-1)
+        key_first, key_second = normalize(aux, dim=-1)
+        return Similarity(first, key_second, self.temperature), Similarity(second, key_first, self.temperature)
+
+    @torch.no_grad()
+    def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
+        """ξ ← τ ξ + (1 - τ) θ with the momentum τ of `step`. Batch-norm statistics are not averaged: the momentum encoder makes its own."""
+        online: list[Tensor] = [*self.backbone.parameters(), *self.projector.parameters()]
+        averages: list[Tensor] = [*self.momentum_backbone.parameters(), *self.momentum_projector.parameters()]
+        torch._foreach_lerp_(averages, online, 1 - self.momentum[step])

@@ -1,0 +1,55 @@
+"""SimCLR: recognise an image's other view among all others.
+
+Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, eq. (1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fastgessl.config import MethodConfig
+from fastgessl.distributed import world_group
+from fastgessl.kernels import nt_xent
+from fastgessl.methods.base import Method, Outputs, Similarity
+from fastgessl.methods.registry import register
+from fastgessl.models import Projector, apply_head, encode, feature_width
+
+
+@register("simclr")
+class SimCLR(Method):
+    """Two views, one projector, NT-Xent. Keeps no state.
+
+    >>> import torch
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    >>> backbone.num_features = 6
+    >>> method = SimCLR(MethodConfig(projector_hidden=16, projector_out=4), backbone, total_steps=1, negatives="local")
+    >>> out = method([torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)])
+    >>> tuple(out.projections.shape), tuple(method.loss(out).shape), [tuple(pi.query.shape) for pi in method.similarity(out)]
+    ((2, 5, 4), (), [(5, 4), (5, 4)])
+    """
+
+    def __init__(self, config: MethodConfig, backbone: nn.Module, *, total_steps: int, negatives: Literal["local", "global"]):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out, output_norm=True)
+        self.temperature = config.temperature
+        self.gathers = negatives == "global"
+
+    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
+        """Two views (N, 3, S, S), or their features (2, N, F) -> projections (2, N, D)."""
+        features = encode(self.backbone, views, features)
+        return Outputs(features, apply_head(self.projector, features))
+
+    def loss(self, out: Outputs, aux: None = None) -> Tensor:
+        """NT-Xent over the 2N rows of both views; `out.projections` is (2, N, D). Returns (), the mean over this rank's rows."""
+        first, second = out.projections
+        return nt_xent(first, second, temperature=self.temperature, group=world_group() if self.gathers else None)
+
+    def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
+        """π of the task: rows whose softmax over the other view's embeddings says which image this is, in both directions."""
+        first, second = normalize(out.projections, dim=-1)
+        return Similarity(first, second, self.temperature), Similarity(second, first, self.temperature)

@@ -1,0 +1,125 @@
+"""GeSSL: descend the SSL loss and, in expectation over tasks, the distance to the model that a few more steps would make.
+
+"Explicitly Modeling Universality into Self-Supervised Learning", arXiv 2405.01053, versions 1-4 (σ-measurement and self-motivated
+target). How many steps, how large, and how the outer gradient passes through them are options of ours: see docs/gessl.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastgessl.config import GesslConfig, UsageError
+from fastgessl.distributed import world_size
+from fastgessl.methods.base import Method, Outputs
+from fastgessl.models import SynchronisedBatchNorm
+from fastgessl.objective.bilevel import bi_level_sigma
+from fastgessl.objective.differentiable import attention_for, check_modules, retained_when_compiled, second_order
+from fastgessl.objective.inner import attach_gradients
+from fastgessl.objective.noise import Noise
+from fastgessl.objective.task import Task, adapted_weights, full_precision, rank_local_task
+
+
+@dataclass(frozen=True)
+class Result:
+    """One micro-batch: the loss to backpropagate, what to log, and what `Method.update_state` needs."""
+
+    loss: Tensor
+    """(), with gradient."""
+    metrics: dict[str, Tensor]
+    """loss_ssl; on σ steps also sigma (nats) and delta_loss = L(θ_t) - L(θ). Each (), detached, of this rank."""
+    outputs: Outputs
+    """Of the one forward at the present weights, detached."""
+    targets: Any
+    """What `Method.targets` gave."""
+
+
+class GeSSL(nn.Module):
+    """A method's objective: views in, loss out. Wrap this module in DDP (`broadcast_buffers=False`), not the method.
+
+    `w_sigma = 0` is plain self-supervised learning in the same code path. Raises UsageError where the settings ask for a second
+    derivative that the method does not have.
+
+    >>> from fastgessl.config import MethodConfig, ModelConfig
+    >>> from fastgessl.methods import build_method
+    >>> from fastgessl.models import build_backbone
+    >>> backbone = build_backbone(ModelConfig(stem="small", width=0.125))
+    >>> method = build_method(MethodConfig(projector_hidden=16), backbone, total_steps=1, negatives="local")
+    >>> import torch
+    >>> objective = GeSSL(method, GesslConfig(w_sigma=1.0))
+    >>> result = objective([torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)], step=0)
+    >>> result.loss.backward()
+    >>> sorted(result.metrics)
+    ['delta_loss', 'loss_ssl', 'sigma']
+    """
+
+    def __init__(self, method: Method, settings: GesslConfig):
+        super().__init__()
+        check_modules(method, settings)
+        if settings.w_sigma > 0 and not adapted_weights(method, settings.scope):
+            raise UsageError(
+                f"gessl.scope '{settings.scope}' leaves the inner steps nothing to adapt: {type(method).__name__} has no trainable "
+                "parameter there. Use scope 'all', or give the method a head."
+            )
+        self.method = method
+        self.settings = settings
+
+    def forward(self, views: Sequence[Tensor], step: int = 0, query_views: Sequence[Tensor] | None = None) -> Result:
+        """V views of N images, each (N, 3, S, S) -> Result. `step` is the optimiser step; `query_views`, a further pair of the same
+        images, are needed for `query: fresh_views` on the steps that compute σ."""
+        with retained_when_compiled(self.settings.w_sigma > 0):
+            return self._forward(views, step, query_views)
+
+    def _forward(self, views: Sequence[Tensor], step: int, query_views: Sequence[Tensor] | None) -> Result:
+        settings = self.settings
+        measures = settings.w_sigma > 0 and step % settings.every == 0
+        with attention_for(measures and second_order(settings) and settings.scope == "all"):
+            aux = self.method.targets(views)
+            noise = Noise.now(views[0].device)
+            out = self.method(views)
+        with full_precision(views[0].device.type):
+            loss_ssl = self.method.loss(out, aux)
+        loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()}
+        if measures:
+            with attention_for(second_order(settings)):
+                task = self._task(views, aux, noise, out)
+                query = task if settings.query == "same" else self._fresh_task(query_views)
+                loss, further = self._bi_level(loss_ssl, out, task, query)
+                metrics |= further
+        return Result(loss, metrics, _detached(out), aux)
+
+    def _bi_level(self, loss_ssl: Tensor, out: Outputs, task: Task, query: Task) -> tuple[Tensor, dict[str, Tensor]]:
+        """w_ssl L + w_sigma σ, and σ's metrics. Where inner and outer loss are one, so are their gradients, and L is not run back again."""
+        settings = self.settings
+        one_forward = settings.scope == "all" and not self._mixes_ranks()
+        one_loss = one_forward and not (self.method.gathers and world_size() > 1)
+        weights = adapted_weights(self.method, settings.scope)
+        first = out if one_forward else task.outputs(weights)
+        inner_loss = loss_ssl if one_loss else task.loss(first)
+        measured = bi_level_sigma(settings, task, query, weights, first, inner_loss, loss_needs_graph=one_forward and not one_loss)
+        if one_loss:
+            loss_ssl = attach_gradients(loss_ssl, list(weights.values()), list(measured.gradient.values()))
+        gated = measured.sigma * (measured.delta_loss <= 0) if settings.gate else measured.sigma
+        metrics = {"sigma": measured.sigma.detach(), "delta_loss": measured.delta_loss}
+        return settings.w_ssl * loss_ssl + settings.w_sigma * gated, metrics
+
+    def _task(self, views: Sequence[Tensor], aux: Any, noise: Noise, out: Outputs) -> Task:
+        """This rank's task. It shares the outer forward's targets and features unless batch norm mixed other ranks' rows into them."""
+        if self._mixes_ranks():
+            return rank_local_task(self.method, views, self.settings.scope)
+        return Task(self.method, views, aux, noise, out.features if self.settings.scope == "head" else None)
+
+    def _fresh_task(self, query_views: Sequence[Tensor] | None) -> Task:
+        if query_views is None:
+            raise UsageError("gessl.query is 'fresh_views' and no query_views were given. Pass a further pair of views, or use 'same'.")
+        return rank_local_task(self.method, query_views, self.settings.scope)
+
+    def _mixes_ranks(self) -> bool:
+        return world_size() > 1 and any(isinstance(module, SynchronisedBatchNorm) for module in self.method.modules())
+
+
+def _detached(out: Outputs) -> Outputs:
+    return Outputs(out.features.detach(), out.projections.detach(), None if out.predictions is None else out.predictions.detach())

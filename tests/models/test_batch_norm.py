@@ -1,0 +1,133 @@
+"""Synchronised batch norm on two gloo processes against torch's batch norm on one."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from fastgessl.config import ModelConfig, UsageError
+from fastgessl.models import SynchronisedBatchNorm, build_backbone, synchronise_batch_norm
+
+PROGRAM = Path(__file__).with_name("batch_norm_ranks.py")
+spec = importlib.util.spec_from_file_location("batch_norm_ranks", PROGRAM)
+program = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+every_shape = pytest.mark.parametrize("shape", [(4,), (4, 3, 3)], ids=["1d", "2d"])
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    size, folder = len(program.ROWS), tmp_path_factory.mktemp("batch_norm")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[2]), *sys.path])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(rank), str(size), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(size)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0] * size, "\n".join(errors)
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    assert [report["world_size"] for report in found] == [size] * size
+    return found
+
+
+def close(found, expected, tolerance=1e-12):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@every_shape
+def test_values_first_and_second_derivatives_are_those_of_one_process_with_all_rows(reports, shape):
+    rows, tangents, norm = program.case(shape)
+    out, first, second = program.derivatives(norm, rows, tangents)
+    found = [report["derivatives", shape] for report in reports]
+    close(torch.cat([one[0] for one in found]), out)
+    for order, expected in ((1, first), (2, second)):
+        close(torch.cat([one[order][0] for one in found]), expected[0], 1e-11)
+        for one in found:
+            close(one[order][1:], expected[1:], 1e-11)
+
+
+@every_shape
+def test_running_statistics_are_those_of_one_process_with_all_rows(reports, shape):
+    rows, _, norm = program.case(shape)
+    norm(rows)
+    for report in reports:
+        close(report["running", shape], dict(norm.named_buffers()))
+
+
+def test_without_momentum_the_running_statistics_are_the_mean_over_batches(reports):
+    norm = nn.BatchNorm1d(4, momentum=None, affine=False, dtype=torch.float64)
+    for factor in (1.0, 2.0, 4.0):
+        norm(factor * program.case((4,))[0])
+    for report in reports:
+        close(report["cumulative"], dict(norm.named_buffers()))
+
+
+@every_shape
+def test_alone_and_in_evaluation_it_is_torch_s_batch_norm_bit_for_bit(reports, shape):
+    rows, _, norm = program.case(shape)
+    for report, own in zip(reports, rows.split(program.ROWS), strict=True):
+        norm.load_state_dict(norm.state_dict() | report["running", shape])
+        assert torch.equal(report["evaluation", shape], norm.eval()(own))
+        assert torch.equal(report["alone", shape], norm.train()(own))
+
+
+def test_float32_keeps_its_digits_a_thousand_deviations_from_zero(reports):
+    rows, _, norm = program.case((4, 3, 3), torch.float32, offset=1e3)
+    expected = norm.double()(rows.double()).float()
+    # The inputs themselves carry 6e-8 · 1e3 deviations; sums of squares in float32 would be off by 1e-1 here.
+    assert (torch.cat([report["far from zero"] for report in reports]) - expected).abs().max() < 2e-3
+
+
+def test_bfloat16_rows_are_averaged_in_float32_and_returned_in_bfloat16(reports):
+    rows = program.case((4, 3, 3))[0]
+    found = torch.cat([report["bfloat16"] for report in reports])
+    assert found.dtype == torch.bfloat16
+    expected = program.case((4, 3, 3), torch.float32)[2](rows.bfloat16().float())
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=2e-2)
+
+
+def test_the_conversion_keeps_parameters_buffers_names_and_results():
+    torch.manual_seed(0)
+    backbone = build_backbone(ModelConfig(stem="small", width=0.25))
+    images = torch.randn(4, 3, 16, 16)
+    before, expected = backbone.state_dict(keep_vars=True), backbone.eval()(images)
+    converted = synchronise_batch_norm(backbone)
+    after = converted.state_dict(keep_vars=True)
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    assert torch.equal(converted(images), expected)
+    norms = [module for module in converted.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 20 and all(type(norm) is SynchronisedBatchNorm and not norm.training for norm in norms)
+    assert synchronise_batch_norm(converted) is converted
+
+
+def test_timm_s_batch_norm_with_activation_keeps_its_activation():
+    norm, images = BatchNormAct2d(4), torch.randn(3, 4, 2, 2)
+    expected = norm(images)
+    converted = synchronise_batch_norm(nn.Sequential(norm))
+    assert isinstance(converted[0], SynchronisedBatchNorm) and expected.min() == 0
+    assert torch.equal(converted(images), expected)
+
+
+def test_an_unknown_kind_of_batch_norm_is_refused():
+    class Odd(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UsageError, match="Odd is known"):
+        synchronise_batch_norm(nn.Sequential(Odd(4)))
+
+
+def test_a_vector_is_no_batch():
+    with pytest.raises(ValueError, match="needs \\(batch, channels"):
+        SynchronisedBatchNorm(4)(torch.zeros(4))

@@ -1,0 +1,122 @@
+"""Narrow, smooth float64 encoders on which an outer gradient can be checked against central differences, and a literal objective."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from fastgessl.config import GesslConfig, MethodConfig
+from fastgessl.methods import build_method
+
+
+def toy_backbone(dropout=0.0):
+    """Two convolutions with batch norm, tanh and average pooling: (B, 3, 6, 6) -> (B, 6)."""
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Dropout(dropout),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    backbone.num_features = 6
+    return backbone
+
+
+def toy_method(name, *, negatives="local", dropout=0.0, dtype=torch.float64, make_backbone=toy_backbone):
+    """A registered method with narrow heads whose ReLUs are made smooth; the same weights at every call."""
+    torch.manual_seed(1)
+    config = MethodConfig(name=name, projector_hidden=10, projector_out=5, predictor_hidden=8, momentum_start=0.9)
+    method = build_method(config, make_backbone(dropout), total_steps=10, negatives=negatives)
+    for module in list(method.modules()):
+        for child_name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, child_name, nn.Softplus())
+    # A momentum encoder that equals the online one would hide a mix-up of the two.
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if not parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return method.to(dtype)
+
+
+def toy_views(seed=0, images=8, dtype=torch.float64):
+    """Two noisy copies of the same random images, (N, 3, 6, 6) each."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randn(images, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return [(clean + 0.3 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
+
+
+def trainable(method):
+    return {name: parameter for name, parameter in method.named_parameters() if parameter.requires_grad}
+
+
+def gradients(method):
+    """All gradients of the trainable parameters in one vector; a missing one is zero."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trainable(method).values()])
+
+
+class LiteralObjective:
+    """gessl.md's algorithm by the letter, dense and slow: every forward made anew, nothing shared, KL from two log-softmax tables."""
+
+    def __init__(self, method, settings, views, query_views=None):
+        self.method, self.settings = copy.deepcopy(method), settings
+        self.views, self.query_views = views, query_views or views
+        self.aux, self.query_aux = (copy.deepcopy(method).targets(v) for v in (self.views, self.query_views))
+
+    def outputs(self, weights, views):
+        return functional_call(copy.deepcopy(self.method), weights, (views,))
+
+    def loss(self, weights):
+        return self.method.loss(self.outputs(weights, self.views), self.aux)
+
+    def log_pi(self, weights):
+        tables = self.method.similarity(self.outputs(weights, self.query_views), self.query_aux)
+        return torch.stack([(pi.query @ pi.key.T / pi.temperature).log_softmax(1) for pi in tables])
+
+    def step(self, weights):
+        names = [name for name in weights if self.settings.scope == "all" or not name.startswith("backbone.")]
+        weights = {name: weight.detach().requires_grad_(name in names) for name, weight in weights.items()}
+        slopes = torch.autograd.grad(self.loss(weights), [weights[name] for name in names])
+        stepped = {name: weights[name] - self.settings.inner_lr * slope for name, slope in zip(names, slopes, strict=True)}
+        return {name: stepped.get(name, weight).detach() for name, weight in weights.items()}
+
+    def student(self, weights):
+        for _ in range(self.settings.inner_steps):
+            weights = self.step(weights)
+        return weights
+
+    def target(self, weights):
+        weights = self.student(weights)
+        for _ in range(self.settings.target_steps):
+            weights = self.step(weights)
+        return weights
+
+    def kl(self, log_target, log_student):
+        return (log_target.exp() * (log_target - log_student)).sum(-1).mean()
+
+
+BI_LEVEL = {
+    "fast": GesslConfig(inner_lr=0.1, w_sigma=1.0),
+    "head": GesslConfig(inner_steps=1, inner_lr=0.1, scope="head", w_sigma=1.0),
+    "exact": GesslConfig(inner_steps=2, target_steps=2, inner_lr=0.1, w_sigma=1.0),
+    "first_order": GesslConfig(inner_steps=1, inner_lr=0.1, hypergradient="first_order", w_sigma=1.0),
+    "finite_difference": GesslConfig(inner_steps=1, inner_lr=0.1, hypergradient="finite_difference", w_sigma=1.0),
+    "sigma alone": GesslConfig(inner_steps=1, inner_lr=0.1, w_ssl=0.0, w_sigma=1.0),
+}
+
+
+class Toys:
+    backbone, method, views, gradients, trainable = map(staticmethod, (toy_backbone, toy_method, toy_views, gradients, trainable))
+    Literal, bi_level = LiteralObjective, BI_LEVEL
+
+
+@pytest.fixture(scope="session")
+def toys():
+    return Toys

@@ -1,0 +1,79 @@
+"""What one of several gloo processes does for test_ranks.py: python rank_program.py RANK WORLD_SIZE FOLDER. Writes FOLDER/RANK.pt."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import BI_LEVEL, gradients, toy_method, toy_views
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgessl.config import GesslConfig
+from fastgessl.distributed import rank_local, world_group, world_size
+from fastgessl.models import synchronise_batch_norm
+from fastgessl.objective import GeSSL
+
+
+def wrapped(method, settings):
+    return DistributedDataParallel(GeSSL(method, settings), broadcast_buffers=False)
+
+
+def two_steps(name, settings, views, *, negatives, synchronised):
+    """Gradient, metrics and state after the second of two optimiser steps under DDP; the second shows that its reducer is armed again."""
+    method = toy_method(name, negatives=negatives)
+    if synchronised:
+        synchronise_batch_norm(method)
+    objective = wrapped(method, settings)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
+    for step in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        result = objective(views, step)
+        result.loss.backward()
+        optimizer.step()
+        method.update_state([(result.outputs, result.targets)], step)
+    return {"gradient": gradients(method), "loss": result.metrics["loss_ssl"], "state": method.state_dict()}
+
+
+def first_gradient(name, settings, views, *, negatives="local", synchronised=False):
+    method = toy_method(name, negatives=negatives)
+    if synchronised:
+        synchronise_batch_norm(method)
+    objective = wrapped(method, settings)
+    objective(views).loss.backward()
+    return gradients(method)
+
+
+def accumulated_gradient(name, settings, micro_batches):
+    method = toy_method(name)
+    objective = wrapped(method, settings)
+    with objective.no_sync():
+        (objective(micro_batches[0]).loss / 2).backward()
+    (objective(micro_batches[1]).loss / 2).backward()
+    return gradients(method)
+
+
+def main(rank, size, folder):
+    store = dist.FileStore(str(folder / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    assert dist.get_world_size() == size == world_size()
+    with rank_local():
+        assert world_size() == 1 and world_group() is None
+    views = toy_views(seed=10 + rank)
+    report = {"world_size": dist.get_world_size()}
+    for name in ("simclr", "byol"):
+        report["plain", name] = two_steps(name, GesslConfig(), views, negatives="global", synchronised=True)
+        for label, settings in BI_LEVEL.items():
+            report["tasks", name, label] = first_gradient(name, settings, views)
+        for label in ("fast", "head", "exact", "finite_difference"):
+            sigma_alone = BI_LEVEL[label].model_copy(update={"w_ssl": 0.0})
+            report["synchronised tasks", name, label] = first_gradient(name, sigma_alone, views, negatives="global", synchronised=True)
+            report["both", name, label] = first_gradient(name, BI_LEVEL[label], views, negatives="global", synchronised=True)
+        for label, settings in {"plain": GesslConfig(), **BI_LEVEL}.items():
+            report["global negatives", name, label] = first_gradient(name, settings, views, negatives="global")
+        report["accumulated", name] = accumulated_gradient(name, BI_LEVEL["exact"], [views, toy_views(seed=20 + rank)])
+    torch.save(report, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,137 @@
+"""What one call of the objective may and may not change, and what its options mean."""
+
+import copy
+
+import pytest
+import torch
+
+from fastgessl.config import GesslConfig, UsageError
+from fastgessl.methods import METHODS
+from fastgessl.objective import GeSSL, measure_sigma
+
+every_method = pytest.mark.parametrize("name", sorted(METHODS))
+every_scope = pytest.mark.parametrize("scope", ["all", "head"])
+every_mode = pytest.mark.parametrize("hypergradient", ["exact", "first_order", "finite_difference"])
+
+
+def plain_step(toys, method, views):
+    """One forward, one loss, one backward, without the objective."""
+    targets = method.targets(views)
+    loss = method.loss(method(views), targets)
+    loss.backward()
+    return loss
+
+
+def same_state(method, other):
+    return all(torch.equal(a, b) for a, b in zip(method.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@every_method
+def test_without_sigma_loss_and_gradient_are_the_plain_ones_bit_for_bit(toys, name):
+    method, plain = toys.method(name), toys.method(name)
+    result = GeSSL(method, GesslConfig())(toys.views())
+    result.loss.backward()
+    loss = plain_step(toys, plain, toys.views())
+    assert torch.equal(result.loss, loss) and torch.equal(result.metrics["loss_ssl"], loss) and list(result.metrics) == ["loss_ssl"]
+    assert torch.equal(toys.gradients(method), toys.gradients(plain))
+
+
+@every_method
+@every_scope
+@every_mode
+@pytest.mark.parametrize("query", ["same", "fresh_views"])
+def test_buffers_momentum_encoder_and_random_state_equal_those_of_one_plain_forward(toys, name, scope, hypergradient, query):
+    method, plain = toys.method(name, dropout=0.2), toys.method(name, dropout=0.2)
+    settings = GesslConfig(inner_steps=2, target_steps=2, inner_lr=0.1, hypergradient=hypergradient, scope=scope, query=query, w_sigma=1.0)
+    torch.manual_seed(3)
+    result = GeSSL(method, settings)(toys.views(), 0, toys.views(seed=9))
+    result.loss.backward()
+    after = torch.rand(4)
+    torch.manual_seed(3)
+    plain_step(toys, plain, toys.views())
+    assert same_state(method, plain)
+    assert torch.equal(after, torch.rand(4))
+
+
+@every_method
+def test_the_update_of_the_state_after_the_objective_is_that_after_a_plain_step(toys, name):
+    method, plain = toys.method(name), toys.method(name)
+    result = GeSSL(method, GesslConfig(inner_steps=1, w_sigma=1.0))(toys.views())
+    method.update_state([(result.outputs, result.targets)], step=3)
+    views = toys.views()
+    targets = plain.targets(views)
+    plain.update_state([(plain(views), targets)], step=3)
+    assert same_state(method, plain)
+    assert not result.outputs.projections.requires_grad and not result.outputs.features.requires_grad
+
+
+def test_sigma_is_computed_on_every_mth_step_only(toys):
+    objective = GeSSL(toys.method("simclr"), GesslConfig(every=3, w_sigma=1.0))
+    assert [step for step in range(7) if "sigma" in objective(toys.views(), step).metrics] == [0, 3, 6]
+
+
+@pytest.mark.parametrize(("inner_lr", "kept"), [(0.01, True), (1e3, False)])
+def test_the_gate_drops_sigma_where_the_target_has_a_higher_loss(toys, inner_lr, kept):
+    options = {"inner_lr": inner_lr, "w_sigma": 1.0}
+    method, plain = toys.method("simclr"), toys.method("simclr")
+    result = GeSSL(method, GesslConfig(**options, gate=True))(toys.views())
+    result.loss.backward()
+    assert (result.metrics["delta_loss"] <= 0).item() == kept
+    GeSSL(plain, GesslConfig(**options) if kept else GesslConfig())(toys.views()).loss.backward()
+    assert result.metrics["sigma"] > 0
+    torch.testing.assert_close(toys.gradients(method), toys.gradients(plain), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("scope", "hypergradient"), [("all", "exact"), ("all", "first_order"), ("head", "exact")])
+def test_every_forward_of_a_step_drops_the_same_units(toys, scope, hypergradient):
+    # With a vanishing inner_lr student and target are the same model, so only different dropout masks could tell them apart.
+    method = toys.method("simclr", dropout=0.5)
+    settings = GesslConfig(inner_steps=1, inner_lr=1e-12, scope=scope, hypergradient=hypergradient, w_sigma=1.0)
+    for inner_steps in (0, 1):
+        result = GeSSL(method, settings.model_copy(update={"inner_steps": inner_steps}))(toys.views())
+        assert result.metrics["sigma"].abs() < 1e-12 and result.metrics["delta_loss"].abs() < 1e-9
+
+
+def test_query_views_that_are_missing_are_asked_for(toys):
+    objective = GeSSL(toys.method("simclr"), GesslConfig(query="fresh_views", w_sigma=1.0))
+    with pytest.raises(UsageError, match="no query_views were given"):
+        objective(toys.views())
+
+
+@every_method
+@every_scope
+@pytest.mark.parametrize("inner_steps", [0, 2])
+def test_measure_sigma_is_the_objective_s_sigma_and_leaves_everything_as_it_was(toys, name, scope, inner_steps):
+    settings = GesslConfig(inner_steps=inner_steps, target_steps=2, inner_lr=0.1, scope=scope, w_sigma=1.0)
+    method = toys.method(name)
+    before = copy.deepcopy(method)
+    method.eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        sigma = measure_sigma(method, settings, toys.views())
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert same_state(method, before) and not method.training and all(p.grad is None for p in method.parameters())
+    expected = GeSSL(before, settings)(toys.views()).metrics["sigma"].item()
+    assert sigma == pytest.approx(expected, rel=1e-9)
+
+
+def test_accumulated_micro_batches_are_tasks_of_their_own(toys):
+    settings = GesslConfig(inner_steps=1, inner_lr=0.1, w_sigma=1.0)
+    accumulated, total = toys.method("byol"), 0.0
+    objective = GeSSL(accumulated, settings)
+    for seed in (0, 1):
+        (objective(toys.views(seed)).loss / 2).backward()
+        single = toys.method("byol")
+        GeSSL(single, settings)(toys.views(seed)).loss.backward()
+        total = total + toys.gradients(single) / 2
+    torch.testing.assert_close(toys.gradients(accumulated), total, rtol=1e-12, atol=1e-14)
+
+
+def test_a_scope_without_parameters_is_refused(toys):
+    method = toys.method("simclr")
+    method.projector.requires_grad_(False)
+    with pytest.raises(UsageError, match="nothing to adapt"):
+        GeSSL(method, GesslConfig(scope="head", w_sigma=1.0))
+    GeSSL(method, GesslConfig(w_sigma=1.0))

@@ -1,0 +1,139 @@
+"""The shape of a representation: how many directions it uses, what augmentation does to it, how evenly it fills the sphere.
+
+All but the crowding ratio need no labels. Sums are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Pairs held at once, as numbers: 32 MiB of float64.
+PAIRS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Geometry of N images seen in two augmented views each."""
+
+    effective_rank: float
+    """Between 1 and F: directions that the features use (of the first views)."""
+    alignment: float
+    """Between 0 and 4: squared distance between an image's two views on the unit sphere; low is invariant."""
+    uniformity: float
+    """Between -8 and 0: low is spread evenly over the sphere (mean of both views)."""
+    retrieval: float
+    """Share of views whose nearest neighbour among the N other views is the same image (mean of both directions)."""
+    images: int
+    """N. Retrieval gets harder with N, so that it is compared at equal N only."""
+
+
+def measure_geometry(first: Tensor, second: Tensor) -> Geometry:
+    """Geometry of two augmented views' features, (N, F) each, N >= 2, row i of both showing image i.
+
+    >>> views = torch.eye(4)
+    >>> measured = measure_geometry(views, views)
+    >>> measured.alignment, measured.retrieval, measured.images
+    (0.0, 1.0, 4)
+    """
+    return Geometry(
+        effective_rank=effective_rank(first),
+        alignment=alignment(first, second),
+        uniformity=(uniformity(first) + uniformity(second)) / 2,
+        retrieval=(view_retrieval(first, second) + view_retrieval(second, first)) / 2,
+        images=len(first),
+    )
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of (N, F) features, not centred; 0 if all features are 0.
+
+    Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations by Their Rank", ICML 2023,
+    eq. (1), without its ε.
+
+    >>> round(effective_rank(torch.eye(8)), 6)
+    8.0
+    """
+    wide = features.double()
+    # Through the smaller Gram matrix: what float64 loses there lies below 1e-8 of the largest, finer than float32 features are.
+    gram = wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    if singular.sum() == 0:
+        return 0.0
+    return torch.special.entr(singular / singular.sum()).sum().exp().item()
+
+
+def alignment(first: Tensor, second: Tensor) -> float:
+    """Mean ‖x − y‖² over the images' two views, (N, F) each, on the unit sphere.
+
+    Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the Hypersphere", ICML 2020, §4.1,
+    α = 2.
+
+    >>> alignment(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+    2.0
+    """
+    return (_on_sphere(first) - _on_sphere(second)).square().sum(dim=1).mean().item()
+
+
+def uniformity(features: Tensor) -> float:
+    """log of the mean of exp(−2‖x − y‖²) over all pairs of different rows of (N, F) features on the unit sphere, N >= 2.
+
+    Wang & Isola 2020, §4.1, t = 2.
+
+    >>> round(uniformity(torch.eye(3)), 6)
+    -4.0
+    """
+    points = _on_sphere(features)
+    count = len(points)
+    total = 0.0
+    for start, similarity in _similarities(points, points):
+        kernel = (4 * similarity - 4).exp()
+        kernel[torch.arange(len(kernel)), torch.arange(start, start + len(kernel))] = 0
+        total += kernel.sum().item()
+    return math.log(total / (count * (count - 1)))
+
+
+def view_retrieval(queries: Tensor, keys: Tensor) -> float:
+    """Share of rows of `queries` (N, F) whose most similar row of `keys` (N, F), by cosine, has the same number.
+
+    >>> view_retrieval(torch.eye(3), torch.eye(3)[[0, 2, 1]])
+    0.3333333333333333
+    """
+    hits = 0
+    for start, similarity in _similarities(_on_sphere(queries), _on_sphere(keys)):
+        hits += int((similarity.argmax(dim=1) == torch.arange(start, start + len(similarity))).sum())
+    return hits / len(queries)
+
+
+def crowding_ratio(features: Tensor, labels: Tensor) -> float:
+    """Mean over classes of (mean distance of its images to its centre) / (distance of that centre to the nearest other centre).
+
+    Features (N, F) on the unit sphere, labels (N,) of at least two classes. Low is compact and far apart; infinite where two classes share
+    a centre.
+
+    >>> crowding_ratio(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]))
+    0.0
+    """
+    points = _on_sphere(features)
+    classes, columns = labels.unique(return_inverse=True)
+    counts = columns.bincount()
+    centres = torch.zeros(len(classes), points.shape[1], dtype=points.dtype).index_add_(0, columns, points) / counts[:, None]
+    spread = torch.zeros(len(classes), dtype=points.dtype).index_add_(0, columns, (points - centres[columns]).norm(dim=1)) / counts
+    nearest = torch.cdist(centres, centres).fill_diagonal_(math.inf).amin(dim=1)
+    return math.inf if (nearest == 0).any() else (spread / nearest).mean().item()
+
+
+def _on_sphere(features: Tensor) -> Tensor:
+    return F.normalize(features.double(), dim=1)
+
+
+def _similarities(queries: Tensor, keys: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Pairs (first row, cosines (n, N)), a few query rows at a time."""
+    chunk = max(1, PAIRS_AT_ONCE // len(keys))
+    for start in range(0, len(queries), chunk):
+        yield start, queries[start : start + chunk] @ keys.T

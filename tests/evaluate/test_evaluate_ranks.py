@@ -1,0 +1,79 @@
+"""Three gloo processes, each with its own shard, against one process with all of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("evaluate_ranks.py")
+WORLD_SIZE = 3
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank wrote down."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[2]), *sys.path])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(folder), str(rank), str(WORLD_SIZE)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(WORLD_SIZE)
+    ]
+    try:
+        errors = [process.communicate(timeout=180)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * WORLD_SIZE, "\n".join(errors)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    specification = importlib.util.spec_from_file_location("evaluate_ranks", PROGRAM)
+    program = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(program)
+    return program.everything(torch.arange(program.IMAGES), torch.arange(10))
+
+
+def test_shards_are_gathered_in_index_order_on_every_rank(ranks, alone):
+    for rank in ranks:
+        for name in ("labels", "index"):
+            assert rank[name].equal(alone[name])
+        for name in ("features", "second_view"):
+            torch.testing.assert_close(rank[name], alone[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_rank_without_images_and_a_data_set_without_labels_are_gathered_too(ranks, alone):
+    for rank in ranks:
+        torch.testing.assert_close(rank["unlabelled"], alone["unlabelled"], rtol=1e-6, atol=1e-6)
+        assert rank["unlabelled_labels"] is None
+
+
+def test_every_rank_gets_the_report_of_a_single_process(ranks, alone):
+    assert all(rank["report"] == ranks[0]["report"] and rank["monitor"] == ranks[0]["monitor"] for rank in ranks)
+    together, single = ranks[0]["report"]["rows"], alone["report"]["rows"]
+    for row, task in itertools.product(("raw pixels", "this run"), ("linear", "few_labels", "knn")):
+        assert together[row][task]["accuracy"] == pytest.approx(single[row][task]["accuracy"], abs=1e-9)
+    assert ranks[0]["monitor"] == pytest.approx(alone["monitor"])
+
+
+def test_an_error_on_the_first_rank_is_raised_on_all(ranks):
+    assert all("Row 'this run'" in rank["error"] and "NaN" in rank["error"] for rank in ranks)
+
+
+def test_online_probes_of_all_ranks_equal_one_trained_on_all_rows(ranks, alone):
+    for rank in ranks:
+        for name, value in alone["probe"].items():
+            assert rank["probe"][name].equal(ranks[0]["probe"][name])
+            torch.testing.assert_close(rank["probe"][name], value, rtol=1e-4, atol=1e-5)
+    mean_loss = torch.stack([rank["probe_losses"] for rank in ranks]).mean(dim=0)
+    torch.testing.assert_close(mean_loss, alone["probe_losses"], rtol=1e-4, atol=1e-5)

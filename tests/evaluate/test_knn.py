@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from fastgessl.config import UsageError
+from fastgessl.evaluate import Features, knn, knn_classify
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (50, 0.5)])
+def test_knn_equals_scikit_learns_weighted_cosine_neighbours(cluster_features, k, temperature):
+    train, test = cluster_features(200, 12, 5, seed=0, spread=2.0), cluster_features(120, 12, 5, seed=1, spread=2.0)
+    oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature))
+    oracle.fit(train.features.double().numpy(), train.labels.numpy())
+
+    expected = oracle.score(test.features.double().numpy(), test.labels.numpy())
+
+    assert 0.3 < expected < 0.999
+    assert knn_classify(train, test, k, temperature) == pytest.approx(expected, abs=1e-12)
+
+
+def test_knn_votes_are_the_softmax_of_similarities_summed_by_class(cluster_features):
+    train, test = cluster_features(30, 6, 3, seed=0), cluster_features(4, 6, 3, seed=1)
+
+    votes = knn.knn_votes(train.features, train.labels, test.features, k=30, temperature=0.2, classes=3)
+
+    similarity = torch.nn.functional.cosine_similarity(test.features[:, None].double(), train.features[None].double(), dim=2)
+    weights = (similarity / 0.2).exp()
+    expected = torch.stack([weights[:, train.labels == label].sum(dim=1) for label in range(3)], dim=1) / weights.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(votes.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_knn_does_not_depend_on_the_chunk(cluster_features, monkeypatch):
+    train, test = cluster_features(60, 8, 4, seed=0, spread=2.0), cluster_features(50, 8, 4, seed=1, spread=2.0)
+    whole = knn_classify(train, test, 7, 0.1)
+    monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", 3 * 60)
+
+    assert knn_classify(train, test, 7, 0.1) == whole
+
+
+def test_knn_at_a_tiny_temperature_is_the_nearest_neighbour_and_overflows_nowhere(cluster_features):
+    train, test = cluster_features(60, 8, 4, seed=0, spread=2.0), cluster_features(50, 8, 4, seed=1, spread=2.0)
+
+    assert knn_classify(train, test, 20, 1e-6) == knn_classify(train, test, 1, 0.07)
+
+
+def test_knn_refuses_more_neighbours_than_training_images(cluster_features):
+    train = cluster_features(10, 4, 2, seed=0)
+
+    with pytest.raises(UsageError, match=r"knn_k is 11, but there are only 10 training images"):
+        knn_classify(train, train, 11, 0.07)
+
+
+def test_knn_refuses_features_that_are_not_finite(cluster_features):
+    train = cluster_features(10, 4, 2, seed=0)
+    broken = Features(train.features.clone(), train.labels, train.index)
+    broken.features[3, 1] = float("nan")
+
+    with pytest.raises(UsageError, match=r"test images: the features of 1 of 10 images are NaN or infinite \(first: image 3\)"):
+        knn_classify(train, broken, 3, 0.07)

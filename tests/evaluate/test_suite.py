@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastgessl import pipelines
+from fastgessl.config import EvaluateConfig, UsageError
+from fastgessl.evaluate import (
+    TASKS,
+    EvaluationData,
+    OnlineProbe,
+    evaluate,
+    extract_features,
+    few_label_probe,
+    fit_probe,
+    held_out_test,
+    knn_classify,
+    linear_probe,
+    measure_geometry,
+    monitor,
+    plan_tasks,
+    raw_pixels,
+    require_known_tasks,
+    sigma_to_labels,
+    suite,
+)
+
+SETTINGS = EvaluateConfig(knn_k=3, labels_per_class=4, few_label_draws=3)
+
+
+def pictures(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise (N, 3, 6, 6) on a pattern for each class, and labels."""
+    labels = torch.arange(count) % classes
+    patterns = torch.randn(classes, 3, 6, 6, generator=torch.Generator().manual_seed(99))
+    return patterns[labels] + 2 * torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed)), labels
+
+
+def encoder() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 16), nn.ReLU())
+
+
+@pytest.fixture
+def data(loader):
+    images, labels = pictures(90, 3, seed=0)
+    pair = [images + 0.5 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+    test_images, test_labels = pictures(60, 3, seed=1)
+    return EvaluationData(loader([images], labels), loader([test_images], test_labels), loader(pair, labels))
+
+
+def printed(report, width: int = 120) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.table())
+    return console.export_text()
+
+
+def test_the_report_holds_what_each_measurement_gives_alone(data):
+    report = evaluate({"raw pixels": "pixels", "this run": encoder()}, data, SETTINGS, seed=2)
+
+    assert report.tasks == TASKS and not report.skipped
+    for name, take in (("raw pixels", raw_pixels), ("this run", lambda part: extract_features(encoder(), part, "cpu"))):
+        train, test, row = take(data.train), take(data.test), report.rows[name]
+        assert row["linear"]["accuracy"] == linear_probe(train, test, seed=2).accuracy
+        assert tuple(row["few_labels"]["draws"]) == few_label_probe(train, test, 4, seed=2, repeats=3).draws
+        assert row["knn"] == {"accuracy": knn_classify(train, test, 3, 0.07), "k": 3, "temperature": 0.07, "metric": "cosine"}
+        assert row["sigma"]["generalisation"] == sigma_to_labels(train, test, fit_probe(train, seed=2)).generalisation
+    assert report.rows["raw pixels"]["features"] == {"width": 108}
+    assert report.rows["raw pixels"]["geometry"]["images"] == 90
+
+
+def test_geometry_is_that_of_the_two_augmented_views(data):
+    report = evaluate({"raw pixels": "pixels"}, data, EvaluateConfig(tasks=("geometry",)))
+    first, second = (torch.cat([batch.views[view].flatten(1) for batch in data.views]) for view in (0, 1))
+
+    measured = report.rows["raw pixels"]["geometry"]
+
+    expected = measure_geometry(first, second)
+    assert measured["effective_rank"] == pytest.approx(expected.effective_rank, rel=1e-6)
+    assert (measured["alignment"], measured["retrieval"]) == (pytest.approx(expected.alignment), expected.retrieval)
+
+
+def test_geometry_of_many_images_is_measured_on_a_seeded_sample(data, monkeypatch):
+    monkeypatch.setattr(suite, "GEOMETRY_IMAGES", 20)
+    measured = [evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("geometry",)), seed).rows["x"]["geometry"] for seed in (0, 0, 1)]
+
+    assert measured[0]["images"] == 20
+    assert measured[0] == measured[1] != measured[2]
+
+
+def test_json_is_plain_and_without_nan(data):
+    report = evaluate({"raw pixels": "pixels", "collapsed": nn.Sequential(nn.Flatten(), Constant())}, data, SETTINGS)
+
+    text = json.dumps(report.to_json(), allow_nan=False)
+
+    assert json.loads(text)["rows"]["collapsed"]["geometry"]["crowding"] is None
+    assert report.rows["collapsed"]["geometry"]["crowding"] == math.inf
+    assert json.loads(text)["rows"]["raw pixels"]["knn"]["k"] == 3
+    assert json.loads(text)["settings"]["labels_per_class"] == 4
+
+
+class Constant(nn.Module):
+    def forward(self, pixels):
+        return torch.ones(len(pixels), 4)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_shows_every_row_with_k_temperature_and_metric(data, width):
+    report = evaluate({"raw pixels": "pixels", "untrained encoder": encoder(), "this run": encoder()}, data, SETTINGS)
+
+    text = printed(report, width)
+
+    for piece in ("cosine", "k 3", "T 0.07", "4 labels", "raw pixels", "(108)", "this run", "90 training images, 60 test, 3 classes"):
+        assert piece in text
+    row = next(line for line in text.splitlines() if line.strip().startswith("raw pixels"))
+    measured = report.rows["raw pixels"]
+    assert f"{100 * measured['linear']['accuracy']:.1f}" in row
+    assert f"{measured['sigma']['generalisation']:.3f}" in row
+    assert "…" not in text
+
+
+def test_data_without_labels_is_measured_by_geometry_alone_and_the_table_says_why(loader):
+    images, _ = pictures(30, 3, seed=0)
+    unlabelled = EvaluationData(loader([images], None), None, loader([images, images + 0.1], None))
+
+    report = evaluate({"raw pixels": "pixels", "this run": encoder()}, unlabelled, SETTINGS)
+
+    assert report.tasks == ("geometry",)
+    assert set(report.rows["this run"]) == {"features", "geometry"}
+    assert "crowding" not in report.rows["this run"]["geometry"]
+    text = " ".join(printed(report).split())
+    assert "30 images without labels" in text
+    assert "not run: linear, few_labels, knn, sigma: the training images have no labels" in text
+    assert monitor(encoder(), unlabelled, SETTINGS) == {}
+
+
+def test_without_a_test_split_a_seeded_stratified_fifth_is_held_out(loader):
+    images, labels = pictures(90, 3, seed=0)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(3))
+    kept, held = held_out_test(labels, seed=4)
+    whole = EvaluationData(loader([images], labels, order=order))
+    split = EvaluationData(loader([images[kept]], labels[kept]), loader([images[held]], labels[held]))
+
+    report = evaluate({"x": "pixels"}, whole, SETTINGS, seed=4)
+
+    assert report.images == {"train": 72, "test": 18, "classes": 3, "held_out": 1}
+    assert report.rows == evaluate({"x": "pixels"}, split, SETTINGS, seed=4).rows
+    assert "18 held out of the training images" in " ".join(printed(report).split())
+
+
+def test_no_test_label_reaches_a_choice_in_the_suite(data, loader):
+    images, labels = pictures(60, 3, seed=1)
+    blind = EvaluationData(data.train, loader([images], labels[torch.randperm(60, generator=torch.Generator().manual_seed(0))]), data.views)
+
+    honest, shuffled = (evaluate({"x": "pixels"}, part, SETTINGS).rows["x"] for part in (data, blind))
+
+    for task in ("linear", "few_labels"):
+        assert shuffled[task]["accuracy"] < honest[task]["accuracy"]
+        assert all(shuffled[task][choice] == honest[task][choice] for choice in ("weight_decay", "labelled", "converged"))
+    assert shuffled["sigma"]["discriminability"] == honest["sigma"]["discriminability"]
+    assert shuffled["geometry"] == honest["geometry"]
+
+
+def test_evaluation_repeats_to_the_last_digit_and_leaves_the_encoder_alone(data):
+    net = encoder().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    first, second = (evaluate({"raw pixels": "pixels", "x": net}, data, SETTINGS).to_json() for _ in range(2))
+
+    assert first == second
+    assert net.training and all(value.equal(before[name]) for name, value in net.state_dict().items())
+
+
+def test_tasks_restrict_what_is_measured(data):
+    report = evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("knn", "linear"), knn_k=3))
+
+    assert set(report.rows["x"]) == {"features", "knn", "linear"}
+    assert "rank" not in printed(report)
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_and_all_known_ones(data):
+    with pytest.raises(UsageError, match=r"unknown task 'liner'\. Perhaps you meant linear\. Known tasks: linear, few_labels, knn"):
+        evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("knn", "liner")))
+    with pytest.raises(UsageError, match=r"unknown task 'zzz'\. Known tasks"):
+        require_known_tasks(["zzz"])
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "test", "message"),
+    [
+        ("linear", None, None, "the training images have no labels"),
+        ("sigma", [0, 0, 0], [0], "all 3 training images are of class 0"),
+        ("knn", [0, 1], [0, 4], "1 classes of the test images .labels 4. have no training image"),
+        ("knn", [0, 1], [0], "knn_k is 3, but there are only 2"),
+        ("few_labels", [0, 1, 1, 1, 1], [0], "labels_per_class is 4, but class 0 has only 1"),
+        ("geometry", [0, 1], [0], "no loader of augmented views"),
+    ],
+)
+def test_what_the_data_does_not_allow_is_an_error_if_asked_for_and_skipped_with_the_reason_if_not(task, train, test, message):
+    train, test = (None if labels is None else torch.tensor(labels) for labels in (train, test))
+
+    with pytest.raises(UsageError, match=f"Task {task}: .*{message}"):
+        plan_tasks(EvaluateConfig(tasks=(task,), knn_k=3, labels_per_class=4), train, test, has_views=False)
+    tasks, skipped = plan_tasks(SETTINGS, train, test, has_views=False)
+    assert task not in tasks and message.split(".")[0] in skipped[task]
+    assert set(tasks) | set(skipped) == set(TASKS)
+
+
+def test_features_that_are_nan_are_refused_with_the_rows_name(data):
+    broken = encoder()
+    nn.init.constant_(broken[1].bias, float("nan"))
+
+    with pytest.raises(UsageError, match="Row 'this run': the features of 90 of 90 images are NaN or infinite"):
+        evaluate({"raw pixels": "pixels", "this run": broken}, data, SETTINGS)
+
+
+def test_geometry_refuses_a_loader_of_other_than_two_views(data, loader):
+    images, _ = pictures(30, 3, seed=0)
+
+    with pytest.raises(ValueError, match="yields 1 views an image; geometry takes two"):
+        evaluate({"x": "pixels"}, EvaluationData(data.train, data.test, loader([images], None)), SETTINGS)
+
+
+def test_the_table_says_when_a_fit_did_not_converge(data, monkeypatch):
+    monkeypatch.setattr("fastgessl.evaluate.linear.MAX_ITERATIONS", 1)
+
+    text = " ".join(printed(evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("linear",)))).split())
+
+    assert "the fit stopped before it converged: x: linear" in text
+
+
+def test_monitor_is_k_nn_and_the_online_probe_on_the_same_images(data):
+    net, probe = encoder(), OnlineProbe(16, 3)
+    train, test = (extract_features(net, part, "cpu") for part in (data.train, data.test))
+    probe.update(train.features, train.labels)
+
+    measured = monitor(net, data, SETTINGS, probe=probe)
+
+    assert measured == {"knn": knn_classify(train, test, 3, 0.07), "online_probe": probe.accuracy(test)}
+    assert set(monitor(net, data, EvaluateConfig(knn_k=91))) == set()
+
+
+def test_the_pipelines_loaders_are_taken_as_they_are():
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), np.arange(40) % 2
+    images = pipelines.ArrayImages(images=pixels, labels=labels.astype(np.int64), classes=("even", "odd"))
+    build = {"batch_size": 16, "engine": "resident", "device": torch.device("cpu"), "seed": 0, "training": False}
+    still = pipelines.evaluation_view(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    pair = pipelines.view_preset("simclr", 8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    data = EvaluationData(pipelines.build(images, [still], **build), None, pipelines.build(images, pair, **build))
+
+    report = evaluate({"raw pixels": "pixels"}, data, SETTINGS)
+
+    assert report.tasks == TASKS
+    torch.testing.assert_close(
+        raw_pixels(data.train).features, torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1) / 127.5 - 1, rtol=1e-5, atol=1e-5
+    )

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, and resume to the bit.
 
-A checkpoint is a folder `checkpoints/step-<n>` with `state.pt`: everything that the next step depends on. It is written under a temporary name,
-flushed to disk and renamed, so a kill at any moment leaves the older ones untouched.
+A checkpoint is a folder `checkpoints/step-<n>` with `state.pt`: everything that the next step depends on. It is written under a
+temporary name, flushed to disk and renamed, so a kill at any moment leaves the older ones untouched.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def complete(run: Path) -> list[Path]:
 
 
 def find(run: Path, resume: str) -> Path | None:
-    """What --train.resume means: None for never, the newest checkpoint of `run` for auto, else the named folder. UsageError if there is none."""
+    """What --train.resume means: None for never, the newest of `run` for auto, else the named folder. UsageError if there is none."""
     if resume == "never":
         return None
     if resume == "auto":
@@ -78,7 +78,8 @@ def load(checkpoint: Path) -> dict[str, Any]:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
         raise UsageError(
-            f"checkpoint '{checkpoint}' cannot be read ({type(error).__name__}); it is damaged or not ours. Resume from an older one by its folder."
+            f"checkpoint '{checkpoint}' cannot be read ({type(error).__name__}); it is damaged or not ours. "
+            "Resume from an older one by giving its folder."
         ) from error
     if state.get("format") != FORMAT:
         raise UsageError(

@@ -43,8 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = {"train": _train, "evaluate": _evaluate, "recipes": _recipes, "doctor": _doctor}[command]
     try:
         run(arguments[1:])
-    except UsageError as error:
+    except ValueError as error:
+        if not isinstance(error, _mistakes()):
+            raise
         _fail(command, str(error))
+
+
+def _mistakes() -> tuple[type[ValueError], ...]:
+    """What a user can mend: UsageError, and DataError if the pipelines were imported at all."""
+    pipelines = sys.modules.get("fastgessl.pipelines")
+    return (UsageError, pipelines.DataError) if pipelines else (UsageError,)
 
 
 def _train(arguments: list[str]) -> None:
@@ -65,7 +73,7 @@ def _evaluate(arguments: list[str]) -> None:
 
     options = ["--evaluate.tasks" if word == "--tasks" else word for word in options]
     config = _override(read_config(run), options, f"fastgessl evaluate {run}")
-    from fastgessl.trainer import evaluate_run
+    from fastgessl.evaluate.run import evaluate_run
 
     evaluate_run(config, run)
 

@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class UsageError(ValueError):
-    """A mistake of the user's that a message can mend: what was wrong, what was found, what to do. The command line prints it and exits with 2."""
+    """A mistake that its message can mend: what was wrong, what was found, what to do. The command line prints it and exits with 2."""
 
 
 class Section(BaseModel):
@@ -213,6 +213,8 @@ class EvaluateConfig(Section):
     """Images a forward pass when features are extracted."""
     labels_per_class: Positive = 10
     """Labelled images a class of the few_labels probe."""
+    few_label_draws: Positive = 10
+    """Random draws of the labelled images that the few_labels probe averages over."""
     knn_k: Positive = 20
     """Neighbours of the k-NN classifier (cosine, weighted)."""
     knn_temperature: PositiveFloat = 0.07

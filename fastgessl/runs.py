@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from pydantic import ValidationError
@@ -42,7 +42,7 @@ PACKAGES = (
 
 
 def run_folder(config: Config) -> Path:
-    """The folder that the configuration names, or a fresh `runs/<recipe>-<time>`. UsageError if a finished or foreign folder is in the way."""
+    """The folder that the configuration names, or a fresh `runs/<recipe>-<time>`. UsageError if something is in the way."""
     folder = config.train.run_dir
     if folder is None:
         if config.train.resume == "auto":
@@ -119,9 +119,15 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line; lines from `first_step` on are dropped first, so that a resumed run repeats none."""
+    """An append-only file of one JSON object a line; lines from `first_step` on are dropped first, so that a resumed run repeats none.
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    With `enabled` false, as on all ranks but the first, it touches nothing.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, enabled: bool = True) -> None:
+        self._file: IO[str] | None = None
+        if not enabled:
+            return
         kept = []
         if path.exists():
             for line in path.read_text().splitlines():
@@ -137,8 +143,10 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,47 @@
+"""Where measurements go: `bench/results/<machine>/<date>-<name>.json`, with everything that is needed to believe or repeat them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgessl.runs import environment
+
+ROOT = Path(__file__).resolve().parent
+_KEPT = ("started", "python", "cpu_cores", "gpus", "cuda", "versions")
+
+
+def machine() -> str:
+    """The first GPU's name as a folder name, or `cpu`."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+
+
+def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Path:
+    """Store a measurement with versions, processor and commit; returns the file. `out` replaces the folder bench/results."""
+    folder = (out or ROOT / "results") / machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{time.strftime('%Y-%m-%d')}-{name}.json"
+    facts = {key: value for key, value in environment().items() if key in _KEPT}
+    record = {"name": name, "commit": _commit(), "processor": _processor(), "threads": torch.get_num_threads(), **facts, **measured}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def _commit() -> str:
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else "unknown"

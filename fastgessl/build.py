@@ -1,0 +1,168 @@
+"""From a configuration to the objects of a run. Whatever a user may have got wrong is found here, before any work is done."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
+
+from fastgessl import pipelines
+from fastgessl.config import Config, UsageError
+from fastgessl.methods import Method, build_method
+from fastgessl.models import build_backbone, synchronise_batch_norm
+from fastgessl.objective import GeSSL
+from fastgessl.pipelines import Loader, ViewSpec
+from fastgessl.pipelines.images import Images
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a configuration on this many processes. Printed at the start and kept in environment.json."""
+
+    world_size: int
+    images: int
+    images_per_forward: int
+    steps_per_epoch: float
+    total_steps: int
+    peak_learning_rate: float
+    batch_norm: Literal["local", "synchronised"]
+    negatives: Literal["local", "global"]
+    engine: str
+    engine_reason: str
+    precision: str
+
+
+def build_accelerator(config: Config, folder: Path) -> Accelerator:
+    """Device, precision, processes and trackers. UsageError for what this machine does not have."""
+    device = config.train.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device is cuda, but torch finds no GPU here. Train with --train.device cpu, or see `fastgessl doctor`.")
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    precision = _precision(config, on_cpu)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(config.log.trackers) or None,
+        project_dir=folder,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulate, sync_with_dataloader=False),
+        # Batch-norm statistics are synchronised by the norm itself or not at all; broadcasting rank 0's would be a third meaning.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UsageError(
+            f"the launcher started {launched} processes, but Accelerate joined {accelerator.num_processes} of them. "
+            "On a CPU launch with `ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node N -m fastgessl train ...`."
+        )
+    return accelerator
+
+
+def _precision(config: Config, on_cpu: bool) -> str:
+    precision = config.train.precision
+    if precision == "auto":
+        return "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision == "fp16" and on_cpu:
+        raise UsageError("train.precision fp16 needs a GPU (its small range needs a gradient scaler). On a CPU take fp32 or bf16.")
+    return precision
+
+
+def view_specs(config: Config) -> tuple[ViewSpec, ...]:
+    """The training views: the preset with the recipe's changes."""
+    views = config.views
+    return pipelines.view_preset(
+        views.preset,
+        views.size,
+        mean=views.mean,
+        std=views.std,
+        crop_scale=views.crop_scale,
+        flip_probability=views.flip_probability,
+        jitter_probability=views.jitter_probability,
+        jitter_strength=views.jitter_strength,
+        grayscale_probability=views.grayscale_probability,
+        blur_probability=views.blur_probability,
+        solarize_probability=views.solarize_probability,
+    )
+
+
+def build_loader(config: Config, images: Images, accelerator: Accelerator) -> Loader:
+    """The training views of this rank, twice over where sigma is measured on fresh ones; one batch is one forward pass of all ranks."""
+    return pipelines.build(
+        images,
+        view_specs(config) * (2 if needs_fresh_views(config) else 1),
+        batch_size=_images_per_forward(config, accelerator.num_processes),
+        engine=config.data.engine,
+        device=str(accelerator.device),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=config.train.seed,
+        workers=config.data.workers,
+        resident_limit=config.data.resident_limit,
+    )
+
+
+def needs_fresh_views(config: Config) -> bool:
+    """Whether sigma is measured on a further pair of views of the same images."""
+    return config.gessl.w_sigma > 0 and config.gessl.query == "fresh_views"
+
+
+def _images_per_forward(config: Config, world_size: int) -> int:
+    parts = world_size * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise UsageError(
+            f"train.batch_size {config.train.batch_size} counts the images of a step over all processes; it does not divide into "
+            f"{world_size} processes x {config.train.accumulate} micro-batches. Choose a multiple of {parts}."
+        )
+    return config.train.batch_size // config.train.accumulate
+
+
+def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accelerator) -> Plan:
+    """Everything that was derived rather than configured."""
+    from fastgessl.optimizers import scaled_learning_rate
+
+    steps_per_epoch = len(loader) / config.train.accumulate
+    total_steps = int(config.train.epochs * steps_per_epoch)
+    if config.train.max_steps is not None:
+        total_steps = min(total_steps, config.train.max_steps)
+    engine, reason = pipelines.choose_engine(images, config.data.engine, str(accelerator.device), config.data.resident_limit)
+    several_plain = accelerator.num_processes > 1 and config.gessl.w_sigma == 0
+    batch_norm, negatives = config.model.batch_norm, config.method.negatives
+    return Plan(
+        world_size=accelerator.num_processes,
+        images=len(images),
+        images_per_forward=_images_per_forward(config, accelerator.num_processes),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=max(total_steps, 1),
+        peak_learning_rate=scaled_learning_rate(config.optim, config.train.batch_size),
+        batch_norm=("synchronised" if several_plain else "local") if batch_norm == "auto" else batch_norm,
+        negatives=("global" if several_plain else "local") if negatives == "auto" else negatives,
+        engine=engine,
+        engine_reason=reason,
+        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+    )
+
+
+def build_model(config: Config, plan: Plan) -> Method:
+    """Backbone and method with weights that depend on the seed alone. UsageError for names that do not exist."""
+    set_seed(config.train.seed)
+    method = build_method(config.method, build_backbone(config.model), total_steps=plan.total_steps, negatives=plan.negatives)
+    if plan.batch_norm == "synchronised":
+        synchronise_batch_norm(method)
+    return method
+
+
+def build_objective(config: Config, plan: Plan) -> GeSSL:
+    """The one module that DDP wraps."""
+    if config.train.compile and config.gessl.w_sigma > 0 and config.gessl.inner_steps > 0 and config.gessl.hypergradient == "exact":
+        raise UsageError(
+            "train.compile cannot be combined with exact inner steps: torch refuses a second derivative through a compiled region. "
+            "Take --gessl.hypergradient first_order, --gessl.inner_steps 0, or --train.compile False."
+        )
+    method = build_model(config, plan)
+    if config.train.compile:
+        method.backbone.compile()
+    return GeSSL(method, config.gessl)

@@ -1,0 +1,291 @@
+"""The real command from end to end: what a run writes, repeats, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_run import TINY, read_lines
+
+GESSL = ("digits-simclr-gessl", *TINY)
+
+
+def _photos(folder: Path, count: int, *, classes: int = 0) -> Path:
+    random = np.random.default_rng(0)
+    for place in range(count):
+        parent = folder / f"class{place % classes}" if classes else folder
+        parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20 + place % 5, 24, 3), dtype=np.uint8)).save(parent / f"{place}.jpg")
+    return folder
+
+
+def test_a_run_writes_everything_and_evaluates(fastgessl, tmp_path):
+    run = tmp_path / "run"
+    outcome = fastgessl("train", *GESSL, "--train.run_dir", run)
+    assert outcome.code == 0
+    for file in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "encoder.safetensors",
+        "evaluation.json",
+        "summary.json",
+    ):
+        assert (run / file).is_file(), file
+    assert list((run / "tensorboard").glob("events*"))
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert [("sigma" in line, "delta_loss" in line) for line in lines] == [(True, True), (False, False)] * 2
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    assert list(rows) == ["raw pixels", "untrained encoder", "this run"]
+    assert all(0 <= row["knn"]["accuracy"] <= 1 for row in rows.values())
+    assert "this run" in outcome.out
+    assert str(run) in outcome.out
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(fastgessl, tmp_path):
+    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
+        assert fastgessl("train", *GESSL, "--train.run_dir", tmp_path / name, "--train.seed", seed).code == 0
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    for file in ("metrics.jsonl", "encoder.safetensors", "evaluation.json"):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+        assert (first / file).read_bytes() != (other / file).read_bytes(), file
+
+
+def test_the_written_configuration_repeats_the_run(fastgessl, tmp_path):
+    assert fastgessl("train", *GESSL, "--train.run_dir", tmp_path / "run").code == 0
+    assert fastgessl("train", tmp_path / "run" / "config.yaml", "--train.run_dir", tmp_path / "again").code == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "again" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("recipe", ["digits-simclr-gessl", "digits-byol-gessl-head"])
+@pytest.mark.parametrize("stopped_at", [3, 20])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(fastgessl, tmp_path, recipe, stopped_at):
+    # 18 steps are an epoch: one stop is within the first, one within the second.
+    options = (
+        recipe,
+        *TINY,
+        "--train.max_steps",
+        21,
+        "--train.keep_checkpoints",
+        30,
+        "--train.checkpoint_every",
+        1,
+        "--evaluate.every_epochs",
+        1,
+    )
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert fastgessl("train", *options, "--train.run_dir", whole).code == 0
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("encoder*", "evaluation*", "summary*"))
+    for checkpoint in (resumed / "checkpoints").iterdir():
+        if int(checkpoint.name.split("-")[1]) > stopped_at:
+            shutil.rmtree(checkpoint)
+    outcome = fastgessl("train", *options, "--train.run_dir", resumed, "--train.resume", "auto")
+    assert f"continued from step-{stopped_at:09d}" in outcome.out
+    for file in ("metrics.jsonl", "encoder.safetensors", "evaluation.json"):
+        assert (whole / file).read_bytes() == (resumed / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_prints_how_to_go_on(tmp_path, number, code):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "fastgessl", "train", *GESSL, "--train.max_steps", "100000", "--train.epochs", "10000"]
+    process = subprocess.Popen([*command, "--train.run_dir", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_lines(run / "metrics.jsonl")) >= 2, process)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    steps = len(read_lines(run / "metrics.jsonl"))
+    assert f"stopped by {number.name} after step {steps} of" in out
+    assert (run / "checkpoints" / f"step-{steps:09d}" / "state.pt").is_file()
+    going_on = re.search(r"fastgessl (train .*--train.resume auto)", out)
+    assert going_on
+    further = ["--train.max_steps", str(steps + 2), "--evaluate.tasks", "knn"]
+    subprocess.run([sys.executable, "-m", "fastgessl", *going_on[1].split(), *further], check=True, capture_output=True, timeout=120)
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, steps + 3))
+
+
+def _wait_for(condition, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run wrote no metrics"
+        time.sleep(0.1)
+
+
+def test_evaluation_during_training_changes_no_bit_of_the_encoder(fastgessl, tmp_path):
+    options = (*GESSL, "--train.max_steps", 36)
+    assert fastgessl("train", *options, "--train.run_dir", tmp_path / "without").code == 0
+    assert fastgessl("train", *options, "--train.run_dir", tmp_path / "with", "--evaluate.every_epochs", 1).code == 0
+    without, watched = (load_file(tmp_path / name / "encoder.safetensors") for name in ("without", "with"))
+    assert all(torch.equal(without[name], watched[name]) for name in without)
+    notes = [line for line in read_lines(tmp_path / "with" / "metrics.jsonl") if "knn" in line]
+    assert [line["step"] for line in notes] == [18]
+    assert 0 <= notes[0]["online_probe"] <= 1
+
+
+def test_accumulated_micro_batches_are_tasks_of_one_step(fastgessl, tmp_path):
+    outcome = fastgessl("train", *GESSL, "--train.accumulate", 4, "--train.run_dir", tmp_path / "run")
+    assert "each 16 images a forward pass x 4" in outcome.out
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_bf16_measures_a_sigma_above_zero(fastgessl, tmp_path):
+    assert fastgessl("train", *GESSL, "--train.precision", "bf16", "--train.run_dir", tmp_path / "run").code == 0
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[0]["sigma"] > 0
+
+
+def test_fresh_views_measure_sigma_elsewhere(fastgessl, tmp_path):
+    for query in ("same", "fresh_views"):
+        assert fastgessl("train", *GESSL, "--gessl.query", query, "--train.run_dir", tmp_path / query, "--gessl.w_ssl", 0.5).code == 0
+    same, fresh = (read_lines(tmp_path / query / "metrics.jsonl")[0] for query in ("same", "fresh_views"))
+    assert same["loss_ssl"] == fresh["loss_ssl"]
+    assert same["sigma"] != fresh["sigma"]
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_folder_of_photos_trains_with_and_without_labels(fastgessl, tmp_path, classes):
+    photos = _photos(tmp_path / "photos", 40, classes=classes)
+    run = tmp_path / "run"
+    options = ("digits-simclr", "--data.name", "folder", "--data.root", photos, *TINY[:4], "--train.batch_size", 16, "--train.max_steps", 2)
+    outcome = fastgessl("train", *options, "--evaluate.knn_k", 5, "--train.run_dir", run)
+    assert outcome.code == 0, outcome.err
+    assert "engine dali" in outcome.out or "engine torchvision" in outcome.out
+    row = json.loads((run / "evaluation.json").read_text())["rows"]["this run"]
+    assert ("knn" in row) == bool(classes)
+    assert {"effective_rank", "alignment", "uniformity", "retrieval"} <= set(row["geometry"])
+
+
+def test_an_npz_without_labels_ends_well(fastgessl, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (100, 12, 12), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", train_x=images)
+    outcome = fastgessl(
+        "train",
+        "digits-byol-gessl",
+        *TINY[:8],
+        "--data.name",
+        "npz",
+        "--data.root",
+        tmp_path / "mine.npz",
+        "--train.run_dir",
+        tmp_path / "run",
+    )
+    assert outcome.code == 0, outcome.err
+    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]["this run"]) == {"features", "geometry"}
+
+
+def test_evaluate_measures_a_finished_run_again(fastgessl, tmp_path):
+    run = tmp_path / "run"
+    assert fastgessl("train", *GESSL, "--train.run_dir", run).code == 0
+    before = json.loads((run / "evaluation.json").read_text())
+    outcome = fastgessl("evaluate", run, "--tasks", "knn", "few_labels")
+    assert outcome.code == 0, outcome.err
+    after = json.loads((run / "evaluation.json").read_text())
+    assert {name: row["knn"] for name, row in after["rows"].items()} == {name: row["knn"] for name, row in before["rows"].items()}
+    assert "few_labels" in after["rows"]["this run"]
+
+
+def test_two_processes_equal_one_on_plain_ssl(tmp_path):
+    options = ["digits-simclr", *TINY, "--train.max_steps", "3"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    single = [sys.executable, "-m", "fastgessl", "train", *options, "--train.run_dir", str(tmp_path / "one")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fastgessl", "train", *options]
+    subprocess.run(single, check=True, capture_output=True, env=environment, timeout=180)
+    subprocess.run([*launch, "--train.run_dir", str(tmp_path / "two")], check=True, capture_output=True, env=environment, timeout=300)
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["plan"]["world_size"] == 2
+    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(two) == 3
+    for line, other in zip(one, two, strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
+    weights, others = (load_file(tmp_path / name / "encoder.safetensors") for name in ("one", "two"))
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--train.batch_size", 5000), "5000"),
+        (("--train.resume", "auto"), "run_dir"),
+        (("--train.resume", "auto", "--train.run_dir", "empty"), "no checkpoint"),
+        (("--train.resume", "nowhere"), "not a checkpoint"),
+        (("--train.run_dir", "occupied"), "not empty"),
+        (("--data.root", "missing", "--data.name", "folder"), "missing"),
+        (("--data.root", "empty", "--data.name", "folder"), "no images"),
+        (("--data.name", "npz"), "data.root"),
+        (("--data.name", "npz", "--data.root", "no_images.npz"), "train_x"),
+        (("--data.name", "npz", "--data.root", "short_labels.npz"), "train_y"),
+        (("--data.name", "cifra10"), "cifar10"),
+        (("--data.engine", "resident", "--data.name", "folder", "--data.root", "photos", "--train.batch_size", 16), "resident"),
+        (("--views.size", 1000), "1000"),
+        (("--model.name", "resnet19"), "resnet18"),
+        (("--method.name", "simcrl"), "simclr"),
+        (("--evaluate.tasks", "knn", "lineer"), "linear"),
+        (("--evaluate.knn_k", 100000), "100000"),
+        (("--train.precision", "fp16"), "GPU"),
+        (("--train.compile", "True", "--gessl.inner_steps", 1), "compile"),
+        pytest.param(
+            ("--train.device", "cuda"), "GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_work(fastgessl, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.tex").write_text("mine")
+    _photos(tmp_path / "photos", 20)
+    images = np.zeros((30, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "no_images.npz", other=images)
+    np.savez(tmp_path / "short_labels.npz", train_x=images, train_y=np.zeros(29, dtype=np.int64))
+    outcome = fastgessl("train", *GESSL, *arguments)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("fastgessl train: ")
+    assert expected in outcome.err
+    assert (tmp_path / "occupied" / "thesis.tex").read_text() == "mine"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(fastgessl, tmp_path):
+    outcome = fastgessl(
+        "train",
+        "digits-simclr",
+        *TINY,
+        "--optim.name",
+        "sgd",
+        "--optim.base_lr",
+        1e30,
+        "--train.max_steps",
+        20,
+        "--train.run_dir",
+        tmp_path / "run",
+    )
+    assert outcome.code == 2
+    assert "base_lr" in outcome.err.splitlines()[-1]
+
+
+def test_a_checkpoint_of_another_model_is_refused(fastgessl, tmp_path):
+    run = tmp_path / "run"
+    assert fastgessl("train", *GESSL, "--train.run_dir", run).code == 0
+    outcome = fastgessl("train", *GESSL, "--model.width", 0.25, "--train.max_steps", 8, "--train.run_dir", run, "--train.resume", "auto")
+    assert outcome.code == 2
+    assert "belongs to another model" in outcome.err

@@ -1,4 +1,4 @@
-"""Engines side by side: `python -m bench.pipelines [--photos FOLDER] [--device cuda] [--out FILE.json]`.
+"""Engines side by side: `python -m bench.pipelines [--photos FOLDER] [--device cuda] [--out DIR]`.
 
 Each row is one data set, recipe and engine: source images a second, and CPU milliseconds an image over this process and its workers.
 Engines take turns, so that a busy machine slows all of them alike; the median of the rounds is printed. A second table has the mean and
@@ -8,9 +8,7 @@ the largest difference of one batch of the same draws to the torchvision engine,
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench import results
 from fastgessl import pipelines
 from fastgessl.pipelines import ArrayImages, Loader
 from fastgessl.pipelines.images import Images
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where views are made")
     parser.add_argument("--workers", type=int, default=2, help="threads (dali) or processes (torchvision)")
     parser.add_argument("--rounds", type=int, default=3, help="measured epochs of each engine")
-    parser.add_argument("--out", type=Path, help="write the rows and the machine here, as JSON")
+    parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     options = parser.parse_args()
     load = os.getloadavg()
     measured = list(cases(options.photos))
@@ -135,12 +134,9 @@ def main() -> None:
     print(f"\n{'data':28s} {'views':20s} {'engine':12s} {'mean':>8s} {'inside':>8s} {'edge':>8s}")
     for gap in gaps:
         print(f"{gap.data:28s} {gap.views:20s} {gap.engine:12s} {gap.mean:8.2f} {gap.largest_inside:8.1f} {gap.largest_at_edge:8.1f}")
-    if options.out:
-        machine = {"machine": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "device": options.device}
-        settings = {"workers": options.workers, "rounds": options.rounds, "load_average_at_start": load}
-        tables = {"rows": [asdict(row) for row in rows], "differences": [asdict(gap) for gap in gaps]}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**machine, **settings, **tables}, indent=1) + "\n")
+    settings = {"device": options.device, "workers": options.workers, "rounds": options.rounds, "load_average_at_start": load}
+    tables = {"rows": [asdict(row) for row in rows], "differences": [asdict(gap) for gap in gaps]}
+    print(results.write("pipelines", settings | tables, options.out))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -19,9 +20,9 @@ _KEPT = ("started", "python", "cpu_cores", "gpus", "cuda", "versions")
 
 
 def machine() -> str:
-    """The first GPU's name as a folder name, or `cpu`."""
+    """The first GPU's name as a folder name, or `cpu-2-core` and the like."""
     if not torch.cuda.is_available():
-        return "cpu"
+        return f"cpu-{os.cpu_count()}-core"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
 
 

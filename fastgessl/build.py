@@ -156,12 +156,7 @@ def build_model(config: Config, plan: Plan) -> Method:
 
 
 def build_objective(config: Config, plan: Plan) -> GeSSL:
-    """The one module that DDP wraps."""
-    if config.train.compile and config.gessl.w_sigma > 0 and config.gessl.inner_steps > 0 and config.gessl.hypergradient == "exact":
-        raise UsageError(
-            "train.compile cannot be combined with exact inner steps: torch refuses a second derivative through a compiled region. "
-            "Take --gessl.hypergradient first_order, --gessl.inner_steps 0, or --train.compile False."
-        )
+    """The one module that DDP wraps. UsageError where its settings ask for a second derivative that the method does not have."""
     method = build_model(config, plan)
     if config.train.compile:
         method.backbone.compile()

@@ -55,17 +55,17 @@ class ViewParameters:
     @classmethod
     def unchanged(cls, count: int, height: int, width: int) -> ViewParameters:
         """Parameters that only resize: the whole image, no colour operation."""
-        whole = torch.tensor([[0.0, 0.0, height, width]]).repeat(count, 1)
+        whole = torch.tensor([[0.0, 0.0, height, width]], dtype=torch.float32).repeat(count, 1)
         never = torch.zeros(count, dtype=torch.bool)
         return cls(
             crop=whole,
             reach=whole,
             flip=never,
             jitter=never,
-            factors=torch.tensor([NEUTRAL_FACTOR]).repeat(count, 1),
+            factors=torch.tensor([NEUTRAL_FACTOR], dtype=torch.float32).repeat(count, 1),
             order=torch.arange(4).repeat(count, 1),
             grayscale=never,
-            blur_sigma=torch.zeros(count),
+            blur_sigma=torch.zeros(count, dtype=torch.float32),
             solarize=never,
         )
 
@@ -97,7 +97,7 @@ def augment_views(
     """
     _check(images, parameters, size, interpolation, blur_kernel)
     with _exact(images.device):
-        out = torch.empty((len(images), 3, size, size), device=images.device, memory_format=torch.channels_last)
+        out = torch.empty((len(images), 3, size, size), dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
         for rows in _chunks(images, max(size * size, images.shape[1] * images.shape[2])):
             drawn = parameters[rows]
             pixels = _crop_resize_flip(images[rows], drawn, size, interpolation)
@@ -127,7 +127,9 @@ def colour_views(
     if images.shape[1] != images.shape[2]:
         raise ValueError(f"images must be square views (B, S, S, 3), found {tuple(images.shape)}. Crop and resize them first.")
     with _exact(images.device):
-        out = torch.empty((len(images), 3, *images.shape[1:3]), device=images.device, memory_format=torch.channels_last)
+        out = torch.empty(
+            (len(images), 3, *images.shape[1:3]), dtype=torch.float32, device=images.device, memory_format=torch.channels_last
+        )
         for rows in _chunks(images, images.shape[1] * images.shape[2]):
             pixels = images[rows].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
             _colour(pixels, parameters[rows], blur_kernel, solarize_threshold / 255)
@@ -184,10 +186,10 @@ def _resize_matrix(
 ) -> Tensor:
     """(B, size, extent): row i weighs the pixels of one axis that make output pixel i. The filter widens with the reduction (antialias)."""
     scale = (length / size)[:, None, None]
-    position = torch.arange(size, device=start.device).expand(len(start), size)
+    position = torch.arange(size, dtype=start.dtype, device=start.device).expand(len(start), size)
     position = torch.where(flip[:, None], size - 1 - position, position)[:, :, None]
     centre = start[:, None, None] + scale * (position + 0.5)
-    tap = torch.arange(extent, device=start.device) + 0.5
+    tap = torch.arange(extent, dtype=start.dtype, device=start.device) + 0.5
     distance = ((tap - centre) / scale.clamp(min=1)).abs()
     if interpolation == "bilinear":
         weight = (1 - distance).clamp_(min=0)
@@ -247,7 +249,7 @@ def _hue(images: Tensor, turns: Tensor) -> Tensor:
         highest == red, (green - blue) / divisor, torch.where(highest == green, (blue - red) / divisor + 2, (red - green) / divisor + 4)
     )
     sextant = sextant.add_(6 * turns[:, 0])
-    channel = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    channel = images.new_tensor([5.0, 3.0, 1.0])[:, None, None]
     k = (sextant[:, None] + channel).remainder_(6)
     k = torch.minimum(k, 4 - k).clamp_(0, 1)
     return torch.addcmul(highest[:, None], chroma[:, None], k, value=-1)
@@ -273,7 +275,7 @@ def _blur_matrix(sigma: Tensor, kernel: int, size: int) -> Tensor:
     weight = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1)
     source = torch.arange(size, device=sigma.device)[:, None] + offset
     source = (size - 1) - ((size - 1) - source.abs()).abs()
-    matrix = torch.zeros(len(sigma), size, size, device=sigma.device)
+    matrix = sigma.new_zeros(len(sigma), size, size)
     return matrix.scatter_add_(2, source.expand(len(sigma), size, kernel), weight[:, None].expand(len(sigma), size, kernel))
 
 

@@ -166,7 +166,6 @@ def build(
         raise DataError(f"data.engine {name} does not import ({missing}). Install fastgessl[train], or use data.engine auto.")
     device = torch.device(device)
     module = importlib.import_module(f"fastgessl.pipelines.{ENGINES[name]}")
-    # One batch is the most that an engine is ever asked for at once.
     made = module.make_engine(images, Draws(specs, seed), batch_size=batch_size // world_size, device=device, workers=workers)
     return Loader(images, made, sampling, device, name)
 

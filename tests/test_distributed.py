@@ -1,12 +1,9 @@
 """Which ranks a collective spans; with several processes see tests/objective/test_ranks.py and tests/models/test_batch_norm.py."""
 
-import doctest
-
 import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import fastgessl.distributed
 from fastgessl.distributed import rank_local, world_group, world_size
 
 
@@ -30,7 +27,3 @@ def test_inside_rank_local_a_rank_is_alone_even_if_left_by_an_error(four_ranks):
         assert world_size() == 1
         raise KeyError
     assert world_size() == 4
-
-
-def test_the_examples_in_the_docstrings_of_distributed_run():
-    assert doctest.testmod(fastgessl.distributed).failed == 0

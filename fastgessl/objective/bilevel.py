@@ -1,6 +1,6 @@
 """σ of a task as a function of the present weights: inner steps to a student, further steps to its self-motivated target, KL between them.
 
-Equations in docs/gessl.md; arXiv 2405.01053v4, algorithm 1.
+Equations in docs/gessl.md, after arXiv 2405.01053v4.
 """
 
 from __future__ import annotations

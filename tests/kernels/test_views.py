@@ -158,6 +158,18 @@ def test_views_are_float32_channels_last_and_leave_threads_and_images_alone():
     assert torch.equal(images, before) and torch.get_num_threads() == 3
 
 
+def test_the_default_dtype_plays_no_part():
+    images, drawn = images_of(6, 9, 9), random_parameters(6, 9, 9)
+    options = {"size": 10, "mean": MEAN, "std": STD, "blur_kernel": 3, "interpolation": "bicubic"}
+    expected = augment_views(images, drawn, **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(augment_views(images, drawn, **options), expected, atol=1e-5, rtol=0)
+        assert augment_views(images, ViewParameters.unchanged(6, 9, 9), **options).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_an_unchanged_view_is_the_normalised_image():
     images = images_of(3, 11, 11)
     views = augment_views(images, ViewParameters.unchanged(3, 11, 11), size=11, mean=MEAN, std=STD)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,25 +22,30 @@ spec.loader.exec_module(program)
 every_shape = pytest.mark.parametrize("shape", [(4,), (4, 3, 3)], ids=["1d", "2d"])
 
 
+def launch(program, ranks, folder):
+    """Run `program RANK WORLD_SIZE FOLDER` for each rank; returns what each saved. Fails as soon as one of them does."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(program.parents[2]), *sys.path])}
+    logs = [folder / f"{rank}.log" for rank in range(ranks)]
+    processes = [
+        subprocess.Popen([sys.executable, str(program), str(rank), str(ranks), str(folder)], env=environment, stderr=log.open("w"))
+        for rank, log in enumerate(logs)
+    ]
+    deadline = time.monotonic() + 300
+    try:
+        while (codes := [process.poll() for process in processes]) != [0] * ranks:
+            assert not any(codes) and time.monotonic() < deadline, f"{codes}\n" + "\n".join(log.read_text() for log in logs)
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+    reports = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    assert [report["world_size"] for report in reports] == [ranks] * ranks
+    return reports
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    size, folder = len(program.ROWS), tmp_path_factory.mktemp("batch_norm")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[2]), *sys.path])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(rank), str(size), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(size)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * size, "\n".join(errors)
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-    assert [report["world_size"] for report in found] == [size] * size
-    return found
+    return launch(PROGRAM, len(program.ROWS), tmp_path_factory.mktemp("batch_norm"))
 
 
 def close(found, expected, tolerance=1e-12):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,26 +16,31 @@ PROGRAM = Path(__file__).with_name("rank_program.py")
 every_name = pytest.mark.parametrize("name", ["simclr", "byol"])
 
 
+def launch(program, ranks, folder):
+    """Run `program RANK WORLD_SIZE FOLDER` for each rank; returns what each saved. Fails as soon as one of them does."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(program.parents[2]), *sys.path])}
+    logs = [folder / f"{rank}.log" for rank in range(ranks)]
+    processes = [
+        subprocess.Popen([sys.executable, str(program), str(rank), str(ranks), str(folder)], env=environment, stderr=log.open("w"))
+        for rank, log in enumerate(logs)
+    ]
+    deadline = time.monotonic() + 300
+    try:
+        while (codes := [process.poll() for process in processes]) != [0] * ranks:
+            assert not any(codes) and time.monotonic() < deadline, f"{codes}\n" + "\n".join(log.read_text() for log in logs)
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+    reports = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    assert [report["world_size"] for report in reports] == [ranks] * ranks
+    return reports
+
+
 @pytest.fixture(scope="module", params=[2, 3], ids="{}ranks".format)
 def reports(request, tmp_path_factory):
     """What each rank reported, once for each world size."""
-    size, folder = request.param, tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[2]), *sys.path])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(rank), str(size), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(size)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * size, "\n".join(errors)
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-    assert [report["world_size"] for report in found] == [size] * size
-    return found
+    return launch(PROGRAM, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def worst(found, expected):

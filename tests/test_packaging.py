@@ -1,0 +1,75 @@
+"""The wheel holds everything, and the versions that were tested are pinned."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the committed and new files, so that nothing is written beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("the wheel is built from git's list of files, and this is no git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        source, target = ROOT / name, folder / "source" / name
+        if source.is_symlink() or source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_symlink():
+                target.symlink_to(source.readlink())
+            else:
+                target.write_bytes(source.read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "source")]
+    subprocess.run(command, check=True, capture_output=True)
+    return next((folder / "dist").glob("*.whl"))
+
+
+def test_the_wheel_offers_every_public_name_in_a_clean_environment(wheel, tmp_path):
+    venv.create(tmp_path / "clean", with_pip=False)
+    clean = tmp_path / "clean" / "bin" / "python"
+    site = subprocess.run([clean, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), site], check=True)
+    # The libraries come from this environment; the project itself must come from the wheel alone.
+    libraries = [entry for entry in sys.path if entry.endswith("site-packages")]
+    Path(site, "libraries.pth").write_text("\n".join(libraries))
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+        "import importlib, fastgessl\n"
+        f"assert fastgessl.__file__.startswith({site!r}), fastgessl.__file__\n"
+        "for room in ('kernels', 'pipelines', 'methods', 'models', 'objective', 'evaluate'):\n"
+        "    module = importlib.import_module('fastgessl.' + room)\n"
+        "    assert module.__all__, room\n"
+        "    for name in module.__all__: getattr(module, name)\n"
+        "from fastgessl.recipes import names, load\n"
+        "assert len([load(name) for name in names()]) > 10\n"
+        "import fastgessl.cli, fastgessl.trainer, fastgessl.doctor\n"
+    )
+    subprocess.run([clean, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_pipelines_refuse_a_second_name():
+    outcome = subprocess.run([sys.executable, "-c", "import pipelines"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert outcome.returncode != 0
+    assert "fastgessl.pipelines" in outcome.stderr
+
+
+def test_the_constraints_pin_every_direct_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["trainer"], *extras["train"], *extras["dev"]]
+    names = {re.split(r"[\s\[<>=;]", entry)[0].lower() for entry in wanted} - {"fastgessl"}
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert names <= pinned
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+-]+", line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))

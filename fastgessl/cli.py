@@ -47,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not isinstance(error, _mistakes()):
             raise
         _fail(command, str(error))
+    except KeyboardInterrupt:
+        print(f"fastgessl {command}: interrupted. A run whose training had ended is measured by `fastgessl evaluate RUN`.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _mistakes() -> tuple[type[ValueError], ...]:
@@ -107,13 +113,14 @@ def _positional(arguments: list[str], command: str, name: str, meaning: str) -> 
         return arguments[0], arguments[1:]
     if not {"-h", "--help"} & set(arguments):
         raise UsageError(f"{name} is missing: {meaning}. `fastgessl {command} --help` lists the options, `fastgessl recipes` the recipes.")
-    print(f"usage: fastgessl {command} {name} [--section.option value ...]\n\n{COMMANDS[command]}\n\n{name}: {meaning}")
-    print("--print_config: print the complete configuration and stop\n" if command == "train" else "--tasks: same as --evaluate.tasks\n")
-    _override(Config(), ["--help"], f"fastgessl {command} {name}")
+    extra = (
+        "--print_config prints the complete configuration and stops." if command == "train" else "--tasks is short for --evaluate.tasks."
+    )
+    _override(Config(), ["--help"], f"fastgessl {command} {name}", f"{COMMANDS[command]}. {name}: {meaning}. {extra}")
     raise SystemExit(0)
 
 
-def _override(config: Config, options: list[str], program: str) -> Config:
+def _override(config: Config, options: list[str], program: str, description: str = "") -> Config:
     """`config` with the command line's options over it, by tyro; its findings about bad options become a UsageError."""
     import tyro
 
@@ -121,7 +128,15 @@ def _override(config: Config, options: list[str], program: str) -> Config:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(Config, default=config, args=options, prog=program, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(
+                Config,
+                default=config,
+                args=options,
+                prog=program,
+                description=description,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+            )
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -45,6 +45,7 @@ def train(config: Config) -> int:
 
     with StopRequest() as stop:
         stopped_at = _steps(training, evaluation, run, first_step, stop)
+    loader.close()
     if stopped_at < plan.total_steps:
         accelerator.print(
             f"stopped by {stop.name} after step {stopped_at} of {plan.total_steps}; a checkpoint is written. Continue with:\n"
@@ -204,9 +205,10 @@ class MetricsLog:
         return stopping > 0
 
     def note(self, step: int, values: dict[str, Any]) -> None:
-        """Log what was measured between two steps, such as k-NN accuracy."""
-        self._metrics.write({"step": step} | values)
-        self._training.accelerator.log(values, step=step)
+        """Log what was measured between two steps, such as k-NN accuracy; nothing can be without labels."""
+        if values:
+            self._metrics.write({"step": step} | values)
+            self._training.accelerator.log(values, step=step)
         self._since, self._since_step = time.perf_counter(), step
 
 

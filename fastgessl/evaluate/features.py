@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastgessl.config import UsageError
 from fastgessl.evaluate.progress import shown
 
 AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# 10,000 photos of 224 pixels would fill 6 GB as they are.
+LARGEST_PIXEL_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,26 @@ def extract_features(
     return views[0]
 
 
+class Pixels(nn.Module):
+    """No encoder: views (B, 3, S, S) flattened to (B, 3·S·S), averaged down to 32 × 32 first where they are larger.
+
+    >>> Pixels()(torch.ones(2, 3, 224, 224)).shape
+    torch.Size([2, 3072])
+    """
+
+    def forward(self, view: Tensor) -> Tensor:
+        small = F.adaptive_avg_pool2d(view, LARGEST_PIXEL_SIDE) if max(view.shape[-2:]) > LARGEST_PIXEL_SIDE else view
+        return small.flatten(1)
+
+
 def raw_pixels(loader: Iterable[Any], progress: bool = False) -> Features:
-    """The evaluation views themselves, flattened to (N, 3·S·S): the baseline that any encoder has to beat.
+    """The evaluation views themselves, as `Pixels` flattens them: the baseline that any encoder has to beat.
 
     >>> from types import SimpleNamespace as Batch
     >>> raw_pixels([Batch(views=[torch.ones(2, 3, 4, 4)], index=torch.arange(2), label=None)]).features.sum()
     tensor(96.)
     """
-    return extract_features(nn.Flatten(), loader, "cpu", progress=progress)
+    return extract_features(Pixels(), loader, "cpu", progress=progress)
 
 
 def extract_views(

@@ -52,7 +52,7 @@ class OnlineProbe(nn.Module):
     @torch.enable_grad()
     def update(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One step on features (N, F), labels (N,) in 0 … C−1 -> this rank's loss (nats) and accuracy before the step, () each."""
-        features = features.detach().float()
+        features = features.float()
         with torch.autocast(features.device.type, enabled=False):
             self._follow(features)
             logits = self(features)

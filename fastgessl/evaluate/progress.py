@@ -14,11 +14,12 @@ Item = TypeVar("Item")
 
 
 class LateProgress(Progress):
-    """rich's progress bar on standard error, from two seconds after its start."""
+    """rich's progress bar on standard error, from two seconds after its start; nothing where that is no terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
         self._begun = time.monotonic()
-        super().__init__(console=console or Console(stderr=True), transient=True)
+        super().__init__(console=console, transient=True, disable=not console.is_terminal)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         return super().get_renderables() if time.monotonic() - self._begun > SECONDS_BEFORE_BAR else ()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgessl.config import EvaluateConfig, UsageError
-from fastgessl.evaluate.features import Features, extract_features, extract_views
+from fastgessl.evaluate.features import Features, Pixels, extract_features, extract_views
 from fastgessl.evaluate.geometry import crowding_ratio, measure_geometry
 from fastgessl.evaluate.knn import knn_classify, too_few_neighbours
 from fastgessl.evaluate.linear import LinearProbe, few_label_probe, fit_probe, score
@@ -25,8 +25,12 @@ from fastgessl.evaluate.splits import hold_out, too_few_labels, unusable_labels
 Measured = TypeVar("Measured")
 TASKS = ("linear", "few_labels", "knn", "sigma", "geometry")
 HELD_OUT_FRACTION = 0.2
-# The pairs of uniformity and retrieval grow with the square of the images: 4,096 take about a second a row on two cores.
+# The pairs of uniformity and retrieval grow with the square of the images: 4,096 take 7 s a row on two busy cores.
 GEOMETRY_IMAGES = 4096
+# What nobody asked for by name must not hold up the end of a run, nor outlast the ten minutes that NCCL lets the other ranks wait.
+SECONDS_UNASKED = 600.0
+# Measured: 20 s for a probe on 50,000 × 512 × 10 with its search, a fit alone a quarter; 13 s for k-NN of 10,000 against 50,000 × 512.
+SECONDS_PER_PRODUCT = {"linear": 8e-8, "sigma": 8e-8, "few_labels": 2e-8, "knn": 5e-11}
 
 
 @dataclass(frozen=True)
@@ -113,17 +117,20 @@ def require_known_tasks(tasks: Iterable[str]) -> None:
 
 
 def plan_tasks(
-    settings: EvaluateConfig, train: Tensor | None, test: Tensor | None, has_views: bool
+    settings: EvaluateConfig, train: Tensor | None, test: Tensor | None, has_views: bool, width: int = 0
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Which tasks run, and which the data does not allow with the reason, from the labels of both splits (N,), (M,) or None.
 
-    Tasks named in `settings.tasks` must be possible, else UsageError; with none named, those that are possible run.
+    Tasks named in `settings.tasks` must be possible, else UsageError; with none named, those that are possible run, and for features of
+    `width` columns those that take no longer than ten minutes.
 
     >>> plan_tasks(EvaluateConfig(tasks=("linear",)), torch.tensor([0, 1]), torch.tensor([1]), has_views=False)
     (('linear',), {})
     """
     require_known_tasks(settings.tasks)
     obstacles = {task: _obstacle(task, settings, train, test, has_views) for task in settings.tasks or TASKS}
+    if not settings.tasks and train is not None and test is not None:
+        obstacles = {task: obstacle or _too_slow(task, settings, train, test, width) for task, obstacle in obstacles.items()}
     skipped = {task: obstacle for task, obstacle in obstacles.items() if obstacle}
     if settings.tasks and skipped:
         task, obstacle = next(iter(skipped.items()))
@@ -151,6 +158,21 @@ def _obstacle(task: str, settings: EvaluateConfig, train: Tensor | None, test: T
     return too_few_neighbours(len(train), settings.knn_k) if task == "knn" else ""
 
 
+def _too_slow(task: str, settings: EvaluateConfig, train: Tensor, test: Tensor, width: int) -> str:
+    classes = len(train.unique())
+    products = {
+        "linear": len(train) * width * classes,
+        "few_labels": settings.few_label_draws * settings.labels_per_class * classes * width * classes,
+        "knn": len(train) * len(test) * width,
+        "geometry": 0,
+    }
+    seconds = SECONDS_PER_PRODUCT.get(task, 0) * products["linear" if task == "sigma" else task]
+    if seconds <= SECONDS_UNASKED:
+        return ""
+    size = f"{len(train)} images, {classes} classes and {width} features"
+    return f"{size} would take up to {seconds / 3600:.1f} h. Ask for it: --evaluate.tasks {task}."
+
+
 def _extract(
     encoder: nn.Module | Literal["pixels"],
     data: EvaluationData,
@@ -161,7 +183,7 @@ def _extract(
     progress: bool,
 ) -> _Extracted:
     if encoder == "pixels":
-        encoder, device, precision = nn.Flatten(), "cpu", "fp32"
+        encoder, device, precision = Pixels(), "cpu", "fp32"
     assert isinstance(encoder, nn.Module)
     train = extract_features(encoder, data.train, device, precision, progress)
     if data.test is not None:
@@ -185,7 +207,8 @@ def _measure(extracted: dict[str, _Extracted], held_out: bool, settings: Evaluat
         for part in (features.train, features.test, *(features.views or ())):
             part.require_finite(f"Row '{name}'")
     sample = next(iter(extracted.values()))
-    tasks, skipped = plan_tasks(settings, sample.train.labels, sample.test.labels, sample.views is not None)
+    width = max(features.train.features.shape[1] for features in extracted.values())
+    tasks, skipped = plan_tasks(settings, sample.train.labels, sample.test.labels, sample.views is not None, width)
     classes = 0 if sample.train.labels is None else len(sample.train.labels.unique())
     images = {"train": len(sample.train), "test": len(sample.test), "classes": classes, "held_out": int(held_out)}
     rows: dict[str, Measurements] = {name: {"features": {"width": part.train.features.shape[1]}} for name, part in extracted.items()}

@@ -79,6 +79,13 @@ def test_raw_pixels_are_the_flattened_images(loader):
     assert raw_pixels(loader([images.to(memory_format=torch.channels_last)], None)).features.equal(images.reshape(20, -1))
 
 
+def test_raw_pixels_of_large_views_are_block_means(loader):
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    blocks = images.reshape(4, 3, 32, 2, 32, 2).mean(dim=(3, 5))
+
+    torch.testing.assert_close(raw_pixels(loader([images], None)).features, blocks.flatten(1))
+
+
 def test_bf16_forward_gives_float32_features_of_bf16_accuracy(loader):
     images, net = pictures(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     expected = nn.functional.linear(images.flatten(1).bfloat16(), net[1].weight.bfloat16(), net[1].bias.bfloat16()).float()
@@ -117,6 +124,13 @@ def test_the_progress_bar_stays_away_for_two_seconds_and_then_appears(monkeypatc
         assert list(bar.get_renderables()) == []
         monkeypatch.setattr(progress, "SECONDS_BEFORE_BAR", -1.0)
         assert len(list(bar.get_renderables())) == 1
+
+
+def test_a_log_file_gets_no_progress_bar(loader, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_BAR", -1.0)
+
+    assert len(list(shown(loader([pictures()], None), "features", progress=True))) == 3
+    assert capfd.readouterr() == ("", "")
 
 
 def test_items_pass_under_the_progress_bar_unchanged(loader):

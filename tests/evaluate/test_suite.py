@@ -93,6 +93,15 @@ def test_geometry_of_many_images_is_measured_on_a_seeded_sample(data, monkeypatc
     assert measured[0] == measured[1] != measured[2]
 
 
+def test_images_of_one_class_have_no_crowding_ratio(data, loader):
+    images, labels = pictures(30, 3, seed=0)
+
+    report = evaluate({"x": "pixels"}, EvaluationData(loader([images], labels * 0), None, data.views), SETTINGS)
+
+    assert report.tasks == ("geometry",)
+    assert "crowding" not in report.rows["x"]["geometry"] and "crowd." not in printed(report)
+
+
 def test_json_is_plain_and_without_nan(data):
     report = evaluate({"raw pixels": "pixels", "collapsed": nn.Sequential(nn.Flatten(), Constant())}, data, SETTINGS)
 
@@ -148,6 +157,7 @@ def test_without_a_test_split_a_seeded_stratified_fifth_is_held_out(loader):
 
     report = evaluate({"x": "pixels"}, whole, SETTINGS, seed=4)
 
+    assert not held.equal(held_out_test(labels, seed=5)[1])
     assert report.images == {"train": 72, "test": 18, "classes": 3, "held_out": 1}
     assert report.rows == evaluate({"x": "pixels"}, split, SETTINGS, seed=4).rows
     assert "18 held out of the training images" in " ".join(printed(report).split())
@@ -183,9 +193,11 @@ def test_tasks_restrict_what_is_measured(data):
     assert "rank" not in printed(report)
 
 
-def test_an_unknown_task_is_refused_with_the_nearest_and_all_known_ones(data):
+def test_an_unknown_task_is_refused_with_the_nearest_and_all_known_ones_before_an_image_is_read():
+    unread = EvaluationData(train=(pytest.fail("an image was read") for _ in range(1)))
+
     with pytest.raises(UsageError, match=r"unknown task 'liner'\. Perhaps you meant linear\. Known tasks: linear, few_labels, knn"):
-        evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("knn", "liner")))
+        evaluate({"x": "pixels"}, unread, EvaluateConfig(tasks=("knn", "liner")))
     with pytest.raises(UsageError, match=r"unknown task 'zzz'\. Known tasks"):
         require_known_tasks(["zzz"])
 
@@ -209,6 +221,27 @@ def test_what_the_data_does_not_allow_is_an_error_if_asked_for_and_skipped_with_
     tasks, skipped = plan_tasks(SETTINGS, train, test, has_views=False)
     assert task not in tasks and message.split(".")[0] in skipped[task]
     assert set(tasks) | set(skipped) == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "width", "slow"), [(1_281_167, 1000, 2048, {"linear", "sigma", "few_labels", "knn"}), (50_000, 10, 512, set())]
+)
+def test_what_would_take_hours_waits_to_be_asked_for(images, classes, width, slow):
+    train, test = torch.arange(images) % classes, torch.arange(50_000) % classes
+
+    tasks, skipped = plan_tasks(EvaluateConfig(), train, test, has_views=True, width=width)
+    asked, _ = plan_tasks(EvaluateConfig(tasks=("linear",)), train, test, has_views=True, width=width)
+
+    assert set(skipped) == slow and set(tasks) == set(TASKS) - slow
+    assert asked == ("linear",)
+    assert all(reason.endswith(f"Ask for it: --evaluate.tasks {task}.") for task, reason in skipped.items())
+
+
+def test_the_suite_knows_the_width_of_its_rows(data, monkeypatch):
+    monkeypatch.setattr(suite, "SECONDS_UNASKED", 90 * 50 * 3 * 8e-8)
+
+    assert "linear" in evaluate({"x": encoder()}, data, SETTINGS).tasks
+    assert "linear" in evaluate({"x": encoder(), "y": "pixels"}, data, SETTINGS).skipped
 
 
 def test_features_that_are_nan_are_refused_with_the_rows_name(data):

@@ -92,6 +92,14 @@ def test_help_needs_neither_torch_nor_two_seconds():
     assert time.perf_counter() - started < 10  # the claim is 2 s on a free machine; this only catches an import gone wrong
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    outcome = subprocess.run(
+        f"'{sys.executable}' -m fastgessl train --help | head -1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert outcome.stdout.startswith("usage: fastgessl train")
+    assert outcome.stderr == ""
+
+
 def test_doctor_says_what_will_be_used(capsys):
     code, out, _ = _run(capsys, "doctor")
     assert code == 0

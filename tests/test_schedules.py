@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fastgessl.schedules import cosine_momentum, learning_rate
+from fastgessl.schedules import cosine_momentum, inner_learning_rate, learning_rate
 
 
 def test_learning_rate_warms_up_linearly_then_follows_half_a_cosine():
@@ -34,3 +34,13 @@ def test_momentum_follows_byols_formula():
     momentum = cosine_momentum(0.996, 1.0, 1000)
     expected = [1 - (1 - 0.996) * (math.cos(math.pi * step / 1000) + 1) / 2 for step in range(1000)]
     np.testing.assert_allclose(momentum, expected, rtol=1e-12)
+
+
+def test_alpha_is_constant_half_a_cosine_or_a_multiple_of_the_outer_rate():
+    outer = learning_rate(0.8, 40, warmup_steps=10)
+    assert set(inner_learning_rate(0.03, outer, shape="constant")) == {0.03}
+    cosine = inner_learning_rate(0.03, outer, shape="cosine")
+    for step in range(40):
+        assert cosine[step] == pytest.approx(0.015 * (1 + math.cos(math.pi * step / 40)))
+    assert cosine[-1] > 0
+    assert inner_learning_rate(0.03, outer, shape="times_lr").tolist() == [0.03 * rate for rate in outer]

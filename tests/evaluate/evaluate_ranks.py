@@ -83,10 +83,10 @@ def error_of_nan(mine: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size)
     assert dist.get_world_size() == world_size == 3
     # Shards interleave, as a sampler's do, and are of the same length so that rank means are the means of all rows.
     results = everything(torch.arange(rank, IMAGES, world_size), torch.arange(10 if rank == 0 else 0))
-    torch.save(results, folder / f"rank{rank}.pt")
+    torch.save({"world_size": dist.get_world_size(), **results}, folder / f"{rank}.pt")
     dist.destroy_process_group()

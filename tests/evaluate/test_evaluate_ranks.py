@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rank_launch import launch
 
 PROGRAM = Path(__file__).with_name("evaluate_ranks.py")
 WORLD_SIZE = 3
@@ -19,21 +17,7 @@ WORLD_SIZE = 3
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank wrote down."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[2]), *sys.path])}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder), str(rank), str(WORLD_SIZE)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * WORLD_SIZE, "\n".join(errors)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
+    return launch(PROGRAM, WORLD_SIZE, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

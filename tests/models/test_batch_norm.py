@@ -1,14 +1,11 @@
 """Synchronised batch norm on two gloo processes against torch's batch norm on one."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from rank_launch import launch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
@@ -20,27 +17,6 @@ spec = importlib.util.spec_from_file_location("batch_norm_ranks", PROGRAM)
 program = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(program)
 every_shape = pytest.mark.parametrize("shape", [(4,), (4, 3, 3)], ids=["1d", "2d"])
-
-
-def launch(program, ranks, folder):
-    """Run `program RANK WORLD_SIZE FOLDER` for each rank; returns what each saved. Fails as soon as one of them does."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(program.parents[2]), *sys.path])}
-    logs = [folder / f"{rank}.log" for rank in range(ranks)]
-    processes = [
-        subprocess.Popen([sys.executable, str(program), str(rank), str(ranks), str(folder)], env=environment, stderr=log.open("w"))
-        for rank, log in enumerate(logs)
-    ]
-    deadline = time.monotonic() + 300
-    try:
-        while (codes := [process.poll() for process in processes]) != [0] * ranks:
-            assert not any(codes) and time.monotonic() < deadline, f"{codes}\n" + "\n".join(log.read_text() for log in logs)
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            process.kill()
-    reports = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-    assert [report["world_size"] for report in reports] == [ranks] * ranks
-    return reports
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 
 from bench import results
 
-SUITES = ("kernels", "pipelines")
+SUITES = ("kernels", "gessl", "pipelines")
 
 
 def main() -> None:

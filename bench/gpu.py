@@ -63,6 +63,19 @@ def tests(seconds: float, dry_run: bool) -> dict[str, Any]:
     return {"exit_code": outcome.returncode, "output": outcome.stdout[-4000:]}
 
 
+def gessl(seconds: float, dry_run: bool) -> dict[str, Any]:
+    """Operations, seconds and peak bytes of GeSSL's modes x a plain step: ResNet-18 at 32 px, ResNet-50 at 224 px, batch 256, float32."""
+    from bench.gessl import SMALL, cost
+    from fastgessl.config import ModelConfig
+
+    if dry_run:
+        return {"resnet18": cost(4, 1, SMALL.model_copy(update={"width": 0.125}), 16)}
+    return {
+        "resnet18": cost(256, 10, ModelConfig(name="resnet18", stem="small"), 32),
+        "resnet50": cost(256, 5, ModelConfig(name="resnet50"), 224),
+    }
+
+
 def _median_seconds(work: Callable[[], object], budget: float) -> float:
     """Median time of one call, after three warm-up calls, over at least five and until the budget is spent."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -79,7 +92,7 @@ def _median_seconds(work: Callable[[], object], budget: float) -> float:
     return statistics.median(times)
 
 
-STAGES: dict[str, Callable[[float, bool], dict[str, Any]]] = {"ceilings": ceilings, "tests": tests}
+STAGES: dict[str, Callable[[float, bool], dict[str, Any]]] = {"ceilings": ceilings, "tests": tests, "gessl": gessl}
 
 if __name__ == "__main__":
     main()

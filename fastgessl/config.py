@@ -115,10 +115,17 @@ class GesslConfig(Section):
     target_steps: Positive = 1
     """lambda: further SGD steps from the student to the self-motivated target."""
     inner_lr: PositiveFloat = 0.01
-    """alpha: learning rate of the inner steps."""
+    """alpha: learning rate of the inner steps; inner_lr_schedule says what it is multiplied by."""
+    inner_lr_schedule: Literal["constant", "cosine", "times_lr"] = "constant"
+    """alpha over the run: constant; cosine: half a cosine from inner_lr towards 0; times_lr: inner_lr times the outer learning rate of
+    the step, its warm-up included."""
+    inner_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum of the inner SGD, from rest at the present weights; the target goes on with the student's velocity."""
     hypergradient: Literal["exact", "first_order", "finite_difference"] = "exact"
     """How the outer gradient passes through the inner steps: exact (second order), first_order (identity Jacobian),
     finite_difference (central-difference Hessian-vector products)."""
+    checkpoint_inner_steps: bool = True
+    """exact, K > 1: keep the graph of one inner step at a time and make the others anew. Memory then does not grow with K."""
     scope: Literal["all", "head"] = "all"
     """What the inner steps adapt: every weight, or the heads only (features are then computed once)."""
     every: Positive = 1

@@ -32,3 +32,18 @@ def cosine_momentum(start: float, end: float, total_steps: int) -> np.ndarray:
     """
     progress = np.arange(total_steps) / max(total_steps, 1)
     return end - (end - start) * (np.cos(np.pi * progress) + 1) / 2
+
+
+def inner_learning_rate(inner_lr: float, outer: np.ndarray, *, shape: str) -> np.ndarray:
+    """GeSSL's alpha of every step beside the `outer` learning rates (total_steps,): (total_steps,) float64.
+
+    "constant": `inner_lr`; "cosine": inner_lr (cos(pi k / K) + 1) / 2, above 0 at the last step too, where alpha = 0 would measure
+    nothing; "times_lr": `inner_lr` times the outer rate.
+
+    >>> inner_learning_rate(0.1, np.array([0.5, 1.0, 0.2]), shape="times_lr").round(3).tolist()
+    [0.05, 0.1, 0.02]
+    """
+    if shape == "times_lr":
+        return inner_lr * outer
+    progress = np.arange(len(outer)) / max(len(outer), 1) if shape == "cosine" else np.zeros(len(outer))
+    return inner_lr * (np.cos(np.pi * progress) + 1) / 2

@@ -23,7 +23,7 @@ from fastgessl.objective import Result
 from fastgessl.optimizers import build_optimizer, set_learning_rate
 from fastgessl.pipelines import Batch, Loader
 from fastgessl.progress import TrainingProgress
-from fastgessl.schedules import learning_rate
+from fastgessl.schedules import inner_learning_rate, learning_rate
 from fastgessl.signals import StopRequest
 
 
@@ -67,6 +67,7 @@ def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step:
     rates = learning_rate(
         plan.peak_learning_rate, plan.total_steps, warmup_steps=warmup_steps, shape=config.schedule.name, end=config.schedule.end_lr
     )
+    alphas = inner_learning_rate(config.gessl.inner_lr, rates, shape=config.gessl.inner_lr_schedule)
     save_every = config.train.checkpoint_every or max(round(plan.steps_per_epoch), 1)
     evaluate_every = round(config.evaluate.every_epochs * plan.steps_per_epoch)
     batches = _endless(training.loader)
@@ -79,7 +80,7 @@ def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step:
                 batch = next(batches)
                 views, query_views = _split(batch, config)
                 with accelerator.accumulate(training.objective):
-                    result = training.objective(views, step, query_views)
+                    result = training.objective(views, step, query_views, float(alphas[step]))
                     accelerator.backward(result.loss)
                 evaluation.observe(result.outputs, batch.label)
                 results.append(result)
@@ -266,7 +267,8 @@ def _objective_line(config: Config) -> str:
     gessl = config.gessl
     if gessl.w_sigma == 0:
         return f"{config.method.name}, plain"
+    alpha = f"{gessl.inner_lr:g}" + {"constant": "", "cosine": " (cosine)", "times_lr": " x learning rate"}[gessl.inner_lr_schedule]
     return (
-        f"GeSSL over {config.method.name}: K {gessl.inner_steps}, lambda {gessl.target_steps}, alpha {gessl.inner_lr:g}, "
+        f"GeSSL over {config.method.name}: K {gessl.inner_steps}, lambda {gessl.target_steps}, alpha {alpha}, "
         f"{gessl.hypergradient}, scope {gessl.scope}, sigma on every {gessl.every}. step with weight {gessl.w_sigma:g}"
     )

@@ -43,6 +43,8 @@ class Method(nn.Module):
     """
 
     backbone: nn.Module
+    views_per_sample: int | None = None
+    """How many views `forward` takes; None if any number will do. The objective checks it."""
     gathers: bool = False
     """Whether `loss` exchanges rows with other ranks (outside `fastgessl.distributed.rank_local`)."""
 

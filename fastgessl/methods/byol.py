@@ -35,6 +35,8 @@ class BYOL(Method):
     ((2, 5, 4), (2, 5, 4), ())
     """
 
+    views_per_sample = 2
+
     def __init__(self, config: MethodConfig, backbone: nn.Module, *, total_steps: int, negatives: Literal["local", "global"]):
         super().__init__()
         self.backbone = backbone

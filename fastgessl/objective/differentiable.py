@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._functorch import config as functorch_config
 from torch.autograd.function import BackwardCFunction
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgessl.config import GesslConfig, UsageError
@@ -48,9 +50,28 @@ def check_modules(method: nn.Module, settings: GesslConfig) -> None:
             raise UsageError(f"the method's module '{name}' is compiled, and a compiled graph has no second derivative. {WAYS_OUT}.")
 
 
+def check_sharding(method: nn.Module) -> None:
+    """Raise UsageError if FSDP shards parts of the method: inner forwards would run at gathered weights, whatever they were given."""
+    parts = [name for name, module in method.named_modules() if isinstance(module, FSDPModule)]
+    parts += [name for name, parameter in method.named_parameters() if isinstance(parameter, DTensor)]
+    if parts:
+        raise UsageError(
+            f"the method's '{parts[0] or type(method).__name__}' is sharded (fully_shard or DTensor). An inner step calls the method at "
+            "weights of its own, and a sharded module gathers its stored weights in their place: sigma and its gradient would be wrong "
+            "without an error. Shard the objective as one unit, fully_shard(objective), or wrap it in DistributedDataParallel, or train "
+            "with --gessl.w_sigma 0."
+        )
+
+
 def second_order(settings: GesslConfig) -> bool:
     """Whether the outer gradient needs second derivatives of the inner loss."""
     return settings.hypergradient == "exact" and settings.inner_steps > 0
+
+
+def keeps_graph(settings: GesslConfig) -> bool:
+    """Whether the inner steps stay in autograd's graph until the end; else each is made anew when the hypergradient reaches it."""
+    # One step is kept in any case: anew, the peak is 2.75 x plain instead of 3.33, operations 6.04 instead of 5.04 (ResNet-18, 32 pixels).
+    return second_order(settings) and (settings.inner_steps == 1 or not settings.checkpoint_inner_steps)
 
 
 def check_graph(loss: Tensor, inputs: Iterable[Tensor] = ()) -> None:

@@ -17,10 +17,10 @@ from fastgessl.distributed import world_size
 from fastgessl.methods.base import Method, Outputs
 from fastgessl.models import SynchronisedBatchNorm
 from fastgessl.objective.bilevel import bi_level_sigma
-from fastgessl.objective.differentiable import attention_for, check_modules, retained_when_compiled, second_order
-from fastgessl.objective.inner import attach_gradients
+from fastgessl.objective.differentiable import attention_for, check_modules, check_sharding, retained_when_compiled, second_order
+from fastgessl.objective.inner import Sgd, attach_gradients
 from fastgessl.objective.noise import Noise
-from fastgessl.objective.task import Task, adapted_weights, full_precision, rank_local_task
+from fastgessl.objective.task import Task, adapted_weights, check_views, full_precision, rank_local_task
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Result:
     loss: Tensor
     """(), with gradient."""
     metrics: dict[str, Tensor]
-    """loss_ssl; on σ steps also sigma (nats) and delta_loss = L(θ_t) - L(θ). Each (), detached, of this rank."""
+    """loss_ssl; on σ steps also sigma (nats), delta_loss = L(θ_t) - L(θ), and inner_lr where it is scheduled.
+
+    Each (), detached, of this rank."""
     outputs: Outputs
     """Of the one forward at the present weights, detached."""
     targets: Any
@@ -67,15 +69,25 @@ class GeSSL(nn.Module):
         self.method = method
         self.settings = settings
 
-    def forward(self, views: Sequence[Tensor], step: int = 0, query_views: Sequence[Tensor] | None = None) -> Result:
-        """V views of N images, each (N, 3, S, S) -> Result. `step` is the optimiser step; `query_views`, a further pair of the same
-        images, are needed for `query: fresh_views` on the steps that compute σ."""
-        with retained_when_compiled(self.settings.w_sigma > 0):
-            return self._forward(views, step, query_views)
+    def forward(
+        self, views: Sequence[Tensor], step: int = 0, query_views: Sequence[Tensor] | None = None, inner_lr: float | None = None
+    ) -> Result:
+        """V views of N samples, whatever the method takes (images: each (N, 3, S, S)) -> Result. `step` is the optimiser step.
 
-    def _forward(self, views: Sequence[Tensor], step: int, query_views: Sequence[Tensor] | None) -> Result:
+        `query_views`, further views of the same samples, are needed for `query: fresh_views` on the steps that compute σ; `inner_lr`,
+        this step's α (`schedules.inner_learning_rate`), where `inner_lr_schedule` is not constant. UsageError if they are missing, or
+        if there are more or fewer views than the method takes.
+        """
+        check_views(self.method, views)
+        with retained_when_compiled(self.settings.w_sigma > 0):
+            return self._forward(views, step, query_views, inner_lr)
+
+    def _forward(self, views: Sequence[Tensor], step: int, query_views: Sequence[Tensor] | None, inner_lr: float | None) -> Result:
         settings = self.settings
         measures = settings.w_sigma > 0 and step % settings.every == 0
+        if measures:
+            # Here and not at the start: modules are sharded after they are built.
+            check_sharding(self.method)
         with attention_for(measures and second_order(settings) and settings.scope == "all"):
             aux = self.method.targets(views)
             noise = Noise.now(views[0].device)
@@ -87,11 +99,11 @@ class GeSSL(nn.Module):
             with attention_for(second_order(settings)):
                 task = self._task(views, aux, noise, out)
                 query = task if settings.query == "same" else self._fresh_task(query_views)
-                loss, further = self._bi_level(loss_ssl, out, task, query)
+                loss, further = self._bi_level(self._sgd(inner_lr), loss_ssl, out, task, query)
                 metrics |= further
         return Result(loss, metrics, _detached(out), aux)
 
-    def _bi_level(self, loss_ssl: Tensor, out: Outputs, task: Task, query: Task) -> tuple[Tensor, dict[str, Tensor]]:
+    def _bi_level(self, sgd: Sgd, loss_ssl: Tensor, out: Outputs, task: Task, query: Task) -> tuple[Tensor, dict[str, Tensor]]:
         """w_ssl L + w_sigma σ, and σ's metrics. Where inner and outer loss are one, so are their gradients, and L is not run back again."""
         settings = self.settings
         one_forward = settings.scope == "all" and not self._mixes_ranks()
@@ -99,11 +111,13 @@ class GeSSL(nn.Module):
         weights = adapted_weights(self.method, settings.scope)
         first = out if one_forward else task.outputs(weights)
         inner_loss = loss_ssl if one_loss else task.loss(first)
-        measured = bi_level_sigma(settings, task, query, weights, first, inner_loss, loss_needs_graph=one_forward and not one_loss)
+        measured = bi_level_sigma(settings, sgd, task, query, weights, first, inner_loss, loss_needs_graph=one_forward and not one_loss)
         if one_loss:
             loss_ssl = attach_gradients(loss_ssl, list(weights.values()), list(measured.gradient.values()))
         gated = measured.sigma * (measured.delta_loss <= 0) if settings.gate else measured.sigma
         metrics = {"sigma": measured.sigma.detach(), "delta_loss": measured.delta_loss}
+        if settings.inner_lr_schedule != "constant":
+            metrics["inner_lr"] = loss_ssl.detach().new_full((), sgd.lr)
         return settings.w_ssl * loss_ssl + settings.w_sigma * gated, metrics
 
     def _task(self, views: Sequence[Tensor], aux: Any, noise: Noise, out: Outputs) -> Task:
@@ -112,9 +126,19 @@ class GeSSL(nn.Module):
             return rank_local_task(self.method, views, self.settings.scope)
         return Task(self.method, views, aux, noise, out.features if self.settings.scope == "head" else None)
 
+    def _sgd(self, inner_lr: float | None) -> Sgd:
+        settings = self.settings
+        if inner_lr is None and settings.inner_lr_schedule != "constant":
+            raise UsageError(
+                f"gessl.inner_lr_schedule is '{settings.inner_lr_schedule}' and no inner_lr was given. Pass this step's entry of "
+                "fastgessl.schedules.inner_learning_rate, or use 'constant'."
+            )
+        return Sgd(settings.inner_lr if inner_lr is None else inner_lr, settings.inner_momentum)
+
     def _fresh_task(self, query_views: Sequence[Tensor] | None) -> Task:
         if query_views is None:
             raise UsageError("gessl.query is 'fresh_views' and no query_views were given. Pass a further pair of views, or use 'same'.")
+        check_views(self.method, query_views)
         return rank_local_task(self.method, query_views, self.settings.scope)
 
     def _mixes_ranks(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,22 +13,48 @@ from torch.autograd.function import once_differentiable
 from fastgessl.objective.task import Task, Weights, full_precision, gradient_of
 
 
-def descend(
-    task: Task, weights: Weights, steps: int, lr: float, *, gradient: Weights | None = None, create_graph: bool = False
-) -> list[Weights]:
-    """[θ_0, ..., θ_steps] with θ_{k+1} = θ_k - lr ∇L(θ_k). `gradient` is ∇L(θ_0) where it is known already.
+@dataclass(frozen=True)
+class Sgd:
+    """The inner optimiser: v' = momentum v + ∇L(θ), θ' = θ - lr v'."""
 
-    With `create_graph` every θ_k is a function of θ_0; otherwise each is a leaf of its own.
+    lr: float
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """Where a descent stands: θ, and v by the same names, or empty at rest."""
+
+    weights: Weights
+    velocity: Weights = field(default_factory=dict)
+
+    def cut_off(self) -> Iterate:
+        """The same numbers without a past; the weights are leaves."""
+        return Iterate(as_leaves(self.weights), {name: v.detach() for name, v in self.velocity.items()})
+
+
+def descend(
+    task: Task, sgd: Sgd, start: Iterate, steps: int, *, gradient: Weights | None = None, create_graph: bool = False
+) -> list[Iterate]:
+    """The iterates 0 ... steps on the task's loss L. `gradient` is ∇L at `start` where it is known already.
+
+    With `create_graph` every iterate is a function of `start`; otherwise each is a leaf of its own.
     """
-    trajectory = [weights]
+    trajectory = [start]
     for step in range(steps):
+        now = trajectory[-1]
         if step > 0 or gradient is None:
-            gradient = gradient_of(task.loss(task.outputs(weights)), weights, create_graph=create_graph)
-        weights = {name: weight - lr * gradient[name] for name, weight in weights.items()}
-        if not create_graph:
-            weights = as_leaves(weights)
-        trajectory.append(weights)
+            gradient = gradient_of(task.loss(task.outputs(now.weights)), now.weights, create_graph=create_graph)
+        moved = _stepped(sgd, now, gradient)
+        trajectory.append(moved if create_graph else moved.cut_off())
     return trajectory
+
+
+def _stepped(sgd: Sgd, now: Iterate, gradient: Weights) -> Iterate:
+    if sgd.momentum == 0:
+        return Iterate({name: weight - sgd.lr * gradient[name] for name, weight in now.weights.items()})
+    velocity = {name: sgd.momentum * now.velocity[name] + g if now.velocity else g for name, g in gradient.items()}
+    return Iterate({name: weight - sgd.lr * velocity[name] for name, weight in now.weights.items()}, velocity)
 
 
 def as_leaves(weights: Weights) -> Weights:
@@ -66,19 +93,38 @@ def attach_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequen
     return _AttachGradients.apply(value.detach(), len(tensors), *tensors, *(gradient.detach() for gradient in gradients))
 
 
-def central_difference(task: Task, trajectory: Sequence[Weights], slope: Weights, lr: float) -> Weights:
-    """Carry ∂σ/∂θ_K back to ∂σ/∂θ_0 through the inner steps: v ← v - lr H(θ_k) v, with H v from two gradients, k = K-1 ... 0.
+def carried_back(task: Task, sgd: Sgd, trajectory: Sequence[Iterate], slope: Weights, product: HessianProduct) -> Weights:
+    """∂σ/∂θ_K -> ∂σ/∂θ_0 through the inner steps, one Hessian-vector product a step, k = K-1 ... 0.
 
-    `slope` holds v and ∂σ/∂ of the task's `inputs`, which gain -lr ∂⟨∇L(θ_k), v⟩/∂input.
+    The adjoint of v' = μ v + ∇L(θ), θ' = θ - lr v': u = ∂σ/∂v' - lr ∂σ/∂θ' is ∂σ/∂∇L(θ_k); then ∂σ/∂θ = ∂σ/∂θ' + H(θ_k) u and
+    ∂σ/∂v = μ u. `slope` holds ∂σ/∂θ_K and ∂σ/∂ of the task's `inputs`, which gain ∂⟨∇L(θ_k), u⟩/∂input.
     """
-    for weights in reversed(trajectory[:-1]):
-        direction = {name: slope[name] for name in weights}
-        radius = _radius(weights, direction)
-        ahead, behind = (
-            _slopes(task, {name: weight + sign * radius * direction[name] for name, weight in weights.items()}) for sign in (1, -1)
-        )
-        slope = {name: v - lr * (ahead[name] - behind[name]) / (2 * radius) for name, v in slope.items()}
+    pull = {name: torch.zeros_like(weight) for name, weight in trajectory[0].weights.items()}
+    for iterate in reversed(trajectory[:-1]):
+        pull = {name: sgd.momentum * pull[name] - sgd.lr * slope[name] for name in pull}
+        gained = product(task, iterate.weights, pull)
+        slope = {name: v + gained[name] for name, v in slope.items()}
     return slope
+
+
+def exact_product(task: Task, weights: Weights, direction: Weights) -> Weights:
+    """∂⟨∇L(θ), u⟩ with respect to θ and the task's inputs: a second backward through a gradient that is made anew."""
+    leaves = as_leaves(weights)
+    gradient = gradient_of(task.loss(task.outputs(leaves)), leaves, create_graph=True)
+    along = torch.stack([torch.vdot(g.flatten(), direction[name].flatten()) for name, g in gradient.items()]).sum()
+    return gradient_of(along, leaves | task.inputs)
+
+
+def difference_product(task: Task, weights: Weights, direction: Weights) -> Weights:
+    """The same by a central difference of two gradients."""
+    radius = _radius(weights, direction)
+    ahead, behind = (
+        _slopes(task, {name: weight + sign * radius * direction[name] for name, weight in weights.items()}) for sign in (1, -1)
+    )
+    return {name: (ahead[name] - behind[name]) / (2 * radius) for name in ahead}
+
+
+HessianProduct = Callable[[Task, Weights, Weights], Weights]
 
 
 def _slopes(task: Task, weights: Weights) -> Weights:

@@ -10,8 +10,9 @@ from torch import Tensor
 from fastgessl.config import GesslConfig
 from fastgessl.kernels import sigma_kl
 from fastgessl.methods.base import Method, Similarity
-from fastgessl.objective.inner import descend
-from fastgessl.objective.task import adapted_weights, full_precision, rank_local_task
+from fastgessl.objective.differentiable import check_sharding
+from fastgessl.objective.inner import Iterate, Sgd, as_leaves, descend
+from fastgessl.objective.task import adapted_weights, check_views, full_precision, rank_local_task
 
 
 def sigma(student: Sequence[Similarity], teacher: Sequence[Similarity]) -> Tensor:
@@ -30,8 +31,9 @@ def sigma(student: Sequence[Similarity], teacher: Sequence[Similarity]) -> Tenso
 def measure_sigma(method: Method, settings: GesslConfig, views: Sequence[Tensor]) -> float:
     """σ of one mini-batch at the present weights, as a number in nats: for looking at a model on held-out images at constant α.
 
-    K, λ, α and the scope come from `settings`. `views` are V tensors (N, 3, S, S). The method is measured in training mode (a task's
-    batch statistics are part of it) and left as it was: weights, buffers, random state, mode and gradients.
+    K, λ, α (`inner_lr`, whatever its schedule), momentum and the scope come from `settings`. `views` are those that the method takes, N
+    rows each. The method is measured in training mode (a task's batch statistics are part of it) and left as it was: weights, buffers,
+    random state, mode and gradients.
 
     >>> from fastgessl.config import GesslConfig, MethodConfig, ModelConfig
     >>> from fastgessl.methods import build_method
@@ -41,16 +43,19 @@ def measure_sigma(method: Method, settings: GesslConfig, views: Sequence[Tensor]
     >>> measure_sigma(method, GesslConfig(inner_lr=0.1), [torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)]) > 0
     True
     """
+    check_views(method, views)
+    check_sharding(method)
     mode = method.training
     device = views[0].device
     method.train()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
             task = rank_local_task(method, views, settings.scope)
-            weights = {name: w.detach().requires_grad_() for name, w in adapted_weights(method, settings.scope).items()}
-            student = descend(task, weights, settings.inner_steps, settings.inner_lr)[-1]
-            teacher = descend(task, student, settings.target_steps, settings.inner_lr)[-1]
+            sgd = Sgd(settings.inner_lr, settings.inner_momentum)
+            start = Iterate(as_leaves(adapted_weights(method, settings.scope)))
+            student = descend(task, sgd, start, settings.inner_steps)[-1]
+            teacher = descend(task, sgd, student, settings.target_steps)[-1]
             with torch.no_grad():
-                return sigma(task.similarity(task.outputs(student)), task.similarity(task.outputs(teacher))).item()
+                return sigma(task.similarity(task.outputs(student.weights)), task.similarity(task.outputs(teacher.weights))).item()
     finally:
         method.train(mode)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastgessl.config import UsageError
 from fastgessl.distributed import rank_local
 from fastgessl.methods.base import Method, Outputs, Similarity
 from fastgessl.objective.noise import Noise
@@ -57,6 +58,19 @@ class Task:
     def cut_off(self, *, requires_grad: bool = False) -> Task:
         """The same task with features that have no past."""
         return self if self.features is None else replace(self, features=self.features.detach().requires_grad_(requires_grad))
+
+
+def check_views(method: Method, views: Sequence[Tensor]) -> None:
+    """Raise UsageError unless these are as many views as the method takes, of the same samples."""
+    wanted = method.views_per_sample
+    if not views or (wanted is not None and len(views) != wanted):
+        needs = f"{wanted or 'at least 1'} view" + "s" * ((wanted or 1) > 1)
+        raise UsageError(
+            f"{type(method).__name__} needs {needs} of each sample and was given {len(views)}. Pass a list of that many tensors."
+        )
+    rows = [len(view) for view in views]
+    if len(set(rows)) > 1:
+        raise UsageError(f"the views have {rows} rows. Row i of every view belongs to sample i: give all of them one row a sample.")
 
 
 def rank_local_task(method: Method, views: Sequence[Tensor], scope: Literal["all", "head"]) -> Task:

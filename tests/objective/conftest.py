@@ -80,23 +80,26 @@ class LiteralObjective:
         tables = self.method.similarity(self.outputs(weights, self.query_views), self.query_aux)
         return torch.stack([(pi.query @ pi.key.T / pi.temperature).log_softmax(1) for pi in tables])
 
-    def step(self, weights):
+    def step(self, weights, velocity):
         names = [name for name in weights if self.settings.scope == "all" or not name.startswith("backbone.")]
         weights = {name: weight.detach().requires_grad_(name in names) for name, weight in weights.items()}
         slopes = torch.autograd.grad(self.loss(weights), [weights[name] for name in names])
-        stepped = {name: weights[name] - self.settings.inner_lr * slope for name, slope in zip(names, slopes, strict=True)}
-        return {name: stepped.get(name, weight).detach() for name, weight in weights.items()}
+        momentum = self.settings.inner_momentum
+        velocity = {name: momentum * velocity.get(name, 0.0) + slope for name, slope in zip(names, slopes, strict=True)}
+        stepped = {name: weights[name] - self.settings.inner_lr * v for name, v in velocity.items()}
+        return {name: stepped.get(name, weight).detach() for name, weight in weights.items()}, velocity
+
+    def after(self, steps, weights):
+        velocity = {}
+        for _ in range(steps):
+            weights, velocity = self.step(weights, velocity)
+        return weights
 
     def student(self, weights):
-        for _ in range(self.settings.inner_steps):
-            weights = self.step(weights)
-        return weights
+        return self.after(self.settings.inner_steps, weights)
 
     def target(self, weights):
-        weights = self.student(weights)
-        for _ in range(self.settings.target_steps):
-            weights = self.step(weights)
-        return weights
+        return self.after(self.settings.inner_steps + self.settings.target_steps, weights)
 
     def kl(self, log_target, log_student):
         return (log_target.exp() * (log_target - log_student)).sum(-1).mean()

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import BI_LEVEL, gradients, toy_method, toy_views
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgessl.config import GesslConfig
+from fastgessl.config import GesslConfig, UsageError
 from fastgessl.distributed import rank_local, world_group, world_size
 from fastgessl.models import synchronise_batch_norm
 from fastgessl.objective import GeSSL
@@ -52,6 +54,24 @@ def accumulated_gradient(name, settings, micro_batches):
     return gradients(method)
 
 
+def sharded(name, settings, views):
+    """Gradient and σ where fully_shard shards the objective as one unit, and what is said where it shards the backbone by itself."""
+    method = toy_method(name)
+    objective = GeSSL(method, settings)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    result = fully_shard(objective, mesh=mesh)(views)
+    result.loss.backward()
+    full = [p.grad.full_tensor().flatten() for p in method.parameters() if p.requires_grad]
+    apart = toy_method(name)
+    fully_shard(apart.backbone, mesh=mesh)
+    try:
+        refusal = f"σ {GeSSL(apart, settings)(views).metrics['sigma']}"
+    except UsageError as error:
+        refusal = str(error)
+    plain = GeSSL(apart, GesslConfig())(views).loss
+    return {"gradient": torch.cat(full), "sigma": result.metrics["sigma"], "refusal": refusal, "plain": plain.detach()}
+
+
 def main(rank, size, folder):
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
@@ -70,6 +90,8 @@ def main(rank, size, folder):
             report["both", name, label] = first_gradient(name, BI_LEVEL[label], views, negatives="global", synchronised=True)
         for label, settings in {"plain": GesslConfig(), **BI_LEVEL}.items():
             report["global negatives", name, label] = first_gradient(name, settings, views, negatives="global")
+        for label in ("fast", "head", "exact", "first_order", "finite_difference"):
+            report["sharded", name, label] = sharded(name, BI_LEVEL[label], views)
         report["accumulated", name] = accumulated_gradient(name, BI_LEVEL["exact"], [views, toy_views(seed=20 + rank)])
     torch.save(report, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -135,3 +135,53 @@ def test_a_scope_without_parameters_is_refused(toys):
     with pytest.raises(UsageError, match="nothing to adapt"):
         GeSSL(method, GesslConfig(scope="head", w_sigma=1.0))
     GeSSL(method, GesslConfig(w_sigma=1.0))
+
+
+@every_method
+@every_mode
+def test_the_alpha_of_the_step_is_the_one_that_is_given(toys, name, hypergradient):
+    options = {"inner_steps": 1, "hypergradient": hypergradient, "w_sigma": 1.0}
+    given, fixed = toys.method(name), toys.method(name)
+    scheduled = GesslConfig(**options, inner_lr=7.0, inner_lr_schedule="times_lr")
+    result = GeSSL(given, scheduled)(toys.views(), 0, inner_lr=0.05)
+    result.loss.backward()
+    expected = GeSSL(fixed, GesslConfig(**options, inner_lr=0.05))(toys.views())
+    expected.loss.backward()
+    assert result.metrics == expected.metrics | {"inner_lr": torch.tensor(0.05, dtype=torch.float64)}
+    assert torch.equal(toys.gradients(given), toys.gradients(fixed))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "times_lr"])
+def test_a_scheduled_alpha_that_is_missing_is_asked_for(toys, schedule):
+    objective = GeSSL(toys.method("simclr"), GesslConfig(inner_lr_schedule=schedule, every=2, w_sigma=1.0))
+    with pytest.raises(UsageError, match="no inner_lr was given"):
+        objective(toys.views())
+    objective(toys.views(), step=1)
+
+
+def test_an_alpha_of_zero_measures_nothing_and_teaches_nothing(toys):
+    method = toys.method("simclr")
+    settings = GesslConfig(inner_steps=1, hypergradient="finite_difference", inner_lr_schedule="times_lr", w_ssl=0.0, w_sigma=1.0)
+    result = GeSSL(method, settings)(toys.views(), 0, inner_lr=0.0)
+    result.loss.backward()
+    assert result.metrics["sigma"] == 0 and result.metrics["delta_loss"] == 0
+    assert toys.gradients(method).abs().max() < 1e-12
+
+
+@every_method
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_more_or_fewer_views_than_the_method_takes_are_refused(toys, name, count):
+    views = (toys.views() + toys.views())[:count]
+    for objective in (GeSSL(toys.method(name), GesslConfig()), GeSSL(toys.method(name), GesslConfig(query="fresh_views", w_sigma=1.0))):
+        with pytest.raises(UsageError, match=f"needs 2 views of each sample and was given {count}"):
+            objective(views, 1)
+    with pytest.raises(UsageError, match="needs 2 views"):
+        objective(toys.views(), 0, views)
+    with pytest.raises(UsageError, match="needs 2 views"):
+        measure_sigma(toys.method(name), GesslConfig(), views)
+
+
+def test_views_of_different_samples_are_refused(toys):
+    first, second = toys.views()
+    with pytest.raises(UsageError, match=r"have \[8, 7\] rows"):
+        GeSSL(toys.method("simclr"), GesslConfig())([first, second[:7]])

@@ -39,7 +39,20 @@ def test_exact_mode_equals_central_differences_of_the_outer_objective(toys, name
     settings = GesslConfig(
         inner_steps=inner_steps, target_steps=target_steps, inner_lr=0.1, scope=scope, query=query, w_ssl=0.0, w_sigma=1.0
     )
-    query_views = toys.views(seed=9) if query == "fresh_views" else None
+    check_against_central_differences(toys, name, settings)
+
+
+@every_method
+@every_scope
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+@pytest.mark.parametrize("inner_steps", [0, 1, 3])
+def test_exact_mode_differentiates_through_inner_momentum(toys, name, scope, momentum, inner_steps):
+    options = {"inner_steps": inner_steps, "target_steps": 2, "inner_lr": 0.05, "inner_momentum": momentum}
+    check_against_central_differences(toys, name, GesslConfig(**options, scope=scope, w_ssl=0.0, w_sigma=1.0))
+
+
+def check_against_central_differences(toys, name, settings):
+    query_views = toys.views(seed=9) if settings.query == "fresh_views" else None
     gradient, metrics = sigma_gradient(toys, name, settings, query_views)
 
     method = toys.method(name)
@@ -72,6 +85,39 @@ def test_finite_difference_mode_is_within_1e_4_of_exact(toys, name, scope, query
     exact, _ = sigma_gradient(toys, name, GesslConfig(**options), query_views)
     found, _ = sigma_gradient(toys, name, GesslConfig(**options, hypergradient="finite_difference"), query_views)
     assert relative(found, exact) <= 1e-4
+
+
+@every_method
+@every_scope
+@pytest.mark.parametrize("query", ["same", "fresh_views"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_made_anew_give_the_gradient_of_steps_kept_in_the_graph(toys, name, scope, query, momentum):
+    options = {"inner_steps": 3, "inner_lr": 0.1, "inner_momentum": momentum, "scope": scope, "query": query, "w_sigma": 1.0}
+    query_views = toys.views(seed=9) if query == "fresh_views" else None
+    anew, kept = (sigma_gradient(toys, name, GesslConfig(**options, checkpoint_inner_steps=value), query_views) for value in (True, False))
+    assert relative(anew[0], kept[0]) <= 1e-12
+    assert anew[1] == kept[1]
+
+
+@every_method
+@every_scope
+def test_finite_difference_mode_is_within_1e_4_of_exact_through_inner_momentum(toys, name, scope):
+    options = {"inner_steps": 3, "inner_lr": 0.1, "inner_momentum": 0.9, "scope": scope, "w_ssl": 0.0, "w_sigma": 1.0}
+    exact, _ = sigma_gradient(toys, name, GesslConfig(**options))
+    found, _ = sigma_gradient(toys, name, GesslConfig(**options, hypergradient="finite_difference"))
+    assert relative(found, exact) <= 1e-4
+
+
+@every_method
+@pytest.mark.parametrize("hypergradient", ["exact", "first_order", "finite_difference"])
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_momentum_that_vanishes_is_no_momentum(toys, name, hypergradient, checkpoint):
+    options = {"inner_steps": 2, "target_steps": 2, "inner_lr": 0.1, "hypergradient": hypergradient, "w_sigma": 1.0}
+    settings = GesslConfig(**options, checkpoint_inner_steps=checkpoint)
+    none, _ = sigma_gradient(toys, name, settings)
+    some, _ = sigma_gradient(toys, name, settings.model_copy(update={"inner_momentum": 1e-13}))
+    tolerance = 1e-6 if hypergradient == "finite_difference" else 1e-10
+    assert relative(some, none) <= tolerance
 
 
 @every_method

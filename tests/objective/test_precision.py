@@ -11,6 +11,7 @@ SETTINGS = [
     GesslConfig(inner_steps=1, inner_lr=0.05, hypergradient="first_order", w_ssl=0.0, w_sigma=1.0),
     GesslConfig(inner_steps=1, inner_lr=0.05, hypergradient="exact", w_ssl=0.0, w_sigma=1.0),
     GesslConfig(inner_steps=1, inner_lr=0.05, hypergradient="finite_difference", w_ssl=0.0, w_sigma=1.0),
+    GesslConfig(inner_steps=2, inner_lr=0.05, inner_momentum=0.5, hypergradient="exact", w_ssl=0.0, w_sigma=1.0),
     GesslConfig(inner_steps=1, inner_lr=0.05, hypergradient="exact", scope="head", w_ssl=0.0, w_sigma=1.0),
 ]
 

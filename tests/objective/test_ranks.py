@@ -1,40 +1,16 @@
 """Two and three gloo processes under DDP against one process: the same loss, gradients, parameters and statistics."""
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from rank_launch import launch
 
 from fastgessl.config import GesslConfig
 from fastgessl.objective import GeSSL
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 every_name = pytest.mark.parametrize("name", ["simclr", "byol"])
-
-
-def launch(program, ranks, folder):
-    """Run `program RANK WORLD_SIZE FOLDER` for each rank; returns what each saved. Fails as soon as one of them does."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(program.parents[2]), *sys.path])}
-    logs = [folder / f"{rank}.log" for rank in range(ranks)]
-    processes = [
-        subprocess.Popen([sys.executable, str(program), str(rank), str(ranks), str(folder)], env=environment, stderr=log.open("w"))
-        for rank, log in enumerate(logs)
-    ]
-    deadline = time.monotonic() + 300
-    try:
-        while (codes := [process.poll() for process in processes]) != [0] * ranks:
-            assert not any(codes) and time.monotonic() < deadline, f"{codes}\n" + "\n".join(log.read_text() for log in logs)
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            process.kill()
-    reports = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-    assert [report["world_size"] for report in reports] == [ranks] * ranks
-    return reports
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{}ranks".format)
@@ -75,6 +51,25 @@ def test_accumulated_micro_batches_of_all_ranks_are_averaged_as_tasks(toys, repo
     seeds = [start + rank for rank in range(len(reports)) for start in (10, 20)]
     expected = mean_over_tasks(toys, name, toys.bi_level["exact"], seeds)
     assert all(worst(report["accumulated", name], expected) <= 1e-12 for report in reports)
+
+
+@every_name
+@pytest.mark.parametrize("label", ["fast", "head", "exact", "first_order", "finite_difference"])
+def test_an_objective_sharded_as_one_unit_gives_the_mean_of_the_task_gradients(toys, reports, name, label):
+    expected = mean_over_tasks(toys, name, toys.bi_level[label], [10 + rank for rank in range(len(reports))])
+    for rank, report in enumerate(reports):
+        assert worst(report["sharded", name, label]["gradient"], expected) <= (1e-7 if label == "finite_difference" else 1e-12)
+        sigma = GeSSL(toys.method(name), toys.bi_level[label])(toys.views(10 + rank)).metrics["sigma"]
+        torch.testing.assert_close(report["sharded", name, label]["sigma"], sigma, rtol=1e-12, atol=0)
+
+
+@every_name
+@pytest.mark.parametrize("label", ["fast", "head", "exact", "first_order", "finite_difference"])
+def test_a_backbone_sharded_by_itself_is_refused_with_the_ways_out_and_trains_without_sigma(toys, reports, name, label):
+    for rank, report in enumerate(reports):
+        found = report["sharded", name, label]
+        assert all(way_out in found["refusal"] for way_out in ("fully_shard(objective)", "DistributedDataParallel", "w_sigma 0"))
+        torch.testing.assert_close(found["plain"], GeSSL(toys.method(name), GesslConfig())(toys.views(10 + rank)).loss.detach())
 
 
 @every_name

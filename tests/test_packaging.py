@@ -60,12 +60,6 @@ def test_the_wheel_offers_every_public_name_in_a_clean_environment(wheel, tmp_pa
     subprocess.run([clean, "-c", code], check=True, cwd=tmp_path)
 
 
-def test_the_pipelines_refuse_a_second_name():
-    outcome = subprocess.run([sys.executable, "-c", "import pipelines"], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert outcome.returncode != 0
-    assert "fastgessl.pipelines" in outcome.stderr
-
-
 def test_the_constraints_pin_every_direct_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

@@ -138,7 +138,7 @@ def test_evaluation_during_training_changes_no_bit_of_the_encoder(fastgessl, tmp
     without, watched = (load_file(tmp_path / name / "encoder.safetensors") for name in ("without", "with"))
     assert all(torch.equal(without[name], watched[name]) for name in without)
     notes = [line for line in read_lines(tmp_path / "with" / "metrics.jsonl") if "knn" in line]
-    assert [line["step"] for line in notes] == [18]
+    assert [line["step"] for line in notes] == [18, 36]
     assert 0 <= notes[0]["online_probe"] <= 1
 
 

@@ -74,8 +74,8 @@ PEERS: dict[str, dict[str, Loss]] = {
 NEEDS = {"lightly": "lightly", "inf-cl": "inf_cl"}
 PASSES = ("forward", "backward", "double backward")
 UNITS = {"forward": 1, "backward": 5, "double backward": 18}
-TABLES = {"dense": 5, "reference": 6, "lightly": 8, "compiled dense": 4}
-"""About how many (M, N) arrays a backward of the peer holds at once."""
+TABLES = {"dense": 5, "reference": 24, "lightly": 8, "compiled dense": 4}
+"""About how many (M, N) arrays a backward of the peer holds at once; the reference counts more, for it takes long."""
 
 
 def available(device: str) -> dict[str, dict[str, Loss]]:

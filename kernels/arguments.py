@@ -135,8 +135,10 @@ def check_values(
 ) -> None:
     """Positive temperatures, finite biases, indices in [-1, keys). NaN in queries and keys is let through: it gives NaN, visibly."""
     for name, value in (("temperature", scale), ("teacher_temperature", teacher_scale)):
-        if value is not None:
-            _require((value > 0) & value.isfinite(), f"{name} must be positive and finite", value.reciprocal())
+        if value is not None and value.is_cuda:
+            torch._assert_async((value > 0) & value.isfinite(), f"{name} must be positive and finite")
+        elif value is not None and not 0 < value.item() < math.inf:
+            raise ValueError(f"{name} must be positive and finite, found {value.reciprocal().item()}.")
     for name, column in (("bias", bias), ("teacher_bias", teacher_bias)):
         if column is not None:
             wrong = (~column.isfinite()).sum()

@@ -27,7 +27,7 @@ from fastgessl.kernels.arguments import (
 )
 from fastgessl.kernels.collectives import rank_and_size
 from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
-from fastgessl.kernels.losses import How, Temperature, gathered, reduced, where_columns_are_left
+from fastgessl.kernels.losses import How, Temperature, contrastive_rows, gathered, reduced, where_columns_are_left
 from fastgessl.kernels.similarity import similarity_statistics
 from fastgessl.kernels.similarity_chunked import Side
 
@@ -48,7 +48,7 @@ def _sides(
     how: How,
 ) -> _Sides:
     group, mode, implementation = how
-    sides: list[Side] = []
+    sides, ring = [], None
     for owner, query, key, given, bias in zip(("student", "teacher"), operands[::2], operands[1::2], temperatures, biases, strict=True):
         check_pair(query, key, (f"{owner}_query", f"{owner}_key"))
         check_bias(bias, key, f"{owner}_bias")
@@ -59,7 +59,7 @@ def _sides(
         key, wide_bias, ring = gathered(key, bias, scale, group, mode, chosen, f"{owner}_key")
         sides.append(Side(query, key, scale, wide_bias))
     check_teacher(*sides)
-    return _Sides(*sides, chosen, ring)
+    return _Sides(sides[0], sides[1], chosen, ring)
 
 
 def _dense_rows(function: Callable[..., Tensor], sides: _Sides, exclude: Tensor | None) -> Tensor:
@@ -73,7 +73,7 @@ def _divergence_rows(sides: _Sides, exclude: Tensor | None, entropy: bool) -> Te
     if sides.implementation == "reference":
         return _dense_rows(reference.sigma_kl if entropy else reference.soft_cross_entropy, sides, exclude)
     lse, _, divergence = similarity_statistics(sides.student, sides.teacher, None, exclude, entropy, sides.implementation, sides.ring)
-    return where_columns_are_left(divergence + lse, lse)
+    return where_columns_are_left(divergence + lse, lse, exclude)
 
 
 def sigma_kl(
@@ -190,5 +190,4 @@ def gessl_loss(
         operands = (student.query, student.key, scale.reciprocal(), positives, excluded, student.bias)
         return dense(reference.info_nce, *operands), _dense_rows(reference.sigma_kl, sides, excluded)
     lse, positive, divergence = similarity_statistics(student, sides.teacher, positives, excluded, True, sides.implementation, sides.ring)
-    contrastive = where_columns_are_left(lse - positive, lse).masked_fill(positives < 0, 0.0)
-    return contrastive, where_columns_are_left(divergence + lse, lse)
+    return contrastive_rows(lse, positive, positives, excluded), where_columns_are_left(divergence + lse, lse, excluded)

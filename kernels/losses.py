@@ -7,8 +7,9 @@ column excluded, has zero loss and zero gradient and is still counted by reducti
 gives NaN. Under torch.autocast operands are cast as those of a matmul.
 
 With `group`, a process group, keys are those of all ranks and column numbers are global (rank r's own keys start at r·N); each rank gets
-the loss of its own rows, and DDP's averaging gives the gradient of the global mean. mode "gather" gives each rank a copy of all keys; "ring" passes them around. `implementation` forces "reference", "chunked" or
-"triton". Shapes, dtypes, devices, indices and temperatures that do not fit raise ValueError; third derivatives raise RuntimeError.
+the loss of its own rows, and DDP's averaging gives the gradient of the global mean. mode "gather" gives each rank a copy of all keys;
+"ring" passes them around. `implementation` forces "reference", "chunked" or "triton". Shapes, dtypes, devices, indices and temperatures
+that do not fit raise ValueError; third derivatives raise RuntimeError.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fastgessl.kernels.collectives import all_gather_rows, rank_and_size
 from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
 from fastgessl.kernels.similarity import similarity_statistics
 from fastgessl.kernels.similarity_chunked import Side
+from fastgessl.kernels.symmetric import symmetric_info_nce
 
 Temperature = float | Tensor
 
@@ -54,9 +56,14 @@ def gathered(
     return all_gather_rows(key, group, name), None if wide is None else all_gather_rows(wide, group, "bias"), None
 
 
-def where_columns_are_left(values: Tensor, lse: Tensor) -> Tensor:
+def where_columns_are_left(values: Tensor, lse: Tensor, exclude: Tensor | None) -> Tensor:
     """0 in rows whose columns are all excluded."""
-    return values.masked_fill(lse == -torch.inf, 0.0)
+    return values if exclude is None else values.masked_fill(lse == -torch.inf, 0.0)
+
+
+def contrastive_rows(lse: Tensor, positive: Tensor, positives: Tensor, exclude: Tensor | None) -> Tensor:
+    """InfoNCE of each row; 0 where there is no positive or no column."""
+    return where_columns_are_left(lse - positive, lse, exclude).masked_fill(positives < 0, 0.0)
 
 
 def similarity_logsumexp(
@@ -134,8 +141,8 @@ def _info_nce_rows(
     if name == "reference":
         scale = CheckedScale.apply(scale, None, None, None, positives, exclude, len(key))
         return dense(reference.info_nce, query, key, scale.reciprocal(), positives, exclude)
-    lse, positive, _ = similarity_statistics(Side(query, key, scale, None), None, positives, exclude, False, name, ring)
-    return where_columns_are_left(lse - positive, lse).masked_fill(positives < 0, 0.0)
+    lse, positive, _ = similarity_statistics(Side(query, key, scale, None), None, positives, exclude, False, name, ring, tied=key is query)
+    return contrastive_rows(lse, positive, positives, exclude)
 
 
 def nt_xent(
@@ -193,6 +200,9 @@ def clip_loss(
     image, text = as_matmul(image, text)
     rank, _ = rank_and_size(group)
     scale, positives = scale_of(temperature, image), positives_of(None, image, len(text), first=rank * len(text))
+    name, _ = implementation_for(image, implementation)
+    if group is None and name != "reference":
+        return reduced(symmetric_info_nce(image, text, scale, name), reduction)
     how = (group, mode, implementation)
     to_text = _info_nce_rows(image, text, scale, positives, None, how, "text")
     to_image = _info_nce_rows(text, image, scale, positives, None, how, "image")

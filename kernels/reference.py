@@ -1,7 +1,8 @@
 """What every kernel must equal: the dense definition of each public function, as readable as the paper.
 
 Plain differentiable PyTorch that stores the (M, N) table; autograd gives its derivatives of any order. Arguments are those of the public
-functions, already checked, with `temperature` a number or a 0-d tensor, `positives` (M,) and `exclude` (M, 1 or 2) int64 or None, -1 = none.
+functions, already checked, with `temperature` a number or a 0-d tensor, `positives` (M,) and `exclude` (M, 1 or 2) int64 or None, -1 =
+none.
 """
 
 from __future__ import annotations

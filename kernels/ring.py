@@ -1,8 +1,8 @@
 """The softmax over similarities with keys that stay sharded: every rank's keys travel once around the ring, to second order.
 
-Forward: the shards' statistics merge by log-add-exp. Backward: each shard sees the global lse, and the keys' gradients travel with the keys until
-they are home. Double backward: one round sums the row moments over all shards, a second one the gradients. No rank ever holds more than
-two shards of keys; the next one is under way while this one is computed on.
+Forward: the shards' statistics merge by log-add-exp. Backward: each shard sees the global lse, and the keys' gradients travel with the
+keys until they are home. Double backward: one round sums the row moments over all shards, a second one the gradients. No rank ever holds
+more than two shards of keys; the next one is under way while this one is computed on.
 """
 
 from __future__ import annotations
@@ -98,10 +98,8 @@ def _with_keys(operands: Sequence[Any], travelled: Sequence[Any]) -> list[Any]:
     return merged
 
 
-def _merged(total: Statistics | None, shard: Statistics, entropy: bool) -> Statistics:
+def _merged(total: Statistics, shard: Statistics, entropy: bool) -> Statistics:
     """Statistics over the union of two sets of columns."""
-    if total is None:
-        return shard
     teacher_lse = torch.logaddexp(total.teacher_lse, shard.teacher_lse)
     finite = teacher_lse.masked_fill(teacher_lse == -torch.inf, 0.0)
     mean = sum(((part.teacher_lse - finite).exp() * part.teacher_mean for part in (total, shard)), torch.zeros_like(finite))
@@ -110,19 +108,22 @@ def _merged(total: Statistics | None, shard: Statistics, entropy: bool) -> Stati
 
 
 class RingStatistics(torch.autograd.Function):
-    """`Statistics` over all ranks' keys. Inputs: the eight operands, positives and exclude in global columns, entropy, implementation, group."""
+    """`Statistics` over all ranks' keys. Inputs:
+
+    the eight operands, positives and exclude in global columns, entropy, implementation, group.
+    """
 
     @staticmethod
     def forward(*inputs):
         operands, (positives, exclude, entropy, implementation, group) = contiguous(inputs[:OPERANDS]), inputs[OPERANDS:]
-        keys = len(operands[1])
+        keys, (rank, size) = len(operands[1]), rank_and_size(group)
         check_equal_rows(operands[1], group, "key")
-        check_values(operands[2], operands[6], operands[3], operands[7], positives, exclude, keys * rank_and_size(group)[1])
-        module, total = implementation_module(implementation), None
+        check_values(operands[2], operands[6], operands[3], operands[7], positives, exclude, keys * size)
+        module, total = implementation_module(implementation), Statistics(*(operands[2].new_empty(0),) * 5)
         for owner, travelled in _around([operands[index] for index in TRAVELLERS], group):
             sides = sides_of(_with_keys(operands, travelled))
             shard = module.statistics(*sides, _local(positives, owner, keys), _local(exclude, owner, keys), entropy)
-            total = _merged(total, shard, entropy)
+            total = shard if owner == rank else _merged(total, shard, entropy)
         return tuple(total)
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Launching the Triton kernels: the same three functions as `similarity_chunked`, with the tiles of one table.
 
-`statistics`, `gradients` and `curvature` take and give exactly what their namesakes there do, so that either may stand behind the operators.
+`statistics`, `gradients` and `curvature` take and give exactly what their namesakes there do, so that either may stand behind the
+operators.
 """
 
 from __future__ import annotations
@@ -65,9 +66,8 @@ def _launch(
 ) -> None:
     """`width` 0: a kernel without an output of features; otherwise its chunks are the second axis of the grid."""
     settings = {**operands.flags(), **flags}
-    tile = tile_for(
-        kernel.__name__, operands.student.query, max(settings["D"], settings["E"] if settings["TEACHER"] else 0), settings["TEACHER"]
-    )
+    name, features = kernel.__name__ + ("[mirror]" if flags.get("MIRROR") else ""), max(settings["D"], settings["E"])
+    tile = tile_for(name, operands.student.query, features, settings["TEACHER"])
     chunk, teacher_chunk = tile.chunk(settings["D"]), tile.chunk(settings["E"])
     outputs = -(-width // (teacher_chunk if flags.get("OF_TEACHER") else chunk)) if width else 1
     sizes = (len(operands.student.query), len(operands.student.key))
@@ -113,26 +113,27 @@ def _normalised(weights: Rows, dtype: torch.dtype) -> tuple[Rows, Tensor]:
 def _two_passes(
     kernels: tuple[Any, Any],
     operands: Operands,
-    constants: tuple[Tensor, ...],
+    constants: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]],
     factors: tuple[Tensor, Tensor],
     side: Side,
     needs: tuple[bool, ...],
-    flags: dict[str, Any],
+    flags: tuple[dict[str, Any], dict[str, Any]],
 ) -> Parts:
     """Gradients to one side by a pass over rows (query, scale) and one over columns (key, bias), each only where it is needed.
 
-    `factors`: what the matrices are multiplied by inside the kernel, and the row and column sums outside.
+    `kernels`, `constants` and `flags` of both passes. `factors`: what the matrices are multiplied by inside the kernel, and the row and
+    column sums outside.
     """
     inner, outer = factors
     (needs_query, needs_key, needs_scale, needs_bias), width = needs, side.query.shape[1]
     query = key = scale = bias = None
     if needs_query or needs_scale:
         query, rows = torch.empty_like(side.query, memory_format=torch.contiguous_format), inner.new_empty(len(side.query))
-        _launch(kernels[0], operands, _by_rows(operands), width, (*constants, inner, query, rows), flags)
+        _launch(kernels[0], operands, _by_rows(operands), width, (*constants[0], inner, query, rows), flags[0])
         scale = (rows.sum() * outer).to(side.scale.dtype)
     if needs_key or needs_bias:
         key, columns = torch.empty_like(side.key, memory_format=torch.contiguous_format), inner.new_empty(len(side.key))
-        _launch(kernels[1], operands, _by_columns(operands), width, (*constants, inner, key, columns), flags)
+        _launch(kernels[1], operands, _by_columns(operands), width, (*constants[1], inner, key, columns), flags[1])
         bias = columns * outer
     return Parts(*(part if need else None for part, need in zip((query, key, scale, bias), needs, strict=True)))
 
@@ -147,18 +148,56 @@ def gradients(
     entropy: bool,
     needs: tuple[bool, ...] = (True,) * 4,
     teacher_needs: tuple[bool, ...] = NOTHING,
+    tied: bool = False,
 ) -> tuple[Parts, Parts]:
-    """See `similarity_chunked.gradients`."""
+    """See `similarity_chunked.gradients`. Queries that are the keys take one pass over rows instead of two passes."""
     operands = _operands(student, teacher, positives, exclude)
     weights, factor = _normalised(weights, student.query.dtype)
-    constants = (saved.lse, saved.teacher_lse, saved.teacher_mean, *weights)
+    shared = (saved.lse, saved.teacher_lse, saved.teacher_mean, *weights)
+    constants = ((*shared, saved.lse, weights.lse), shared)
     kernels = (first_order.gradient_rows_kernel, first_order.gradient_columns_kernel)
-    flags = {"ENTROPY": entropy, "OF_TEACHER": False}
+    one_pass = tied and teacher is None and student.bias is None
+    if tied:
+        needs = (needs[0], needs[0] and not one_pass, *needs[2:])
+    to_student: dict[str, Any] = {"ENTROPY": entropy, "OF_TEACHER": False}
+    flags = (to_student | {"MIRROR": int(one_pass)}, to_student)
     found = _two_passes(kernels, operands, constants, (factor * operands.student.scale, factor), student, needs, flags)
+    found = chunked.summed(found) if tied else found
     if operands.teacher is None or teacher is None or not any(teacher_needs):
         return found, Parts()
     factors = (factor * operands.teacher.scale, factor)
-    return found, _two_passes(kernels, operands, constants, factors, teacher, teacher_needs, flags | {"OF_TEACHER": True})
+    to_teacher = to_student | {"OF_TEACHER": True}
+    flags = (to_teacher | {"MIRROR": 0}, to_teacher)
+    return found, _two_passes(kernels, operands, constants, factors, teacher, teacher_needs, flags)
+
+
+def symmetric_statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `symmetric_chunked.statistics`; two passes here, for sums over columns of a tile would need a table of partial sums."""
+    pairs = torch.arange(len(image), device=image.device)
+    rows = statistics(Side(image, text, scale, None), None, pairs, None, False)
+    return rows.lse, statistics(Side(text, image, scale, None), None, None, None, False).lse, rows.positive
+
+
+def symmetric_gradients(
+    weights: Rows, image: Tensor, text: Tensor, scale: Tensor, lse: Tensor, column_lse: Tensor, needs: tuple[bool, ...]
+) -> Parts:
+    """See `symmetric_chunked.gradients`: one pass a side, in which both softmaxes share the products."""
+    weights, factor = _normalised(weights, image.dtype)
+    pairs = torch.arange(len(image), device=image.device)
+    none = lse.new_empty(0)
+
+    def to_rows(query: Tensor, key: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> Parts:
+        operands = _operands(Side(query, key, scale, None), None, pairs, None)
+        constants = (ours[0], none, none, ours[1], weights.positive, none, *theirs)
+        flags = {"ENTROPY": False, "OF_TEACHER": False, "MIRROR": 2}
+        kernels = (first_order.gradient_rows_kernel, None)
+        factors = (factor * operands.student.scale, factor)
+        return _two_passes(kernels, operands, (constants, ()), factors, operands.student, (True, False, True, False), (flags, {}))
+
+    rows, columns = (lse, weights.lse), (column_lse, weights.divergence)
+    first = to_rows(image, text, rows, columns) if needs[0] or needs[2] else Parts()
+    second = to_rows(text, image, columns, rows) if needs[1] else Parts()
+    return Parts(first.query if needs[0] else None, second.query, first.scale if needs[2] else None, None)
 
 
 def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor]:
@@ -176,8 +215,8 @@ def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor]:
         return Parts(query, key, small, bias), one
     largest = torch.stack([part.abs().max().float() for part in (query, key, small, bias) if part is not None]).max()
     factor = torch.where(largest > 0, largest, one)
-    matrices = ((part.float() / factor).to(part.dtype) for part in (query, key))
-    return Parts(*matrices, small / factor, None if bias is None else bias / factor), factor
+    query, key = ((part.float() / factor).to(part.dtype) for part in (query, key))
+    return Parts(query, key, small / factor, None if bias is None else bias / factor), factor
 
 
 def curvature(
@@ -193,24 +232,27 @@ def curvature(
     needs: tuple[bool, ...] = (True,) * 4,
     teacher_needs: tuple[bool, ...] = NOTHING,
     moments: Moments | None = None,
+    tied: bool = False,
 ) -> tuple[Moments, Parts, Parts]:
-    """See `similarity_chunked.curvature`, which takes over where the teacher itself moves (a teacher that is not detached, at second order)."""
+    """See `similarity_chunked.curvature`, which takes over where the teacher itself moves: not detached, at second order."""
     if any(part is not None for part in teacher_tangent):
         return chunked.curvature(
-            tangent, teacher_tangent, weights, student, teacher, positives, exclude, saved, entropy, needs, teacher_needs, moments
+            tangent, teacher_tangent, weights, student, teacher, positives, exclude, saved, entropy, needs, teacher_needs, moments, tied
         )
+    needs, tangent = ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
     operands = _operands(student, teacher, positives, exclude)
     weights, factor = _normalised(weights, student.query.dtype)
     moved, tangent_factor = _tangents(tangent, student)
     sums = _moments(operands, saved, moved) if moments is None else Moments(*(part / tangent_factor for part in moments))
-    constants = (saved.lse, saved.teacher_lse, *moved, *weights, sums.student, sums.student_under_teacher)
+    shared = (saved.lse, saved.teacher_lse, *moved, *weights, sums.student, sums.student_under_teacher)
     kernels = (second_order.curvature_rows_kernel, second_order.curvature_columns_kernel)
     factor = factor * tangent_factor
-    found = _two_passes(kernels, operands, constants, (factor, factor), student, needs, {"OF_TEACHER": False})
+    found = _two_passes(kernels, operands, (shared, shared), (factor, factor), student, needs, ({"OF_TEACHER": False},) * 2)
+    found = chunked.summed(found) if tied else found
     teacher_found = Parts()
     if operands.teacher is not None and teacher is not None and any(teacher_needs):
         factors = (factor * operands.teacher.scale, factor)
-        teacher_found = _two_passes(kernels, operands, constants, factors, teacher, teacher_needs, {"OF_TEACHER": True})
+        teacher_found = _two_passes(kernels, operands, (shared, shared), factors, teacher, teacher_needs, ({"OF_TEACHER": True},) * 2)
     return Moments(*(part * tangent_factor for part in sums)), found, teacher_found
 
 

@@ -1,8 +1,8 @@
 """The operators of the softmax over similarities, as torch.compile sees them: opaque, with fakes and a registered autograd.
 
 `statistics` (forward), `gradients` (backward) and `curvature` (double backward) take the eight operands in this order: the student's
-query, key, scale, bias, then the teacher's. A bias, or the whole teacher, may be None. An output that is absent or not needed is an empty
-tensor.
+query, key, scale, bias, then the teacher's. A bias, or the whole teacher, may be None; a key that is None means the queries themselves. An
+output that is absent or not needed is an empty tensor.
 
 Registered autograd serves torch.compile only: under func.grad it fails, and under func.jvp it returns 0 without an error (torch 2.15).
 Eager code goes through the nested functions of `similarity`, which share the rules written here.
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgessl.kernels import similarity_chunked as chunked
+from fastgessl.kernels import symmetric_chunked
 from fastgessl.kernels.arguments import check_values
 from fastgessl.kernels.similarity_chunked import Parts, Rows, Side, Statistics
 
@@ -27,7 +28,8 @@ WEIGHTS = 3
 
 
 def sides_of(operands: Sequence[Any]) -> tuple[Side, Side | None]:
-    return Side(*operands[:4]), None if operands[4] is None else Side(*operands[4:])
+    query, key = operands[:2]
+    return Side(query, query if key is None else key, *operands[2:4]), None if operands[4] is None else Side(*operands[4:])
 
 
 def saved_of(lse: Tensor, teacher_lse: Tensor | None, teacher_mean: Tensor | None) -> Statistics:
@@ -46,7 +48,7 @@ def present(parts: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if part is None else part for part in parts)
 
 
-def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Cotangents have any strides (cat gives narrow views, sum stride 0); neither gradcheck nor opcheck notices a kernel that minds."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
@@ -56,12 +58,12 @@ def _row_dtype(query: Tensor) -> torch.dtype:
 
 
 def statistics_body(
-    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None,
+    query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
     teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
     positives: Tensor | None, exclude: Tensor | None, entropy: bool, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """lse, positive, divergence, the teacher's lse and x, (M,) each; empty where there are no positives or no teacher."""
-    check_values(scale, teacher_scale, bias, teacher_bias, positives, exclude, len(key))
+    check_values(scale, teacher_scale, bias, teacher_bias, positives, exclude, len(query if key is None else key))
     operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
     with torch.autocast(query.device.type, enabled=False):
         found = implementation_module(implementation).statistics(*sides_of(operands), positives, exclude, entropy)
@@ -80,7 +82,7 @@ def _(query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teache
 
 def gradients_body(
     weight_lse: Tensor, weight_positive: Tensor | None, weight_divergence: Tensor | None,
-    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None,
+    query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
     teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
     positives: Tensor | None, exclude: Tensor | None, lse: Tensor, teacher_lse: Tensor | None, teacher_mean: Tensor | None,
     entropy: bool, implementation: str, needs: Sequence[bool],
@@ -90,8 +92,11 @@ def gradients_body(
     operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
     saved = saved_of(lse, teacher_lse, teacher_mean)
     with torch.autocast(query.device.type, enabled=False):
+        if implementation == "chunked" and key is None and bias is None and teacher_query is None:
+            tied = symmetric_chunked.tied_gradients(weights, operands[0], scale, positives, exclude, lse, tuple(needs[:4]))
+            return present((*tied, *(None,) * 4), query)  # type: ignore[return-value]
         student, teacher = implementation_module(implementation).gradients(
-            weights, *sides_of(operands), positives, exclude, saved, entropy, tuple(needs[:4]), tuple(needs[4:])
+            weights, *sides_of(operands), positives, exclude, saved, entropy, tuple(needs[:4]), tuple(needs[4:]), tied=key is None
         )
     return present((*student, *teacher), query)  # type: ignore[return-value]
 
@@ -114,7 +119,7 @@ def curvature_body(
     tangent_teacher_query: Tensor | None, tangent_teacher_key: Tensor | None,
     tangent_teacher_scale: Tensor | None, tangent_teacher_bias: Tensor | None,
     weight_lse: Tensor, weight_positive: Tensor | None, weight_divergence: Tensor | None,
-    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None,
+    query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
     teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
     positives: Tensor | None, exclude: Tensor | None, lse: Tensor, teacher_lse: Tensor | None, teacher_mean: Tensor | None,
     entropy: bool, implementation: str, needs: Sequence[bool],
@@ -128,7 +133,7 @@ def curvature_body(
     with torch.autocast(query.device.type, enabled=False):
         moments, student, teacher = implementation_module(implementation).curvature(
             Parts(*tangents), Parts(*teacher_tangents), weights, *sides_of(operands),
-            positives, exclude, saved, entropy, tuple(needs[:4]), tuple(needs[4:]),
+            positives, exclude, saved, entropy, tuple(needs[:4]), tuple(needs[4:]), tied=key is None,
         )  # fmt: skip
     rows = chunked.row_derivatives(moments)
     return (*rows, *present((*student, *teacher), query))  # type: ignore[return-value]

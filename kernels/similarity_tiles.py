@@ -1,7 +1,7 @@
-"""The launch table: one tile by kernel, architecture, features and teacher.
+"""The launch table: one tile by kernel, generation of card, number of features and teacher.
 
-Every entry compiles ahead of time without a stack frame (no spilled register) and within the shared memory of its card; the test that
-says so prints the table. Architectures: 80 (A100), 86 and 89 and 120 (consumer cards, about 99 KiB of shared memory), 90 (H100, H200), 100 (B200).
+Every entry compiles ahead of time without a stack frame (no spilled register) and within the shared memory of its cards; the test that says
+so prints the table. Which of the entries is fastest has not been measured yet: each is the largest that fits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
-    chunk_limit: int = 256
-    """Widest block of features held at once."""
+    chunk_limit: int
+    """Most features that are held at once."""
 
     def chunk(self, features: int) -> int:
         """Features contracted at once: a power of two, as Triton wants."""
@@ -28,19 +28,149 @@ class Tile(NamedTuple):
 
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-WIDTHS = (64, 128, 256, 2048)
-"""Largest number of features that an entry of the table serves."""
+WIDTHS = (128, 256, 2048)
+INTERPRETED = Tile(32, 32, 4, 1, 128)
 
-SMALL = Tile(32, 32, 4, 1, 128)
-"""For the interpreter."""
+TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
+    ("statistics_kernel", 80, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("gradient_rows_kernel", 80, 128): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("gradient_rows_kernel[mirror]", 80, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("gradient_columns_kernel", 80, 128): (Tile(128, 128, 8, 3, 128), Tile(64, 128, 8, 3, 128)),
+    ("moments_kernel", 80, 128): (Tile(128, 64, 8, 2, 128), Tile(64, 64, 8, 2, 128)),
+    ("curvature_rows_kernel", 80, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("curvature_columns_kernel", 80, 128): (Tile(32, 128, 8, 3, 128), Tile(32, 128, 8, 3, 128)),
+    ("statistics_kernel", 80, 256): (Tile(128, 64, 8, 3, 256), Tile(64, 64, 4, 2, 256)),
+    ("gradient_rows_kernel", 80, 256): (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+    ("gradient_rows_kernel[mirror]", 80, 256): (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+    ("gradient_columns_kernel", 80, 256): (Tile(32, 128, 8, 3, 256), Tile(32, 64, 4, 3, 256)),
+    ("moments_kernel", 80, 256): (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+    ("curvature_rows_kernel", 80, 256): (Tile(64, 32, 8, 2, 256), Tile(128, 32, 8, 3, 64)),
+    ("curvature_columns_kernel", 80, 256): (Tile(32, 64, 8, 2, 256), Tile(32, 64, 8, 2, 256)),
+    ("statistics_kernel", 80, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("gradient_rows_kernel", 80, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("gradient_rows_kernel[mirror]", 80, 2048): (Tile(64, 32, 8, 2, 128), Tile(64, 32, 8, 2, 128)),
+    ("gradient_columns_kernel", 80, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 64, 8, 2, 64)),
+    ("moments_kernel", 80, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("curvature_rows_kernel", 80, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("curvature_columns_kernel", 80, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 64, 8, 2, 64)),
+    ("statistics_kernel", 86, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 2, 128)),
+    ("gradient_rows_kernel", 86, 128): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128)),
+    ("gradient_rows_kernel[mirror]", 86, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("gradient_columns_kernel", 86, 128): (Tile(64, 128, 8, 3, 128), Tile(64, 128, 8, 2, 128)),
+    ("moments_kernel", 86, 128): (Tile(128, 64, 8, 2, 128), Tile(64, 64, 8, 2, 128)),
+    ("curvature_rows_kernel", 86, 128): (Tile(128, 32, 8, 3, 128), Tile(64, 32, 8, 2, 64)),
+    ("curvature_columns_kernel", 86, 128): (Tile(32, 128, 8, 3, 128), Tile(32, 64, 8, 2, 128)),
+    ("statistics_kernel", 86, 256): (Tile(128, 64, 8, 2, 256), Tile(64, 32, 4, 2, 256)),
+    ("gradient_rows_kernel", 86, 256): (Tile(64, 32, 8, 2, 256), Tile(128, 32, 8, 3, 64)),
+    ("gradient_rows_kernel[mirror]", 86, 256): (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+    ("gradient_columns_kernel", 86, 256): (Tile(32, 64, 4, 3, 256), Tile(32, 64, 8, 2, 64)),
+    ("moments_kernel", 86, 256): (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 64)),
+    ("curvature_rows_kernel", 86, 256): (Tile(128, 32, 8, 2, 64), Tile(128, 32, 8, 2, 64)),
+    ("curvature_columns_kernel", 86, 256): (Tile(32, 128, 8, 2, 64), Tile(32, 128, 8, 2, 64)),
+    ("statistics_kernel", 86, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("gradient_rows_kernel", 86, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("gradient_rows_kernel[mirror]", 86, 2048): (Tile(64, 32, 8, 2, 128), Tile(64, 32, 8, 2, 128)),
+    ("gradient_columns_kernel", 86, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 64, 8, 2, 64)),
+    ("moments_kernel", 86, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("curvature_rows_kernel", 86, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("curvature_columns_kernel", 86, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 64, 8, 2, 64)),
+    ("statistics_kernel", 90, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("gradient_rows_kernel", 90, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("gradient_rows_kernel[mirror]", 90, 128): (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2, 128)),
+    ("gradient_columns_kernel", 90, 128): (Tile(64, 128, 8, 3, 128), Tile(64, 128, 8, 3, 128)),
+    ("moments_kernel", 90, 128): (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2, 128)),
+    ("curvature_rows_kernel", 90, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("curvature_columns_kernel", 90, 128): (Tile(32, 128, 8, 3, 128), Tile(32, 128, 8, 3, 128)),
+    ("statistics_kernel", 90, 256): (Tile(128, 64, 8, 3, 256), Tile(64, 64, 4, 2, 256)),
+    ("gradient_rows_kernel", 90, 256): (Tile(128, 64, 8, 3, 256), Tile(128, 32, 8, 3, 256)),
+    ("gradient_rows_kernel[mirror]", 90, 256): (Tile(128, 32, 8, 3, 256), Tile(128, 32, 8, 3, 256)),
+    ("gradient_columns_kernel", 90, 256): (Tile(64, 128, 8, 2, 256), Tile(32, 128, 8, 3, 256)),
+    ("moments_kernel", 90, 256): (Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+    ("curvature_rows_kernel", 90, 256): (Tile(128, 32, 8, 3, 256), Tile(128, 32, 8, 2, 64)),
+    ("curvature_columns_kernel", 90, 256): (Tile(32, 128, 8, 2, 256), Tile(32, 128, 8, 2, 64)),
+    ("statistics_kernel", 90, 2048): (Tile(128, 64, 8, 3, 128), Tile(64, 32, 4, 2, 128)),
+    ("gradient_rows_kernel", 90, 2048): (Tile(128, 64, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("gradient_rows_kernel[mirror]", 90, 2048): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("gradient_columns_kernel", 90, 2048): (Tile(64, 128, 8, 3, 128), Tile(32, 128, 8, 3, 128)),
+    ("moments_kernel", 90, 2048): (Tile(128, 64, 8, 2, 128), Tile(64, 32, 8, 2, 128)),
+    ("curvature_rows_kernel", 90, 2048): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 64)),
+    ("curvature_columns_kernel", 90, 2048): (Tile(32, 64, 8, 2, 128), Tile(32, 128, 8, 3, 64)),
+    ("statistics_kernel", 100, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("gradient_rows_kernel", 100, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("gradient_rows_kernel[mirror]", 100, 128): (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2, 128)),
+    ("gradient_columns_kernel", 100, 128): (Tile(64, 128, 8, 3, 128), Tile(64, 128, 8, 2, 128)),
+    ("moments_kernel", 100, 128): (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2, 128)),
+    ("curvature_rows_kernel", 100, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("curvature_columns_kernel", 100, 128): (Tile(32, 128, 8, 3, 128), Tile(32, 64, 8, 2, 128)),
+    ("statistics_kernel", 100, 256): (Tile(128, 64, 8, 3, 256), Tile(64, 64, 4, 2, 256)),
+    ("gradient_rows_kernel", 100, 256): (Tile(128, 64, 8, 3, 256), Tile(64, 32, 4, 3, 256)),
+    ("gradient_rows_kernel[mirror]", 100, 256): (Tile(128, 32, 8, 3, 256), Tile(128, 32, 8, 3, 256)),
+    ("gradient_columns_kernel", 100, 256): (Tile(64, 128, 8, 3, 256), Tile(32, 64, 4, 3, 256)),
+    ("moments_kernel", 100, 256): (Tile(128, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+    ("curvature_rows_kernel", 100, 256): (Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+    ("curvature_columns_kernel", 100, 256): (Tile(32, 128, 8, 2, 256), Tile(32, 64, 8, 2, 256)),
+    ("statistics_kernel", 100, 2048): (Tile(128, 64, 8, 3, 128), Tile(64, 32, 4, 2, 128)),
+    ("gradient_rows_kernel", 100, 2048): (Tile(128, 64, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("gradient_rows_kernel[mirror]", 100, 2048): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
+    ("gradient_columns_kernel", 100, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 128, 8, 3, 128)),
+    ("moments_kernel", 100, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 128)),
+    ("curvature_rows_kernel", 100, 2048): (Tile(64, 32, 8, 2, 64), Tile(128, 32, 8, 3, 64)),
+    ("curvature_columns_kernel", 100, 2048): (Tile(32, 64, 8, 2, 128), Tile(32, 64, 8, 2, 64)),
+}
+"""16-bit operands: by kernel, generation and largest number of features, without and with a teacher."""
+
+FLOAT32: dict[tuple[str, int], tuple[Tile, Tile]] = {
+    ("statistics_kernel", 80): (Tile(64, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
+    ("gradient_rows_kernel", 80): (Tile(64, 32, 8, 2, 32), Tile(16, 16, 2, 1, 32)),
+    ("gradient_rows_kernel[mirror]", 80): (Tile(64, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
+    ("gradient_columns_kernel", 80): (Tile(32, 64, 8, 2, 32), Tile(32, 64, 8, 2, 32)),
+    ("moments_kernel", 80): (Tile(16, 32, 4, 1, 32), Tile(16, 32, 4, 1, 32)),
+    ("curvature_rows_kernel", 80): (Tile(16, 16, 2, 1, 16), Tile(16, 16, 2, 1, 16)),
+    ("curvature_columns_kernel", 80): (Tile(32, 16, 4, 1, 32), Tile(16, 16, 2, 1, 16)),
+    ("statistics_kernel", 86): (Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("gradient_rows_kernel", 86): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 32)),
+    ("gradient_rows_kernel[mirror]", 86): (Tile(32, 32, 4, 1, 32), Tile(32, 32, 4, 1, 32)),
+    ("gradient_columns_kernel", 86): (Tile(32, 128, 8, 3, 32), Tile(32, 64, 8, 2, 32)),
+    ("moments_kernel", 86): (Tile(64, 32, 8, 2, 32), Tile(16, 32, 4, 1, 32)),
+    ("curvature_rows_kernel", 86): (Tile(16, 32, 4, 1, 64), Tile(16, 16, 2, 1, 16)),
+    ("curvature_columns_kernel", 86): (Tile(32, 16, 4, 1, 32), Tile(16, 16, 2, 1, 16)),
+    ("statistics_kernel", 90): (Tile(64, 64, 4, 2, 64), Tile(64, 64, 4, 2, 64)),
+    ("gradient_rows_kernel", 90): (Tile(128, 32, 8, 3, 64), Tile(64, 32, 4, 3, 64)),
+    ("gradient_rows_kernel[mirror]", 90): (Tile(128, 32, 8, 3, 64), Tile(128, 32, 8, 3, 64)),
+    ("gradient_columns_kernel", 90): (Tile(32, 128, 8, 3, 64), Tile(32, 64, 4, 3, 64)),
+    ("moments_kernel", 90): (Tile(64, 32, 4, 2, 64), Tile(64, 32, 4, 2, 32)),
+    ("curvature_rows_kernel", 90): (Tile(16, 32, 4, 1, 32), Tile(16, 32, 4, 1, 32)),
+    ("curvature_columns_kernel", 90): (Tile(32, 128, 8, 2, 32), Tile(32, 16, 4, 1, 32)),
+    ("statistics_kernel", 100): (Tile(64, 32, 8, 2, 32), Tile(32, 32, 4, 1, 32)),
+    ("gradient_rows_kernel", 100): (Tile(64, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
+    ("gradient_rows_kernel[mirror]", 100): (Tile(32, 32, 4, 1, 32), Tile(32, 32, 4, 1, 32)),
+    ("gradient_columns_kernel", 100): (Tile(32, 64, 8, 2, 32), Tile(32, 64, 8, 2, 32)),
+    ("moments_kernel", 100): (Tile(16, 32, 4, 1, 32), Tile(16, 32, 4, 1, 32)),
+    ("curvature_rows_kernel", 100): (Tile(16, 32, 4, 1, 32), Tile(16, 32, 4, 1, 32)),
+    ("curvature_columns_kernel", 100): (Tile(32, 16, 4, 1, 32), Tile(32, 16, 4, 1, 32)),
+}
+"""float32 operands, whose tiles take twice the memory and three products of tf32 each: in narrow chunks for every width."""
 
 
-def architecture_of(device: torch.device) -> int:
-    """The newest tabulated architecture that the device can run."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return max(known for known in ARCHITECTURES if known <= 10 * major + minor)
+def generation(architecture: int) -> int:
+    """Whose column of the table serves an architecture: 80 (A100), 86 (consumer cards, 99 KiB of shared memory), 90 (H100), 100 (B200)."""
+    if architecture >= 120:
+        return 86
+    return max(known for known in (80, 86, 90, 100) if known <= architecture)
+
+
+def tile_of(kernel: str, architecture: int, features: int, teacher: bool, float32: bool) -> Tile:
+    """The entry for `features`; beyond the widest column its chunks serve any number."""
+    column = generation(architecture)
+    if float32:
+        return FLOAT32[kernel, column][teacher]
+    width = next((width for width in WIDTHS if features <= width), WIDTHS[-1])
+    return TABLE[kernel, column, width][teacher]
 
 
 def tile_for(kernel: str, query: Tensor, features: int, teacher: bool) -> Tile:
-    """The tile of a launch; tensors on the CPU are those of the interpreter."""
-    return SMALL
+    """The tile of a launch on the query's device; tensors on the CPU are the interpreter's."""
+    if not query.is_cuda:
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(query.device)
+    return tile_of(kernel, 10 * major + minor, features, teacher, query.dtype == torch.float32)

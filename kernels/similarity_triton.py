@@ -1,11 +1,11 @@
 """Triton kernels of the softmax over similarities: statistics, and their gradients by rows (queries) and by columns (keys).
 
-The mathematics and its notation stand in `similarity_chunked`. Every matrix is contiguous; statistics are float32, natural logarithms outside and
-base 2 inside. Features are contracted in chunks of CHUNK, and the output's chunk is the second grid axis, so that any width fits. No kernel
-accumulates into memory: results are deterministic.
+The mathematics and its notation stand in `similarity_chunked`. Every matrix is contiguous; statistics are float32, natural logarithms
+outside and base 2 inside. Features are contracted in chunks of CHUNK, and the output's chunk is the second grid axis, so that any width
+fits. No kernel accumulates into memory: results are deterministic.
 
-Prefixes: p_ pointer, o_ offsets, m_ mask, b_ block in registers, i_ program index. Flags: POSITIVES, EXCLUDE (number of excluded columns a row), BIAS,
-TEACHER, TEACHER_BIAS, ENTROPY (a of the notation), OF_TEACHER (the gradient goes to the teacher's side).
+Prefixes: p_ pointer, o_ offsets, m_ mask, b_ block in registers, i_ program index. Flags: POSITIVES, EXCLUDE (number of excluded columns
+a row), BIAS, TEACHER, TEACHER_BIAS, ENTROPY (a of the notation), OF_TEACHER (the gradient goes to the teacher's side).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def products(
     b_left, p_left, o_left, lefts, b_right, p_right, o_right, rights, b_sum,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """b_sum + left·rightᵀ over all features. The first chunks come loaded: a tile is loaded once an iteration, for each textual load gets buffers of
-    its own (131,072 bytes of shared memory against 81,920)."""
+    """b_sum + left·rightᵀ over all features; the first chunks come loaded."""
+    # A tile is loaded once an iteration: each textual load gets buffers of its own (131,072 bytes of shared memory against 81,920).
     b_sum = dot(b_left, tl.trans(b_right), b_sum, PRECISION)
     if CHUNK < WIDTH:
         for first in range(CHUNK, WIDTH, CHUNK):
@@ -172,12 +172,17 @@ def add_positive(b_gradient, p_positives, p_weight_positive, o_m, M, o_n, BY_ROW
 @triton.jit
 def gradient_rows_kernel(
     p_query, p_key, p_scale, p_bias, p_teacher_query, p_teacher_key, p_teacher_scale, p_teacher_bias, p_positives, p_exclude,
-    p_lse, p_teacher_lse, p_mean, p_weight_lse, p_weight_positive, p_weight_divergence, p_factor, p_out, p_out_scale, M, N,
+    p_lse, p_teacher_lse, p_mean, p_weight_lse, p_weight_positive, p_weight_divergence, p_mirror_lse, p_mirror_weight,
+    p_factor, p_out, p_out_scale, M, N,
     D: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, TEACHER_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
-    ENTROPY: tl.constexpr, OF_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
+    ENTROPY: tl.constexpr, OF_TEACHER: tl.constexpr, MIRROR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ = factor·G·K, and Σ_j G∘C of each row for the scale. Work: 2 matmul units, one more with a teacher."""
+    """dQ = factor·G·K, and Σ_j G∘C of each row for the scale. Work: 2 matmul units, one more with a teacher.
+
+    MIRROR adds the gradient of the columns' softmax in the same 2 units, as C serves both; without teacher and bias. 1: queries are the
+    keys, the result is factor·(G + Gᵀ)·Q. 2: symmetric InfoNCE, whose columns have an lse and weights of their own.
+    """
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_chunk = tl.program_id(1)
     scale = tl.load(p_scale) * LOG2_E
@@ -217,6 +222,16 @@ def gradient_rows_kernel(
             else:
                 b_gradient -= b_divergence * b_teacher_softmax
         b_out_scale += tl.sum(b_gradient * (b_teacher_products if OF_TEACHER else b_products), 1)
+        if MIRROR:
+            m_open = columns_open(o_m, M, p_exclude, o_n, N, EXCLUDE, False)
+            b_mirror_lse = load_log2(p_mirror_lse, o_n, N)[None, :]
+            _, b_mirror = softmax_tile(b_products, scale, p_bias, o_n, N, b_mirror_lse, m_open, False, True)
+            b_mirror *= load_weights(p_mirror_weight, o_n, N, False)
+            if POSITIVES and MIRROR == 1:
+                b_mirror = add_positive(b_mirror, p_positives, p_weight_positive, o_n, N, o_m, False)
+            b_gradient += b_mirror
+            if MIRROR == 2:
+                b_out_scale += tl.sum(b_mirror * b_products, 1)
         if OF_TEACHER:
             if TEACHER_CHUNK < E:
                 b_teacher_key = load_matrix(p_teacher_key, o_n, N, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK)

@@ -1,6 +1,7 @@
 """Triton kernels of the double backward: row moments, then the gradients by rows and by columns.
 
-With tangents (ggQ, ggK, ggs, ggbias) of the student's operands, B = s·A + ggs·C + ggbias is the change of the logits, A = ggQ·Kᵀ + Q·ggKᵀ, and
+With tangents (ggQ, ggK, ggs, ggbias) of the student's operands, B = s·A + ggs·C + ggbias is the change of the logits, A = ggQ·Kᵀ +
+Q·ggKᵀ, and
 
     H = w·P∘(B − b)          gQ = (s·H + ggs·G)K + s·G·ggK          gK = (s·H + ggs·G)ᵀQ + s·Gᵀ·ggQ          gs = Σ H∘C + Σ G∘A
     H_t = −t·P_t∘(B − b_t)   to the teacher's operands (OF_TEACHER)

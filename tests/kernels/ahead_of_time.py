@@ -39,19 +39,26 @@ class Resources(NamedTuple):
 
 
 def resources(
-    name: str, architecture: int, features: int, teacher: bool, tile: Tile, dtype: str = "bf16", of_teacher: bool = False
+    name: str,
+    architecture: int,
+    features: int,
+    teacher: bool,
+    tile: Tile,
+    dtype: str = "bf16",
+    of_teacher: bool = False,
+    mirror: int = 0,
 ) -> Resources:
     kernel = KERNELS[name]
     flags = {
         "D": features, "E": features, "CHUNK": tile.chunk(features), "TEACHER_CHUNK": tile.chunk(features), "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns, "POSITIVES": True, "EXCLUDE": 1, "BIAS": False, "TEACHER": teacher, "TEACHER_BIAS": False, "ENTROPY": True,
-        "OF_TEACHER": of_teacher, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+        "OF_TEACHER": of_teacher, "MIRROR": mirror, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in flags:
             signature[argument], constants[argument] = "constexpr", flags[argument]
-        elif argument.endswith("_bias") and argument != "p_out_bias" or (argument in TEACHER_ONLY and not teacher):
+        elif (argument.endswith("_bias") and argument != "p_out_bias") or (argument in TEACHER_ONLY and not teacher):
             signature[argument], constants[argument] = "constexpr", None
         elif argument in ("M", "N"):
             signature[argument] = "i32"
@@ -61,7 +68,7 @@ def resources(
             )
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return _read(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
 
 

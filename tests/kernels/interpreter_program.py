@@ -9,7 +9,7 @@ import sys
 import torch
 from torch.nn.functional import normalize
 
-from fastgessl.kernels import gessl_loss, info_nce, similarity_logsumexp, soft_cross_entropy
+from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, similarity_logsumexp, soft_cross_entropy
 
 
 def operands(case):
@@ -39,6 +39,10 @@ def loss_rows(case, leaves, temperature, masks, bias, implementation):
     shared = {"temperature": temperature, "implementation": implementation, "exclude": masks.get("exclude")}
     if case["loss"] == "info_nce":
         return (info_nce(*leaves[:2], positives=masks["positives"], reduction="none", **shared),)
+    if case["loss"] == "clip":
+        return (clip_loss(*leaves[:2], temperature=temperature, reduction="none", implementation=implementation),)
+    if case["loss"] == "nt_xent":
+        return (nt_xent(*leaves[:2], temperature=temperature, reduction="none", implementation=implementation),)
     if case["loss"] == "logsumexp":
         lse = similarity_logsumexp(*leaves[:2], bias=bias[0], **shared)
         return (lse.masked_fill(lse == -torch.inf, 0.0),)

@@ -24,7 +24,7 @@ TOTAL = RANKS * ROWS
 def _inputs():
     torch.manual_seed(0)
     weight = torch.randn(D, D, dtype=torch.float64)
-    return weight, torch.randn(4, TOTAL, D, dtype=torch.float64), torch.randperm(TOTAL), torch.randn(TOTAL, dtype=torch.float64)
+    return weight, 0.5 * torch.randn(4, TOTAL, D, dtype=torch.float64), torch.randperm(TOTAL), torch.randn(TOTAL, dtype=torch.float64)
 
 
 def _losses(data, positives, bias, weight, temperature, group, mode):

@@ -224,3 +224,23 @@ def test_values_are_checked_by_the_reference_and_under_vmap_too(positives):
         info_nce(GOOD, GOOD, positives=positives, implementation="reference")
     with pytest.raises(ValueError, match="positives of shape"):
         torch.func.vmap(lambda query: info_nce(query, GOOD, positives=positives))(GOOD.expand(2, 4, 3).clone())
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_grad_scaler_and_float16_autocast_give_the_unscaled_gradient(order):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    layer = torch.nn.Linear(6, 8)
+    views = torch.randn(2, 16, 6)
+
+    def gradients(scale, device_type, enabled):
+        layer.zero_grad()
+        with torch.autocast(device_type, dtype=torch.float16, enabled=enabled):
+            loss = nt_xent(layer(views[0]), layer(views[1]), temperature=0.5)
+        if order == 2:
+            first = torch.autograd.grad(loss, list(layer.parameters()), create_graph=True)
+            loss = loss + sum(gradient.square().sum() for gradient in first)
+        (scaler.scale(loss) / scaler.get_scale() * scale).backward()
+        return torch.cat([parameter.grad.flatten() / scale for parameter in layer.parameters()])
+
+    found, expected = gradients(scaler.get_scale(), "cpu", True), gradients(1.0, "cpu", False)
+    assert (found - expected).norm() < 2e-2 * expected.norm()

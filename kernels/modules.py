@@ -1,0 +1,161 @@
+"""The losses as modules, shaped like those that people already use: swapping an import is the whole migration.
+
+Modules normalise what their originals normalise and hold what state those hold; the functions beneath are pure. `gather_distributed`
+takes the keys of all ranks of the default process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fastgessl.kernels.collectives import all_gather_rows
+from fastgessl.kernels.distillation import sigma_kl
+from fastgessl.kernels.losses import clip_loss, nt_xent, similarity_logsumexp
+
+
+def default_group(gather_distributed: bool) -> dist.ProcessGroup | None:
+    """The default group if its ranks are to be gathered and there are several."""
+    if not gather_distributed or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
+class NTXentLoss(nn.Module):
+    """SimCLR's loss, or MoCo's with a memory bank; lightly's signature. Normalises both inputs.
+
+    With `memory_bank_size=(K, D)` the second input's rows are keys: row i's negatives are the bank, and the bank then takes the keys in.
+    The bank moves in `forward` when the first input requires a gradient, as in lightly; `similarity_logsumexp` over a queue of your own
+    is the pure form.
+
+    >>> import torch
+    >>> criterion = NTXentLoss(temperature=0.5)
+    >>> loss = criterion(torch.randn(8, 16), torch.randn(8, 16))
+    >>> loss.shape
+    torch.Size([])
+    """
+
+    bank: Tensor
+    bank_position: Tensor
+
+    def __init__(self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, found {temperature}.")
+        size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        if size != (0,) and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"memory_bank_size must be 0 or (rows, features), found {memory_bank_size}.")
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        bank = normalize(torch.randn(size), dim=1) if len(size) == 2 else torch.empty(0, 0)
+        self.register_buffer("bank", bank)
+        self.register_buffer("bank_position", torch.zeros((), dtype=torch.long))
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """(N, D) twice -> ()."""
+        group = default_group(self.gather_distributed)
+        if not len(self.bank):
+            return nt_xent(out0, out1, temperature=self.temperature, group=group)
+        query, key = normalize(out0, dim=1), normalize(out1, dim=1)
+        positive = (query.float() * key.float()).sum(1) / self.temperature
+        negatives = similarity_logsumexp(query, self.bank.to(query.dtype), temperature=self.temperature)
+        if out0.requires_grad:
+            self.enqueue(all_gather_rows(key.detach(), group))
+        return (torch.logaddexp(positive, negatives) - positive).mean()
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrite the bank's oldest rows; what does not fit before its end is dropped, as in lightly."""
+        # A new tensor: the old one may still be needed by the backward of the loss that was computed on it.
+        start = int(self.bank_position)
+        taken = keys[: len(self.bank) - start].to(self.bank.dtype)
+        self.bank = torch.cat([self.bank[:start], taken, self.bank[start + len(taken) :]])
+        self.bank_position.fill_((start + len(taken)) % len(self.bank))
+
+
+class ClipLoss(nn.Module):
+    """CLIP's symmetric loss; open_clip's signature. Features come normalised, `logit_scale` is 1/temperature.
+
+    Every rank computes the loss of its own pairs against all ranks' and gradients flow through the gather: open_clip's `local_loss=True,
+    gather_with_grad=True`, whatever is passed.
+
+    >>> import torch
+    >>> criterion, logit_scale = ClipLoss(), torch.tensor(10.0, requires_grad=True)
+    >>> criterion(torch.eye(4), torch.eye(4), logit_scale).backward()
+    >>> logit_scale.grad
+    tensor(-0.0001)
+    """
+
+    def __init__(self, local_loss: bool = True, gather_with_grad: bool = True, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__()
+        self.gather_distributed = world_size > 1
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, output_dict: bool = False
+    ) -> Tensor | dict:
+        """(N, D) twice and () -> (), or {"contrastive_loss": ()}."""
+        group = default_group(self.gather_distributed)
+        loss = clip_loss(image_features, text_features, temperature=1 / logit_scale, group=group)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss, Khosla et al. 2020, eq. (2): several positives a row, all rows of its class; SupContrast's signature.
+
+    Since a row's positives enter linearly, they count as their mean key: loss_i = lse_i - q_i·(mean key of the class)/τ, without a mask
+    of pairs.
+
+    >>> import torch
+    >>> features = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=2)
+    >>> SupConLoss()(features, torch.arange(8) % 3).shape
+    torch.Size([])
+    """
+
+    def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature, self.base_temperature = temperature, base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Normalised features (N, V, D) of V views, classes (N,) (without them every image is its own class) -> ().
+
+        Raises ValueError for other shapes. A row whose class has no other row has zero loss and is counted.
+        """
+        if features.dim() != 3:
+            raise ValueError(f"features must have shape (images, views, features), found {tuple(features.shape)}.")
+        images, views, _ = features.shape
+        labels = torch.arange(images, device=features.device) if labels is None else labels
+        if labels.shape != (images,):
+            raise ValueError(f"labels must have shape ({images},), one a row of features; found {tuple(labels.shape)}.")
+        rows = features.transpose(0, 1).flatten(0, 1)
+        classes = labels.unique(return_inverse=True)[1].repeat(views)
+        wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        sums = wide.new_zeros(int(classes.max()) + 1, wide.shape[1]).index_add(0, classes, wide)
+        others = (classes.bincount()[classes] - 1)[:, None]
+        mean_key = (sums[classes] - wide) / others.clamp(min=1)
+        lse = similarity_logsumexp(rows, rows, temperature=self.temperature, exclude=torch.arange(len(rows), device=rows.device))
+        losses = (lse - (wide * mean_key).sum(1) / self.temperature).masked_fill(others[:, 0] == 0, 0.0)
+        return (self.temperature / self.base_temperature) * losses.mean()
+
+
+class SigmaLoss(nn.Module):
+    """GeSSL's σ: KL from a teacher's similarity softmax to the student's, with the teacher detached. Normalises all operands.
+
+    >>> import torch
+    >>> views = torch.randn(2, 8, 16)
+    >>> SigmaLoss(temperature=0.2)(*views, *views) < 1e-6
+    tensor(True)
+    """
+
+    def __init__(self, temperature: float = 0.1, teacher_temperature: float | None = None) -> None:
+        super().__init__()
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+
+    def forward(self, student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> Tensor:
+        """(M, D), (N, D), (M, E), (N, E) -> ()."""
+        student = (normalize(part, dim=1) for part in (student_query, student_key))
+        teacher = (normalize(part.detach(), dim=1) for part in (teacher_query, teacher_key))
+        return sigma_kl(*student, *teacher, temperature=self.temperature, teacher_temperature=self.teacher_temperature)

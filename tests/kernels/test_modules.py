@@ -1,0 +1,192 @@
+"""Modules against their originals: lightly itself where it has them, the published formula where not."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from fastgessl.kernels import ClipLoss, DINOLoss, DISSLLoss, NTXentLoss, SigmaLoss, SupConLoss, SwaVLoss
+
+
+@pytest.mark.parametrize("module", ["modules", "prototype_modules"])
+def test_examples_in_docstrings_run(module):
+    results = doctest.testmod(importlib.import_module(f"fastgessl.kernels.{module}"))
+    assert results.attempted and not results.failed
+
+
+@pytest.fixture(scope="module")
+def lightly_loss():
+    return pytest.importorskip("lightly.loss")
+
+
+def rows(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def unit(*shape, seed=0):
+    return normalize(rows(*shape, seed=seed), dim=-1)
+
+
+def loss_and_gradients(function, *leaves):
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    loss = function(*leaves)
+    return loss, *torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def train_step(criterion):
+    """A SimCLR script's step as its users write it: only the import decides whose NTXentLoss this is."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for step in range(3):
+        view0, view1 = rows(2, 10, 12, seed=step)
+        loss = criterion(model(view0), model(view1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses), *(parameter.detach() for parameter in model.parameters())
+
+
+def test_swapping_the_import_in_a_lightly_script_changes_nothing(lightly_loss):
+    ours, theirs = train_step(NTXentLoss(temperature=0.3)), train_step(lightly_loss.NTXentLoss(temperature=0.3))
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_memory_bank_equals_lightlys_over_several_steps(lightly_loss):
+    ours, theirs = (module.NTXentLoss(temperature=0.2, memory_bank_size=(12, 4)).double() for module in (modules(), lightly_loss))
+    theirs(rows(1, 4), rows(1, 4))
+    ours.bank = theirs.memory_bank.bank.clone().double()
+    theirs.memory_bank.bank = theirs.memory_bank.bank.double()
+    for step in range(4):  # 5 rows a step into 12: the third step reaches the end
+        leaves = rows(5, 4, seed=step), rows(5, 4, seed=step + 10)
+        for found, expected in zip(loss_and_gradients(ours, *leaves), loss_and_gradients(theirs, *leaves), strict=True):
+            torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(ours.bank, theirs.memory_bank.bank)
+
+
+def modules():
+    return importlib.import_module("fastgessl.kernels.modules")
+
+
+def test_the_memory_bank_rests_without_gradient_and_survives_a_backward():
+    criterion = NTXentLoss(memory_bank_size=(8, 4)).double()
+    before = criterion.bank.clone()
+    criterion(rows(3, 4), rows(3, 4, seed=1))
+    torch.testing.assert_close(criterion.bank, before, rtol=0, atol=0)
+    query = rows(3, 4).requires_grad_()
+    loss = criterion(query, rows(3, 4, seed=1))
+    criterion(query, rows(3, 4, seed=2))
+    loss.backward()  # after the bank has moved on twice
+    assert not torch.equal(criterion.bank, before)
+
+
+def test_clip_module_takes_open_clips_arguments():
+    image, text, scale = unit(6, 4), unit(6, 4, seed=1), torch.tensor(8.0, dtype=torch.float64)
+
+    def expected(image, text, scale):
+        logits, target = scale * image @ text.T, torch.arange(6)
+        return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+    criterion = ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=1)
+    for found, want in zip(
+        loss_and_gradients(criterion, image, text, scale), loss_and_gradients(expected, image, text, scale), strict=True
+    ):
+        torch.testing.assert_close(found, want)
+    torch.testing.assert_close(criterion(image, text, scale, output_dict=True)["contrastive_loss"], expected(image, text, scale))
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([2, 0, 2, 7, 0, 2])], ids=["views-only", "classes"])
+def test_supcon_is_the_formula_of_the_paper_pair_by_pair(labels):
+    features, names = unit(6, 2, 5), torch.arange(6) if labels is None else labels
+
+    def expected(features):
+        flat, classes, total = torch.cat([features[:, 0], features[:, 1]]), names.repeat(2), 0.0
+        for i in range(12):
+            others = [a for a in range(12) if a != i]
+            lse = torch.stack([flat[i] @ flat[a] / 0.2 for a in others]).logsumexp(0)
+            positives = [p for p in others if classes[p] == classes[i]]
+            total = total - sum(flat[i] @ flat[p] / 0.2 - lse for p in positives) / len(positives)
+        return 0.2 / 0.07 * total / 12
+
+    found = loss_and_gradients(lambda features: SupConLoss(temperature=0.2)(features, labels), features)
+    for ours, want in zip(found, loss_and_gradients(expected, features), strict=True):
+        torch.testing.assert_close(ours, want)
+
+
+def test_sigma_module_normalises_and_detaches_the_teacher():
+    leaves = [rows(5, 4, seed=i) for i in range(4)]
+
+    def expected(student_query, student_key, teacher_query, teacher_key):
+        student = (normalize(student_query) @ normalize(student_key).T / 0.1).log_softmax(1)
+        teacher = (normalize(teacher_query.detach()) @ normalize(teacher_key.detach()).T / 0.3).log_softmax(1)
+        return torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+    criterion = SigmaLoss(temperature=0.1, teacher_temperature=0.3)
+    for found, want in zip(loss_and_gradients(criterion, *leaves), loss_and_gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def test_dino_equals_lightlys_on_the_full_table_and_moves_its_centre_alike(lightly_loss):
+    ours = DINOLoss(output_dim=9, teacher_temp=0.07).double()
+    theirs = lightly_loss.DINOLoss(output_dim=9, teacher_temp=0.07, warmup_teacher_temp=0.07).double()
+    weight, student_weight = rows(9, 4, seed=20), rows(9, 4, seed=21)
+    for step in range(3):
+        teacher, student = rows(2, 5, 4, seed=step), rows(4, 5, 4, seed=9 + step)
+        found = loss_and_gradients(lambda s, w, t=teacher: ours(t, weight, s, w), student, student_weight)
+        expected = loss_and_gradients(lambda s, w, t=teacher: theirs(list(t @ weight.T), list(s @ w.T), epoch=0), student, student_weight)
+        ours.update_center(teacher, weight)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("with_queue", [False, True])
+def test_swav_equals_lightlys_on_the_full_table(lightly_loss, with_queue):
+    high, low, prototypes = unit(2, 6, 4), unit(3, 6, 4, seed=1), unit(5, 4, seed=2)
+    queue = unit(2, 7, 4, seed=3) if with_queue else None
+
+    def expected(high, low, prototypes):
+        queued = None if queue is None else list(queue @ prototypes.T)
+        return lightly_loss.SwaVLoss()(list(high @ prototypes.T), list(low @ prototypes.T), queued).squeeze()
+
+    found = loss_and_gradients(lambda high, low, prototypes: SwaVLoss()(high, low, prototypes, queue), high, low, prototypes)
+    for a, b in zip(found, loss_and_gradients(expected, high, low, prototypes), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dissl_is_its_formula_on_the_full_table_with_gradients_to_the_teacher():
+    leaves = rows(2, 6, 4), rows(9, 4, seed=1), rows(2, 6, 3, seed=2), rows(9, 3, seed=3)
+
+    def expected(student, student_prototypes, teacher, teacher_prototypes):
+        log_q, log_p = (student @ student_prototypes.T).log_softmax(2), (teacher @ teacher_prototypes.T / 0.5).log_softmax(2)
+        total = 0.0
+        for a, b in ((0, 1), (1, 0)):
+            p, mean = log_p[a].exp(), log_p[a].exp().mean(0)
+            total = total - (p * log_q[b]).sum(1).mean() + 2.3 * (mean * mean.log()).sum() - 0.8 * (p * log_p[b]).sum(1).mean()
+        return total / 2
+
+    for found, want in zip(loss_and_gradients(DISSLLoss(), *leaves), loss_and_gradients(expected, *leaves), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: NTXentLoss(temperature=0), "temperature must be positive"),
+        (lambda: NTXentLoss(memory_bank_size=4096), r"memory_bank_size must be 0 or \(rows, features\), found 4096"),
+        (lambda: SupConLoss()(torch.zeros(4, 3)), r"found \(4, 3\)"),
+        (lambda: SupConLoss()(torch.zeros(4, 2, 3), torch.zeros(3)), r"labels must have shape \(4,\).* found \(3,\)"),
+        (
+            lambda: DINOLoss(output_dim=5)(torch.zeros(1, 2, 3), torch.zeros(5, 3), torch.zeros(1, 2, 3), torch.zeros(5, 3)),
+            "one view of each",
+        ),
+        (lambda: SwaVLoss()(torch.zeros(1, 2, 3), [], torch.zeros(5, 3)), "one view in all"),
+    ],
+)
+def test_bad_input_is_refused_with_what_was_found(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

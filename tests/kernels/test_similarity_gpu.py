@@ -1,0 +1,114 @@
+"""The Triton kernels on a GPU: the error against float64 is at most twice that of dense PyTorch in the same dtype (`make gpu`)."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from fastgessl.kernels import clip_loss, gessl_loss, implementation_for, info_nce, nt_xent, soft_cross_entropy
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(64, 64, 64), (300, 517, 96), (1000, 1000, 128), (513, 700, 256), (200, 333, 768), (130, 257, 2048)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def operands(M, N, D, dtype, temperature):
+    generator = torch.Generator("cuda").manual_seed(M + D)
+
+    def unit(rows):
+        return normalize(torch.randn(rows, D, generator=generator, device="cuda", dtype=torch.float64), dim=1)
+
+    key, teacher_key = unit(N), unit(N)
+    noise = 1.5 if temperature > 0.05 else 4.0
+    query, teacher_query = (normalize(keys[:M] + noise * unit(M), dim=1) for keys in (key, teacher_key))
+    return [part.to(dtype) for part in (query, key, teacher_query, teacher_key)]
+
+
+LOSSES = {
+    "info_nce": lambda q, k, tq, tk, s: info_nce(q, k, exclude=(torch.arange(len(q), device=q.device) + 3) % len(k), **s),
+    "nt_xent": lambda q, k, tq, tk, s: nt_xent(q, k[: len(q)], **s),
+    "clip": lambda q, k, tq, tk, s: clip_loss(q, k[: len(q)], **s),
+    "cross_entropy": lambda q, k, tq, tk, s: soft_cross_entropy(q, k, tq, tk, teacher_temperature=0.3, **s),
+    "gessl": lambda q, k, tq, tk, s: sum(part.mean() for part in gessl_loss(q, k, tq, tk, **s)),
+}
+
+
+def derivatives(loss, parts, temperature, implementation):
+    """Loss, gradients, and the gradient of ⟨student's gradients, a direction⟩."""
+    leaves = [part.clone().requires_grad_() for part in parts]
+    value = loss(*leaves, {"temperature": temperature, "implementation": implementation})
+    first = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+    along = sum((grad * part.detach().flip(0)).sum() for grad, part in zip(first[:2], parts[:2], strict=True))
+    return value, *first, *torch.autograd.grad(along * temperature, leaves, materialize_grads=True)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_error_is_at_most_twice_that_of_dense_pytorch_in_the_same_dtype(name, shape, dtype, temperature):
+    parts = operands(*shape, dtype, temperature)
+    exact = derivatives(LOSSES[name], [part.double() for part in parts], temperature, "reference")
+    ours = derivatives(LOSSES[name], parts, temperature, "triton")
+    # Dense PyTorch in this dtype: the same definition, its products and its gradients rounded to the dtype as autocast would.
+    with torch.autocast("cuda", enabled=False):
+        dense = derivatives(LOSSES[name], parts, temperature, "reference")
+    floor = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype] * (10 if temperature == 0.01 else 1)
+    for found, peer, expected in zip(ours, dense, exact, strict=True):
+        size = expected.norm().clamp_min(1e-6)
+        error, allowed = (found.double() - expected).norm() / size, 2 * (peer.double() - expected).norm() / size
+        assert found.isfinite().all() and error <= allowed + floor
+
+
+def test_a_gpu_tensor_takes_triton_by_itself_and_float64_does_not():
+    assert implementation_for(torch.empty(2, 2, device="cuda"))[0] == "triton"
+    assert implementation_for(torch.empty(2, 2, device="cuda", dtype=torch.float64))[0] == "chunked"
+
+
+def test_results_repeat_bit_for_bit():
+    parts = operands(1000, 1000, 128, torch.bfloat16, 0.1)
+    runs = [derivatives(LOSSES["gessl"], parts, 0.1, "triton") for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_step_is_captured_in_one_cuda_graph():
+    query, key = (part.requires_grad_() for part in operands(256, 256, 128, torch.bfloat16, 0.1)[:2])
+
+    def step():
+        return torch.autograd.grad(info_nce(query, key), (query, key))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = [step() for _ in range(3)][-1]
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_million_keys_need_no_table():
+    query = normalize(torch.randn(4096, 128, device="cuda"), dim=1).bfloat16().requires_grad_()
+    key = normalize(torch.randn(1 << 20, 128, device="cuda"), dim=1).bfloat16()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    info_nce(query, key).backward()
+    assert torch.cuda.max_memory_allocated() - before < 1 << 28
+
+
+def test_grad_scaler_and_autocast_train_in_float16():
+    layer = torch.nn.Linear(32, 64).cuda()
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.1), torch.amp.GradScaler("cuda")
+    images = torch.randn(2, 128, 32, device="cuda")
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = nt_xent(layer(images[0]), layer(images[0] + 0.1 * images[1]), temperature=0.1)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and all(parameter.isfinite().all() for parameter in layer.parameters())

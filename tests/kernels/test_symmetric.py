@@ -1,0 +1,119 @@
+"""Symmetric InfoNCE from one table against the two dense cross-entropies, in float64, and in every transform."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
+from torch.library import opcheck
+from torch.nn.functional import cross_entropy
+
+from fastgessl.kernels import clip_loss, info_nce, similarity_chunked, symmetric, symmetric_chunked
+
+N, D = 7, 4
+
+
+def dense(image, text, temperature):
+    logits, pairs = image @ text.T / temperature, torch.arange(len(image))
+    return (cross_entropy(logits, pairs) + cross_entropy(logits.T, pairs)) / 2
+
+
+def streaming(image, text, temperature):
+    return clip_loss(image, text, temperature=temperature)
+
+
+@pytest.fixture
+def operands():
+    torch.manual_seed(0)
+    return *torch.randn(2, N, D, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
+
+
+@pytest.fixture(params=[128, 3], ids=["one-block", "many-blocks"], autouse=True)
+def rows_of_a_block(request, monkeypatch):
+    monkeypatch.setattr(similarity_chunked, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(similarity_chunked, "BLOCK_ELEMENTS", 1)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+def along(loss, tangents):
+    return lambda *at: sum((g * t).sum() for g, t in zip(grad(loss, (0, 1, 2))(*at), tangents, strict=True))
+
+
+def test_first_and_second_derivatives_pass_finite_differences(operands):
+    leaves = [operand.clone().requires_grad_() for operand in operands]
+    assert gradcheck(streaming, leaves)
+    assert gradgradcheck(streaming, leaves)
+
+
+def test_value_and_every_transform_equal_dense(operands):
+    tangents = [torch.randn_like(operand) for operand in operands]
+    every = (0, 1, 2)
+    for transform in (
+        lambda loss: loss(*operands),
+        lambda loss: grad(loss, every)(*operands),
+        lambda loss: grad(along(loss, tangents), every)(*operands),
+        lambda loss: jvp(loss, operands, tuple(tangents)),
+        lambda loss: jvp(grad(loss, every), operands, tuple(tangents)),
+        lambda loss: grad(lambda *at: jvp(loss, at, tuple(tangents))[1], every)(*operands),
+    ):
+        close(transform(streaming), transform(dense))
+    batch = torch.stack([operands[0], operands[0].flip(0)])
+    found, expected = (vmap(grad(loss, every), (0, None, None))(batch, *operands[1:]) for loss in (streaming, dense))
+    close(found, expected)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=["image", "text", "temperature"])
+def test_each_operand_alone_gets_its_gradient_at_both_orders(operands, needs):
+    def derivatives(loss):
+        leaves = [operand.clone().requires_grad_(need) for operand, need in zip(operands, needs, strict=True)]
+        (leaf,) = (leaf for leaf in leaves if leaf.requires_grad)
+        (first,) = torch.autograd.grad(loss(*leaves), leaf, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    close(derivatives(streaming), derivatives(dense))
+
+
+def test_third_derivative_raises(operands):
+    image = operands[0].clone().requires_grad_()
+    first = torch.autograd.grad(streaming(image, *operands[1:]), image, create_graph=True)[0]
+    second = torch.autograd.grad(first.square().sum(), image, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="third derivatives"):
+        torch.autograd.grad(second.square().sum(), image)
+
+
+def test_operators_pass_opcheck_and_compile(operands):
+    image, text, temperature = (operand.clone().requires_grad_() for operand in operands)
+    lse, column_lse, _ = (part.detach() for part in symmetric.statistics(image, text, temperature, "chunked"))
+    weights = torch.randn(3, N, dtype=torch.float64).unbind()
+    opcheck(symmetric.statistics, (image, text, temperature, "chunked"))
+    opcheck(symmetric.gradients, (*weights, image, text, temperature, lse, column_lse, "chunked", [True, False, True]))
+    compiled = torch.compile(streaming, fullgraph=True, backend="aot_eager")
+    close(torch.autograd.grad(compiled(image, text, temperature), (image, text)), grad(dense, (0, 1))(*operands))
+
+
+def test_far_apart_columns_do_not_overflow():
+    image = torch.tensor([[1.0], [60.0], [-60.0]])
+    found = symmetric_chunked.statistics(image, image, torch.tensor(1.0))
+    table = image @ image.T
+    torch.testing.assert_close(found, (table.logsumexp(1), table.logsumexp(0), table.diagonal()))
+
+
+@pytest.mark.parametrize(
+    "exclude", [None, torch.tensor([0, 1, 2, -1, 4, 0, 6]), torch.tensor([[0, 3], [1, -1], [2, 5], [3, 0], [-1, -1], [6, 5], [6, 2]])]
+)
+def test_queries_that_are_keys_get_the_dense_gradient_in_one_pass(exclude):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(N, D, dtype=torch.float64, generator=generator).requires_grad_()
+    temperature = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    positives = torch.tensor([3, 3, -1, 0, 5, 4, 3])
+
+    def derivatives(implementation):
+        losses = info_nce(
+            rows, rows, temperature=temperature, positives=positives, exclude=exclude, reduction="none", implementation=implementation
+        )
+        first = torch.autograd.grad((losses * torch.arange(1.0, N + 1)).sum(), (rows, temperature), create_graph=True)
+        return losses, *first, *torch.autograd.grad(first[0].square().sum() + first[1], (rows, temperature))
+
+    close(derivatives("chunked"), derivatives("reference"))

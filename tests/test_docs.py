@@ -15,7 +15,6 @@ import fastgessl as package
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Modules that need a GPU's compiler to be imported have no examples of their own.
 MODULES = [module.name for module in pkgutil.walk_packages(package.__path__, "fastgessl.") if not module.name.endswith("__main__")]
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgessl.config import GesslConfig, UsageError
 from fastgessl.distributed import rank_local, world_group, world_size
+from fastgessl.methods import METHODS
 from fastgessl.models import synchronise_batch_norm
 from fastgessl.objective import GeSSL
 
@@ -80,7 +81,7 @@ def main(rank, size, folder):
         assert world_size() == 1 and world_group() is None
     views = toy_views(seed=10 + rank)
     report = {"world_size": dist.get_world_size()}
-    for name in ("simclr", "byol"):
+    for name in sorted(METHODS):
         report["plain", name] = two_steps(name, GesslConfig(), views, negatives="global", synchronised=True)
         for label, settings in BI_LEVEL.items():
             report["tasks", name, label] = first_gradient(name, settings, views)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastgessl.config import GesslConfig
+from fastgessl.methods import METHODS
 from fastgessl.objective import GeSSL
 
 SETTINGS = [
@@ -26,7 +27,7 @@ def run(toys, name, settings, dtype=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["simclr", "byol"])
+@pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"K{s.inner_steps}-{s.hypergradient}-{s.scope}")
 def test_under_autocast_sigma_is_positive_and_its_gradient_within_0_98_cosine_of_float32(toys, name, settings, dtype, record_property):
     expected, full = run(toys, name, settings)
@@ -68,7 +69,7 @@ def test_the_backward_of_a_float32_loss_is_not_cast(toys):
     torch.testing.assert_close(toys.gradients(method), toys.gradients(reference), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["simclr", "byol"])
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_ssl_gradient_under_autocast_equals_that_of_a_backward_outside_it(toys, name):
     found, result = run(toys, name, GesslConfig(w_sigma=1e-30), torch.bfloat16)
     method, views = toys.method(name, dtype=torch.float32), toys.views(images=32, dtype=torch.float32)

@@ -7,10 +7,11 @@ import torch
 from rank_launch import launch
 
 from fastgessl.config import GesslConfig
+from fastgessl.methods import METHODS
 from fastgessl.objective import GeSSL
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
-every_name = pytest.mark.parametrize("name", ["simclr", "byol"])
+every_name = pytest.mark.parametrize("name", sorted(METHODS))
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{}ranks".format)

@@ -29,7 +29,7 @@ from fastgessl import pipelines
 from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
 from fastgessl.config import Config, GesslConfig, MethodConfig, ModelConfig
 from fastgessl.evaluate import effective_rank
-from fastgessl.methods import build_method
+from fastgessl.methods import RunFacts, build_method
 from fastgessl.models import build_backbone
 from fastgessl.objective import GeSSL, measure_sigma
 from fastgessl.objective.task import rank_local_task
@@ -106,7 +106,7 @@ def cost(images: int, rounds: int, model: ModelConfig = SMALL, pixels: int = 32)
 def _resnet(settings: GesslConfig, model: ModelConfig) -> GeSSL:
     torch.manual_seed(0)
     backbone = build_backbone(model)
-    return GeSSL(build_method(MethodConfig(projector_hidden=512), backbone, total_steps=1, negatives="local"), settings)
+    return GeSSL(build_method(MethodConfig(projector_hidden=512), backbone, RunFacts()), settings)
 
 
 def _steps(objective: GeSSL, views: list[Tensor]) -> None:

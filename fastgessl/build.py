@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 
 from fastgessl import pipelines
 from fastgessl.config import Config, UsageError
-from fastgessl.methods import Method, build_method
+from fastgessl.methods import Method, RunFacts, build_method
 from fastgessl.models import build_backbone, synchronise_batch_norm
 from fastgessl.objective import GeSSL
 from fastgessl.pipelines import Loader, ViewSpec
@@ -26,6 +26,7 @@ class Plan:
 
     world_size: int
     images: int
+    classes: int | None
     images_per_forward: int
     steps_per_epoch: float
     total_steps: int
@@ -80,6 +81,10 @@ def view_specs(config: Config) -> tuple[ViewSpec, ...]:
         mean=views.mean,
         std=views.std,
         crop_scale=views.crop_scale,
+        global_views=views.global_views,
+        local_views=views.local_views,
+        local_size=views.local_size,
+        local_crop_scale=views.local_crop_scale,
         flip_probability=views.flip_probability,
         jitter_probability=views.jitter_probability,
         jitter_strength=views.jitter_strength,
@@ -134,6 +139,7 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
     return Plan(
         world_size=accelerator.num_processes,
         images=len(images),
+        classes=None if images.labels is None else len(images.classes),
         images_per_forward=_images_per_forward(config, accelerator.num_processes),
         steps_per_epoch=steps_per_epoch,
         total_steps=max(total_steps, 1),
@@ -146,10 +152,26 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
     )
 
 
+def run_facts(config: Config, plan: Plan) -> RunFacts:
+    """What the method must know of the run."""
+    specs = view_specs(config)
+    views = sum(spec.repeat for spec in specs)
+    full_size = sum(spec.repeat for spec in specs if spec.size == specs[0].size)
+    return RunFacts(
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        images_per_forward=plan.images_per_forward,
+        negatives=plan.negatives,
+        global_views=full_size,
+        local_views=views - full_size,
+        classes=plan.classes,
+    )
+
+
 def build_model(config: Config, plan: Plan) -> Method:
     """Backbone and method with weights that depend on the seed alone. UsageError for names that do not exist."""
     set_seed(config.train.seed)
-    method = build_method(config.method, build_backbone(config.model), total_steps=plan.total_steps, negatives=plan.negatives)
+    method = build_method(config.method, build_backbone(config.model), run_facts(config, plan))
     if plan.batch_norm == "synchronised":
         synchronise_batch_norm(method)
     return method

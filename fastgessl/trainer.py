@@ -80,10 +80,12 @@ def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step:
                 batch = next(batches)
                 views, query_views = _split(batch, config)
                 with accelerator.accumulate(training.objective):
-                    result = training.objective(views, step, query_views, float(alphas[step]))
+                    result = training.objective(views, step, query_views, float(alphas[step]), batch.label)
                     accelerator.backward(result.loss)
                 evaluation.observe(result.outputs, batch.label)
                 results.append(result)
+            for parameter in training.method.frozen(step):
+                parameter.grad = None
             if config.optim.clip_gradient > 0:
                 accelerator.clip_grad_norm_(training.objective.parameters(), config.optim.clip_gradient)
             training.optimizer.step()

@@ -7,16 +7,36 @@ and `similarity` may be called many times in one step by GeSSL's inner loop and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class RunFacts:
+    """What a method must know of the run it is built for."""
+
+    total_steps: int = 1
+    """Optimiser steps of the whole run, for schedules of the method's own."""
+    steps_per_epoch: float = 1.0
+    """Optimiser steps in which every training image is seen once."""
+    images_per_forward: int = 1
+    """Images of one forward pass of all ranks together."""
+    negatives: Literal["local", "global"] = "local"
+    """Whether losses that compare images, or average over them, see this rank's images or all ranks'."""
+    global_views: int = 2
+    """How many of an image's views are of the full size. They come first."""
+    local_views: int = 0
+    """How many smaller views follow them (multi-crop)."""
+    classes: int | None = None
+    """Number of classes of the training images; None if they have no labels."""
+
+
+@dataclass(frozen=True)
 class Outputs:
-    """What the encoder says of V views of N images. `predictions` exists for methods with a predictor."""
+    """What the encoder says of V views of N images. `predictions` exists for methods with a predictor or a second head."""
 
     features: Tensor
     """(V, N, F), the representation that is kept."""
@@ -24,11 +44,18 @@ class Outputs:
     """(V, N, D)."""
     predictions: Tensor | None = None
     """(V, N, D)."""
+    prototypes: Tensor | None = None
+    """(K, D), the last layer over `projections` at the weights of this forward, so that a loss stays a function of outputs."""
+    predicted_prototypes: Tensor | None = None
+    """(K, D), the same over `predictions`."""
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """π of a task: row i of softmax(query·keyᵀ / temperature) says which of the N images view i shows. Both (N, D), normalised."""
+    """One part of π of a task: row i is softmax(query_i·keyᵀ / temperature). query (M, D), key (K, D).
+
+    Keys are the other view's embeddings, and the row says which of the N images view i shows; or they are prototypes.
+    """
 
     query: Tensor
     key: Tensor
@@ -44,7 +71,11 @@ class Method(nn.Module):
 
     backbone: nn.Module
     views_per_sample: int | None = None
-    """How many views `forward` takes; None if any number will do. The objective checks it."""
+    """How many views of full size `forward` takes; None if any number will do. The objective checks it."""
+    multi_crop: bool = False
+    """Whether any number of smaller views may follow them."""
+    needs_labels: bool = False
+    """Whether `targets` must be given labels."""
     gathers: bool = False
     """Whether `loss` exchanges rows with other ranks (outside `fastgessl.distributed.rank_local`)."""
 
@@ -52,8 +83,9 @@ class Method(nn.Module):
         """Views, a list of V tensors (N, 3, S, S), or their `features` (V, N, F) if only heads run. Moves batch-norm statistics."""
         raise NotImplementedError
 
-    def targets(self, views: Sequence[Tensor]) -> Any:
-        """What stays constant through the inner loop, computed without gradient: momentum-encoder outputs, a queue. None by default."""
+    def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Any:
+        """What stays constant through the inner loop, computed without gradient: momentum-encoder outputs, a queue, `labels` (N,) int64.
+        None by default."""
         return None
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
@@ -63,6 +95,14 @@ class Method(nn.Module):
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
         """π of the task, one `Similarity` a direction, for σ-measurement. Pure."""
         raise NotImplementedError
+
+    def measures(self, out: Outputs, aux: Any = None) -> dict[str, Tensor]:
+        """Terms of the loss worth a curve of their own, each () and detached. None by default."""
+        return {}
+
+    def frozen(self, step: int) -> Iterable[nn.Parameter]:
+        """Parameters that optimiser step `step` must not move, such as SwAV's prototypes in its first epoch. None by default."""
+        return ()
 
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
         """Advance momentum encoder, queue, centre, once after optimiser step `step`; `passes`: its micro-batches' outputs and targets."""

@@ -6,17 +6,16 @@ Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, eq. (2) and (3), sectio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from fastgessl.config import MethodConfig
-from fastgessl.methods.base import Method, Outputs, Similarity
+from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
 from fastgessl.methods.registry import register
-from fastgessl.models import Predictor, Projector, apply_head, encode, feature_width
+from fastgessl.models import Predictor, Projector, apply_head, encode, feature_width, follow, momentum_copy
 from fastgessl.schedules import cosine_momentum
 
 
@@ -28,7 +27,7 @@ class BYOL(Method):
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> config = MethodConfig(name="byol", projector_hidden=16, projector_out=4, predictor_hidden=16)
-    >>> method = BYOL(config, backbone, total_steps=100, negatives="local")
+    >>> method = BYOL(config, backbone, RunFacts(total_steps=100))
     >>> views = [torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)]
     >>> out, targets = method(views), method.targets(views)
     >>> tuple(out.predictions.shape), tuple(targets.shape), tuple(method.loss(out, targets).shape)
@@ -37,14 +36,14 @@ class BYOL(Method):
 
     views_per_sample = 2
 
-    def __init__(self, config: MethodConfig, backbone: nn.Module, *, total_steps: int, negatives: Literal["local", "global"]):
+    def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
         self.backbone = backbone
         self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out)
         self.predictor = Predictor(config.projector_out, config.predictor_hidden)
-        self.momentum_backbone = deepcopy(self.backbone).requires_grad_(False)
-        self.momentum_projector = deepcopy(self.projector).requires_grad_(False)
-        self.momentum = cosine_momentum(config.momentum_start, config.momentum_end, total_steps).tolist()
+        self.momentum_backbone = momentum_copy(self.backbone)
+        self.momentum_projector = momentum_copy(self.projector)
+        self.momentum = cosine_momentum(config.momentum_start, config.momentum_end, facts.total_steps).tolist()
         self.temperature = config.temperature
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
@@ -54,7 +53,7 @@ class BYOL(Method):
         return Outputs(features, projections, apply_head(self.predictor, projections))
 
     @torch.no_grad()
-    def targets(self, views: Sequence[Tensor]) -> Tensor:
+    def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """The momentum encoder's projections (2, N, D), with the batch statistics of these views."""
         return apply_head(self.momentum_projector, encode(self.momentum_backbone, views))
 
@@ -72,7 +71,5 @@ class BYOL(Method):
 
     @torch.no_grad()
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
-        """ξ ← τ ξ + (1 - τ) θ with the momentum τ of `step`. Batch-norm statistics are not averaged: the momentum encoder makes its own."""
-        online: list[Tensor] = [*self.backbone.parameters(), *self.projector.parameters()]
-        averages: list[Tensor] = [*self.momentum_backbone.parameters(), *self.momentum_projector.parameters()]
-        torch._foreach_lerp_(averages, online, 1 - self.momentum[step])
+        """The momentum encoder follows with the momentum of `step`."""
+        follow([self.momentum_backbone, self.momentum_projector], [self.backbone, self.projector], self.momentum[step])

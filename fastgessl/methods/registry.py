@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Literal
 
 from torch import nn
 
 from fastgessl.config import MethodConfig, UsageError
-from fastgessl.methods.base import Method
+from fastgessl.methods.base import Method, RunFacts
 
 METHODS: dict[str, type[Method]] = {}
 """Every registered method, by the name that `MethodConfig.name` gives it."""
@@ -27,19 +26,34 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
     return add
 
 
-def build_method(config: MethodConfig, backbone: nn.Module, *, total_steps: int, negatives: Literal["local", "global"]) -> Method:
+def build_method(config: MethodConfig, backbone: nn.Module, facts: RunFacts) -> Method:
     """The method that `config.name` names, over `backbone`: a module (B, 3, S, S) -> (B, F) with the width F as `.num_features`.
 
-    `total_steps` is the length of the run in optimiser steps, for schedules of the method's own (BYOL's momentum). `negatives` says
-    whose images a contrastive loss compares with: this rank's, or all ranks'. Raises UsageError for an unknown name.
+    `facts` are those of the run: its length, batch, views. Raises UsageError for an unknown name, and where the method cannot work with
+    the facts.
 
     >>> from fastgessl.config import ModelConfig
     >>> from fastgessl.models import build_backbone
     >>> backbone = build_backbone(ModelConfig(stem="small", width=0.25))
-    >>> type(build_method(MethodConfig(name="simclr"), backbone, total_steps=100, negatives="local")).__name__
+    >>> type(build_method(MethodConfig(name="simclr"), backbone, RunFacts())).__name__
     'SimCLR'
     """
     if config.name not in METHODS:
         near = get_close_matches(config.name, METHODS, n=3, cutoff=0.3) or sorted(METHODS)
         raise UsageError(f"method.name '{config.name}' is no method that is known. Perhaps you meant {' or '.join(near)}?")
-    return METHODS[config.name](config, backbone, total_steps=total_steps, negatives=negatives)
+    _check_views(config.name, METHODS[config.name], facts)
+    return METHODS[config.name](config, backbone, facts)
+
+
+def _check_views(name: str, method: type[Method], facts: RunFacts) -> None:
+    wanted = method.views_per_sample
+    if wanted is not None and facts.global_views != wanted:
+        raise UsageError(
+            f"method '{name}' takes {wanted} views of full size and the views section makes {facts.global_views}. "
+            "Choose a preset that has as many (`fastgessl recipes NAME` shows the method's own)."
+        )
+    if facts.local_views and not method.multi_crop:
+        raise UsageError(
+            f"method '{name}' has no use for smaller views and the views section makes {facts.local_views}. "
+            "Set --views.local_views 0, or take a multi-crop method such as swav or dino."
+        )

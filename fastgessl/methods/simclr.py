@@ -6,7 +6,6 @@ Chen et al., "A Simple Framework for Contrastive Learning of Visual Representati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -14,7 +13,7 @@ from torch.nn.functional import normalize
 from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group
 from fastgessl.kernels import nt_xent
-from fastgessl.methods.base import Method, Outputs, Similarity
+from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
 from fastgessl.methods.registry import register
 from fastgessl.models import Projector, apply_head, encode, feature_width
 
@@ -26,7 +25,7 @@ class SimCLR(Method):
     >>> import torch
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
-    >>> method = SimCLR(MethodConfig(projector_hidden=16, projector_out=4), backbone, total_steps=1, negatives="local")
+    >>> method = SimCLR(MethodConfig(projector_hidden=16, projector_out=4), backbone, RunFacts())
     >>> out = method([torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)])
     >>> tuple(out.projections.shape), tuple(method.loss(out).shape), [tuple(pi.query.shape) for pi in method.similarity(out)]
     ((2, 5, 4), (), [(5, 4), (5, 4)])
@@ -34,12 +33,12 @@ class SimCLR(Method):
 
     views_per_sample = 2
 
-    def __init__(self, config: MethodConfig, backbone: nn.Module, *, total_steps: int, negatives: Literal["local", "global"]):
+    def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
         self.backbone = backbone
         self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out, output_norm=True)
         self.temperature = config.temperature
-        self.gathers = negatives == "global"
+        self.gathers = facts.negatives == "global"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Two views (N, 3, S, S), or their features (2, N, F) -> projections (2, N, D)."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgessl.config import GesslConfig, UsageError
+from fastgessl.methods.base import Method
 
 WAYS_OUT = "Use --gessl.hypergradient finite_difference or first_order, or --gessl.scope head if the backbone holds it"
 
@@ -35,17 +36,18 @@ def retained_when_compiled(bi_level: bool) -> AbstractContextManager[None]:
     return functorch_config.patch(donated_buffer=False) if bi_level else nullcontext()
 
 
-def check_modules(method: nn.Module, settings: GesslConfig) -> None:
+def check_modules(method: Method, settings: GesslConfig) -> None:
     """Raise UsageError for modules that the inner loop cannot run as gessl.md defines it."""
     if settings.w_sigma == 0:
         return
+    backbone = set(method.backbone.modules())
     for name, module in method.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise UsageError(
                 f"the method's module '{name}' is torch's SyncBatchNorm, which has no second derivative and would mix the ranks' "
                 "tasks in the inner steps. Convert the method with fastgessl.models.synchronise_batch_norm."
             )
-        inner = settings.scope == "all" or not name.startswith("backbone")
+        inner = settings.scope == "all" or module not in backbone
         if second_order(settings) and inner and _is_compiled(module):
             raise UsageError(f"the method's module '{name}' is compiled, and a compiled graph has no second derivative. {WAYS_OUT}.")
 

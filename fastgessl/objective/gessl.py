@@ -7,9 +7,10 @@ target). How many steps, how large, and how the outer gradient passes through th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgessl.config import GesslConfig, UsageError
@@ -30,7 +31,7 @@ class Result:
     loss: Tensor
     """(), with gradient."""
     metrics: dict[str, Tensor]
-    """loss_ssl; on σ steps also sigma (nats), delta_loss = L(θ_t) - L(θ), and inner_lr where it is scheduled.
+    """loss_ssl and the method's own measures; on σ steps also sigma (nats), delta_loss = L(θ_t) - L(θ), and inner_lr where it is scheduled.
 
     Each (), detached, of this rank."""
     outputs: Outputs
@@ -46,10 +47,10 @@ class GeSSL(nn.Module):
     derivative that the method does not have.
 
     >>> from fastgessl.config import MethodConfig, ModelConfig
-    >>> from fastgessl.methods import build_method
+    >>> from fastgessl.methods import RunFacts, build_method
     >>> from fastgessl.models import build_backbone
     >>> backbone = build_backbone(ModelConfig(stem="small", width=0.125))
-    >>> method = build_method(MethodConfig(projector_hidden=16), backbone, total_steps=1, negatives="local")
+    >>> method = build_method(MethodConfig(projector_hidden=16), backbone, RunFacts())
     >>> import torch
     >>> objective = GeSSL(method, GesslConfig(w_sigma=1.0))
     >>> result = objective([torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)], step=0)
@@ -70,35 +71,47 @@ class GeSSL(nn.Module):
         self.settings = settings
 
     def forward(
-        self, views: Sequence[Tensor], step: int = 0, query_views: Sequence[Tensor] | None = None, inner_lr: float | None = None
+        self,
+        views: Sequence[Tensor],
+        step: int = 0,
+        query_views: Sequence[Tensor] | None = None,
+        inner_lr: float | None = None,
+        labels: Tensor | None = None,
     ) -> Result:
         """V views of N samples, whatever the method takes (images: each (N, 3, S, S)) -> Result. `step` is the optimiser step.
 
         `query_views`, further views of the same samples, are needed for `query: fresh_views` on the steps that compute σ; `inner_lr`,
-        this step's α (`schedules.inner_learning_rate`), where `inner_lr_schedule` is not constant. UsageError if they are missing, or
-        if there are more or fewer views than the method takes.
+        this step's α (`schedules.inner_learning_rate`), where `inner_lr_schedule` is not constant; `labels` (N,) int64 by a method that
+        learns from them. UsageError if they are missing, or if there are more or fewer views than the method takes.
         """
-        check_views(self.method, views)
+        check_views(self.method, views, labels)
         with retained_when_compiled(self.settings.w_sigma > 0):
-            return self._forward(views, step, query_views, inner_lr)
+            return self._forward(views, step, query_views, inner_lr, labels)
 
-    def _forward(self, views: Sequence[Tensor], step: int, query_views: Sequence[Tensor] | None, inner_lr: float | None) -> Result:
+    def _forward(
+        self,
+        views: Sequence[Tensor],
+        step: int,
+        query_views: Sequence[Tensor] | None,
+        inner_lr: float | None,
+        labels: Tensor | None,
+    ) -> Result:
         settings = self.settings
         measures = settings.w_sigma > 0 and step % settings.every == 0
         if measures:
             # Here and not at the start: modules are sharded after they are built.
             check_sharding(self.method)
         with attention_for(measures and second_order(settings) and settings.scope == "all"):
-            aux = self.method.targets(views)
+            aux = self.method.targets(views, labels)
             noise = Noise.now(views[0].device)
             out = self.method(views)
         with full_precision(views[0].device.type):
             loss_ssl = self.method.loss(out, aux)
-        loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()}
+        loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()} | self._measures(out, aux)
         if measures:
             with attention_for(second_order(settings)):
-                task = self._task(views, aux, noise, out)
-                query = task if settings.query == "same" else self._fresh_task(query_views)
+                task = self._task(views, labels, aux, noise, out)
+                query = task if settings.query == "same" else self._fresh_task(query_views, labels)
                 loss, further = self._bi_level(self._sgd(inner_lr), loss_ssl, out, task, query)
                 metrics |= further
         return Result(loss, metrics, _detached(out), aux)
@@ -120,10 +133,15 @@ class GeSSL(nn.Module):
             metrics["inner_lr"] = loss_ssl.detach().new_full((), sgd.lr)
         return settings.w_ssl * loss_ssl + settings.w_sigma * gated, metrics
 
-    def _task(self, views: Sequence[Tensor], aux: Any, noise: Noise, out: Outputs) -> Task:
+    @torch.no_grad()
+    def _measures(self, out: Outputs, aux: Any) -> dict[str, Tensor]:
+        with full_precision(out.projections.device.type):
+            return self.method.measures(_detached(out), aux)
+
+    def _task(self, views: Sequence[Tensor], labels: Tensor | None, aux: Any, noise: Noise, out: Outputs) -> Task:
         """This rank's task. It shares the outer forward's targets and features unless batch norm mixed other ranks' rows into them."""
         if self._mixes_ranks():
-            return rank_local_task(self.method, views, self.settings.scope)
+            return rank_local_task(self.method, views, labels, self.settings.scope)
         return Task(self.method, views, aux, noise, out.features if self.settings.scope == "head" else None)
 
     def _sgd(self, inner_lr: float | None) -> Sgd:
@@ -135,15 +153,16 @@ class GeSSL(nn.Module):
             )
         return Sgd(settings.inner_lr if inner_lr is None else inner_lr, settings.inner_momentum)
 
-    def _fresh_task(self, query_views: Sequence[Tensor] | None) -> Task:
+    def _fresh_task(self, query_views: Sequence[Tensor] | None, labels: Tensor | None) -> Task:
         if query_views is None:
             raise UsageError("gessl.query is 'fresh_views' and no query_views were given. Pass a further pair of views, or use 'same'.")
-        check_views(self.method, query_views)
-        return rank_local_task(self.method, query_views, self.settings.scope)
+        check_views(self.method, query_views, labels)
+        return rank_local_task(self.method, query_views, labels, self.settings.scope)
 
     def _mixes_ranks(self) -> bool:
         return world_size() > 1 and any(isinstance(module, SynchronisedBatchNorm) for module in self.method.modules())
 
 
 def _detached(out: Outputs) -> Outputs:
-    return Outputs(out.features.detach(), out.projections.detach(), None if out.predictions is None else out.predictions.detach())
+    given = {field.name: getattr(out, field.name) for field in fields(out)}
+    return replace(out, **{name: value.detach() for name, value in given.items() if value is not None})

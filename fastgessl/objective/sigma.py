@@ -28,29 +28,29 @@ def sigma(student: Sequence[Similarity], teacher: Sequence[Similarity]) -> Tenso
     return torch.stack(directions).mean()
 
 
-def measure_sigma(method: Method, settings: GesslConfig, views: Sequence[Tensor]) -> float:
+def measure_sigma(method: Method, settings: GesslConfig, views: Sequence[Tensor], labels: Tensor | None = None) -> float:
     """σ of one mini-batch at the present weights, as a number in nats: for looking at a model on held-out images at constant α.
 
     K, λ, α (`inner_lr`, whatever its schedule), momentum and the scope come from `settings`. `views` are those that the method takes, N
-    rows each. The method is measured in training mode (a task's batch statistics are part of it) and left as it was: weights, buffers,
-    random state, mode and gradients.
+    rows each; `labels` (N,) for one that learns from them. The method is measured in training mode (a task's batch statistics are part of
+    it) and left as it was: weights, buffers, random state, mode and gradients.
 
     >>> from fastgessl.config import GesslConfig, MethodConfig, ModelConfig
-    >>> from fastgessl.methods import build_method
+    >>> from fastgessl.methods import RunFacts, build_method
     >>> from fastgessl.models import build_backbone
     >>> backbone = build_backbone(ModelConfig(stem="small", width=0.125))
-    >>> method = build_method(MethodConfig(projector_hidden=16), backbone, total_steps=1, negatives="local")
+    >>> method = build_method(MethodConfig(projector_hidden=16), backbone, RunFacts())
     >>> measure_sigma(method, GesslConfig(inner_lr=0.1), [torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)]) > 0
     True
     """
-    check_views(method, views)
+    check_views(method, views, labels)
     check_sharding(method)
     mode = method.training
     device = views[0].device
     method.train()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-            task = rank_local_task(method, views, settings.scope)
+            task = rank_local_task(method, views, labels, settings.scope)
             sgd = Sgd(settings.inner_lr, settings.inner_momentum)
             start = Iterate(as_leaves(adapted_weights(method, settings.scope)))
             student = descend(task, sgd, start, settings.inner_steps)[-1]

@@ -60,24 +60,28 @@ class Task:
         return self if self.features is None else replace(self, features=self.features.detach().requires_grad_(requires_grad))
 
 
-def check_views(method: Method, views: Sequence[Tensor]) -> None:
-    """Raise UsageError unless these are as many views as the method takes, of the same samples."""
+def check_views(method: Method, views: Sequence[Tensor], labels: Tensor | None = None) -> None:
+    """Raise UsageError unless these are as many views as the method takes, of the same samples, with labels if it needs them."""
     wanted = method.views_per_sample
-    if not views or (wanted is not None and len(views) != wanted):
-        needs = f"{wanted or 'at least 1'} view" + "s" * ((wanted or 1) > 1)
+    if not views or (wanted is not None and (len(views) < wanted or (len(views) > wanted and not method.multi_crop))):
+        least = "" if wanted and not method.multi_crop else "at least "
+        needs = f"{least}{wanted or 1} view" + "s" * ((wanted or 1) > 1)
         raise UsageError(
             f"{type(method).__name__} needs {needs} of each sample and was given {len(views)}. Pass a list of that many tensors."
         )
     rows = [len(view) for view in views]
     if len(set(rows)) > 1:
         raise UsageError(f"the views have {rows} rows. Row i of every view belongs to sample i: give all of them one row a sample.")
+    if method.needs_labels and (labels is None or len(labels) != rows[0]):
+        found = "none" if labels is None else f"{len(labels)} for {rows[0]} samples"
+        raise UsageError(f"{type(method).__name__} learns from labels and was given {found}. Pass `labels`, one a sample.")
 
 
-def rank_local_task(method: Method, views: Sequence[Tensor], scope: Literal["all", "head"]) -> Task:
+def rank_local_task(method: Method, views: Sequence[Tensor], labels: Tensor | None, scope: Literal["all", "head"]) -> Task:
     """The task of these views with targets and (scope head) features from forwards of its own, in which no rank sees another."""
     device = views[0].device
     with Noise.now(device).replayed():
-        aux = _apart(method, "targets", device.type, {}, views)
+        aux = _apart(method, "targets", device.type, {}, views, labels)
         noise = Noise.now(device)
         features = _apart(method, "forward", device.type, {}, views).features if scope == "head" else None
     return Task(method, views, aux, noise, features)
@@ -86,7 +90,10 @@ def rank_local_task(method: Method, views: Sequence[Tensor], scope: Literal["all
 def adapted_weights(method: Method, scope: Literal["all", "head"]) -> Weights:
     """The parameters that the inner steps move: all trainable ones, or those outside `method.backbone`."""
     trainable: Weights = {name: p for name, p in method.named_parameters() if p.requires_grad}
-    return trainable if scope == "all" else {name: p for name, p in trainable.items() if not name.startswith("backbone.")}
+    if scope == "all":
+        return trainable
+    backbone = {id(p) for p in method.backbone.parameters()}
+    return {name: p for name, p in trainable.items() if id(p) not in backbone}
 
 
 def gradient_of(loss: Tensor, weights: Weights, *, create_graph: bool = False, retain_graph: bool = False) -> Weights:

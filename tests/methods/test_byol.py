@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastgessl.config import MethodConfig
-from fastgessl.methods import Outputs, build_method
+from fastgessl.methods import Outputs, RunFacts, build_method
 
 
 def toy(total_steps=10, **options):
@@ -13,7 +13,7 @@ def toy(total_steps=10, **options):
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
     backbone.num_features = 6
     config = MethodConfig(name="byol", projector_hidden=8, projector_out=4, predictor_hidden=8, **options)
-    return build_method(config, backbone, total_steps=total_steps, negatives="local").double()
+    return build_method(config, backbone, RunFacts(total_steps=total_steps)).double()
 
 
 def views(seed=0):

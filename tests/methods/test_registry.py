@@ -2,21 +2,21 @@ import pytest
 from torch import nn
 
 from fastgessl.config import MethodConfig, UsageError
-from fastgessl.methods import METHODS, Method, build_method, register
+from fastgessl.methods import METHODS, Method, RunFacts, build_method, register
 
 
 def test_every_registered_method_is_built_by_its_name():
     for name, method in METHODS.items():
         backbone = nn.Flatten()
         backbone.num_features = 12
-        assert type(build_method(MethodConfig(name=name), backbone, total_steps=1, negatives="local")) is method
+        assert type(build_method(MethodConfig(name=name), backbone, RunFacts())) is method
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():
     with pytest.raises(UsageError, match=r"'simclrr' is no method that is known. Perhaps you meant simclr"):
-        build_method(MethodConfig(name="simclrr"), nn.Flatten(), total_steps=1, negatives="local")
+        build_method(MethodConfig(name="simclrr"), nn.Flatten(), RunFacts())
     with pytest.raises(UsageError, match="byol or simclr"):
-        build_method(MethodConfig(name="qqq"), nn.Flatten(), total_steps=1, negatives="local")
+        build_method(MethodConfig(name="qqq"), nn.Flatten(), RunFacts())
 
 
 def test_a_name_cannot_be_taken_twice():

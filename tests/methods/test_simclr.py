@@ -3,14 +3,14 @@ import torch
 from torch import nn
 
 from fastgessl.config import MethodConfig, UsageError
-from fastgessl.methods import Outputs, build_method
+from fastgessl.methods import Outputs, RunFacts, build_method
 
 
 def toy(negatives="local", temperature=0.5):
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     backbone.num_features = 6
     config = MethodConfig(projector_hidden=8, projector_out=4, temperature=temperature)
-    return build_method(config, backbone, total_steps=1, negatives=negatives).double()
+    return build_method(config, backbone, RunFacts(negatives=negatives)).double()
 
 
 def projections(seed=0, images=7):
@@ -76,4 +76,4 @@ def test_features_in_place_of_views_run_the_heads_only():
 
 def test_a_backbone_without_a_width_is_refused():
     with pytest.raises(UsageError, match="num_features"):
-        build_method(MethodConfig(), nn.Flatten(), total_steps=1, negatives="local")
+        build_method(MethodConfig(), nn.Flatten(), RunFacts())

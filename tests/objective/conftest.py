@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fastgessl.config import GesslConfig, MethodConfig
-from fastgessl.methods import build_method
+from fastgessl.methods import RunFacts, build_method
 
 
 def toy_backbone(dropout=0.0):
@@ -33,7 +33,7 @@ def toy_method(name, *, negatives="local", dropout=0.0, dtype=torch.float64, mak
     """A registered method with narrow heads whose ReLUs are made smooth; the same weights at every call."""
     torch.manual_seed(1)
     config = MethodConfig(name=name, projector_hidden=10, projector_out=5, predictor_hidden=8, momentum_start=0.9)
-    method = build_method(config, make_backbone(dropout), total_steps=10, negatives=negatives)
+    method = build_method(config, make_backbone(dropout), RunFacts(total_steps=10, negatives=negatives))
     for module in list(method.modules()):
         for child_name, child in module.named_children():
             if isinstance(child, nn.ReLU):

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.memory import peak_bytes
 from fastgessl.config import GesslConfig, MethodConfig, ModelConfig
-from fastgessl.methods import build_method
+from fastgessl.methods import RunFacts, build_method
 from fastgessl.models import build_backbone
 from fastgessl.objective import GeSSL
 
@@ -38,7 +38,7 @@ def flops(settings):
 def resnet(settings, *, width, hidden, images):
     torch.manual_seed(0)
     backbone = build_backbone(ModelConfig(name="resnet18", stem="small", width=width))
-    method = build_method(MethodConfig(projector_hidden=hidden), backbone, total_steps=1, negatives="local")
+    method = build_method(MethodConfig(projector_hidden=hidden), backbone, RunFacts())
     return GeSSL(method, settings), [torch.randn(images, 3, 32, 32), torch.randn(images, 3, 32, 32)]
 
 

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from fastgessl.config import GesslConfig, MethodConfig
-from fastgessl.methods import build_method
+from fastgessl.methods import RunFacts, build_method
 from fastgessl.objective import GeSSL
 from fastgessl.recipes import load
 
@@ -43,7 +43,7 @@ def build(name: str) -> nn.Module:
     )
     backbone.num_features = 12
     config = MethodConfig(name=name, projector_hidden=24, projector_out=8, predictor_hidden=16)
-    method = build_method(config, backbone, total_steps=STEPS, negatives="local").double()
+    method = build_method(config, backbone, RunFacts(total_steps=STEPS)).double()
     random = np.random.RandomState(0)
     with torch.no_grad():
         for key, parameter in method.named_parameters():

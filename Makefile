@@ -1,12 +1,14 @@
 # `make` alone lists the targets. Override with e.g. `make train ARGS="--train.epochs 5"` or `make setup PYTHON=python3.12`.
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= 2.6.0
+TRITON ?= 3.2.0
 ARGS ?=
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test soak lint typecheck bench gpu clean
+.PHONY: help setup train test soak versions lint typecheck bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 12
@@ -26,8 +28,15 @@ train: $(INSTALLED)  ## train GeSSL over SimCLR on handwritten digits and evalua
 test: $(INSTALLED)  ## run the whole test suite
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
 
-soak: $(INSTALLED)  ## run the slow tests
-	$(RUN) -m pytest -m slow $(ARGS)
+soak: $(INSTALLED)  ## run the slow tests, and every method on digits over five seeds
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -s $(ARGS)
+	$(RUN) -m bench.methods
+
+# numpy: the interpreter of triton before 3.7 needs one below 2.4.
+versions:  ## run the kernel tests with TORCH=2.6.0 TRITON=3.2.0, the oldest that work, or others, in an environment of their own
+	$(PYTHON) -m venv $(VENV)/torch-$(TORCH)
+	$(VENV)/torch-$(TORCH)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) triton==$(TRITON) 'numpy<2.4' setuptools pytest hypothesis
+	OMP_NUM_THREADS=1 $(VENV)/torch-$(TORCH)/bin/python -m pytest -p no:cacheprovider tests/kernels $(ARGS)
 
 lint: $(INSTALLED)  ## ruff: style and formatting
 	$(VENV)/bin/ruff check .

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,9 +16,15 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("reference", "chunked", "triton")
 ENVIRONMENT = "FASTGESSL_KERNELS"
-
-
+SMALL_TABLE = 1 << 20
+"""Entries up to which a CPU computes fastest on the stored table: at 1,024 x 1,024 it took 0.80 of the chunked time, at 2,048 1.1 times."""
 OLDEST_ARCHITECTURE = (8, 0)
+BLACKWELL, OLDEST_TRITON_FOR_BLACKWELL = (10, 0), (3, 3)
+"""Triton 3.2 ends the process with a failed assertion when it compiles for compute capability 10."""
+
+
+def _triton_release() -> tuple[int, ...]:
+    return tuple(int(part) for part in version("triton").split(".")[:2])
 
 
 @cache
@@ -29,6 +37,8 @@ def _device_obstacle(index: int) -> str | None:
         obstacle = "the kernels are tuned and tested for NVIDIA cards only"
     elif torch.cuda.get_device_capability(index) < OLDEST_ARCHITECTURE:
         obstacle = f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0 and has no bfloat16 matrix instructions"
+    elif torch.cuda.get_device_capability(index) >= BLACKWELL and _triton_release() < OLDEST_TRITON_FOR_BLACKWELL:
+        obstacle = f"{torch.cuda.get_device_name(index)} needs triton 3.3 or newer, found {version('triton')}"
     if obstacle:
         warnings.warn(f"fastgessl.kernels runs as chunked PyTorch on this GPU: {obstacle}.", stacklevel=4)
     return obstacle
@@ -45,10 +55,11 @@ def triton_obstacle(tensor: Tensor) -> str | None:
     return f"a {tensor.device.type} tensor"
 
 
-def implementation_for(tensor: Tensor, implementation: str | None = None) -> tuple[str, str]:
+def implementation_for(tensor: Tensor, implementation: str | None = None, entries: float = math.inf) -> tuple[str, str]:
     """The implementation that a loss on `tensor` uses, and why:
 
-    the argument, else the environment variable FASTGESSL_KERNELS, else the best that works.
+    the argument, else the environment variable FASTGESSL_KERNELS, else the best that works. `entries` is the size of a table of
+    similarities that may be stored if that is faster, which a small one is on a CPU.
 
     Raises ValueError for an unknown name and for a choice that cannot run.
 
@@ -66,6 +77,9 @@ def implementation_for(tensor: Tensor, implementation: str | None = None) -> tup
         raise ValueError(f"the Triton kernels cannot be used, though {source}: {obstacle}. Choose chunked or reference.")
     if wanted is not None:
         return wanted, source
+    # Compiled code takes the opaque operators: the dense path's checks of values would break the graph.
+    if tensor.device.type == "cpu" and entries <= SMALL_TABLE and not torch.compiler.is_compiling():
+        return "reference", f"on a CPU a table of {entries:,} entries is faster stored"
     if obstacle:
         return "chunked", obstacle
     return ("triton", f"a CUDA tensor of {tensor.dtype}") if tensor.is_cuda else ("chunked", "the interpreter is for tests")
@@ -82,5 +96,8 @@ def as_matmul(*operands: Tensor) -> tuple[Tensor, ...]:
 
 def dense(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """The reference in its own precision, whatever autocast says."""
-    with torch.autocast(arguments[0].device.type, enabled=False):
+    device = arguments[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*arguments)
+    with torch.autocast(device, enabled=False):
         return function(*arguments)

@@ -16,18 +16,18 @@ from torch.distributed import ProcessGroup
 
 from fastgessl.kernels import reference
 from fastgessl.kernels.arguments import (
-    CheckedScale,
     check_bias,
     check_choices,
     check_pair,
     check_teacher,
+    checked,
     exclude_of,
     positives_of,
     scale_of,
 )
 from fastgessl.kernels.collectives import rank_and_size
-from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
-from fastgessl.kernels.losses import How, Temperature, contrastive_rows, gathered, reduced, where_columns_are_left
+from fastgessl.kernels.dispatch import as_matmul, dense
+from fastgessl.kernels.losses import How, Temperature, chosen_for, contrastive_rows, gathered, reduced, where_columns_are_left
 from fastgessl.kernels.similarity import similarity_statistics
 from fastgessl.kernels.similarity_chunked import Side
 
@@ -45,9 +45,11 @@ def _sides(
     operands: tuple[Tensor, Tensor, Tensor, Tensor],
     temperatures: tuple[Temperature, Temperature | None],
     biases: tuple[Tensor | None, Tensor | None],
+    exclude: Tensor | None,
     how: How,
+    shared: bool = False,
 ) -> _Sides:
-    group, mode, implementation = how
+    group, mode, _ = how
     sides, ring = [], None
     for owner, query, key, given, bias in zip(("student", "teacher"), operands[::2], operands[1::2], temperatures, biases, strict=True):
         check_pair(query, key, (f"{owner}_query", f"{owner}_key"))
@@ -55,7 +57,7 @@ def _sides(
         name, temperature = ("temperature", temperatures[0]) if given is None else (f"{owner}_temperature".removeprefix("student_"), given)
         query, key = as_matmul(query, key)
         scale = scale_of(temperature, query, name)
-        chosen, _ = implementation_for(query, implementation)
+        chosen = chosen_for(query, key, exclude, how, shared)
         key, wide_bias, ring = gathered(key, bias, scale, group, mode, chosen, f"{owner}_key")
         sides.append(Side(query, key, scale, wide_bias))
     check_teacher(*sides)
@@ -64,7 +66,7 @@ def _sides(
 
 def _dense_rows(function: Callable[..., Tensor], sides: _Sides, exclude: Tensor | None) -> Tensor:
     student, teacher = sides.student, sides.teacher
-    scale = CheckedScale.apply(student.scale, teacher.scale, student.bias, teacher.bias, None, exclude, len(student.key))
+    scale = checked(student.scale, teacher.scale, student.bias, teacher.bias, None, exclude, len(student.key))
     operands = (student.query, student.key, teacher.query, teacher.key, scale.reciprocal(), teacher.scale.reciprocal())
     return dense(function, *operands, student.bias, teacher.bias, exclude)
 
@@ -108,6 +110,7 @@ def sigma_kl(
         (student_query, student_key, teacher_query, teacher_key),
         (temperature, teacher_temperature),
         (student_bias, teacher_bias),
+        exclude,
         (group, mode, implementation),
     )
     return reduced(_divergence_rows(sides, exclude_of(exclude, student_query), True), reduction)
@@ -144,6 +147,7 @@ def soft_cross_entropy(
         (student_query, student_key, teacher_query, teacher_key),
         (temperature, teacher_temperature),
         (student_bias, teacher_bias),
+        exclude,
         (group, mode, implementation),
     )
     return reduced(_divergence_rows(sides, exclude_of(exclude, student_query), False), reduction)
@@ -176,17 +180,20 @@ def gessl_loss(
     (tensor([0.3133, 0.3133]), tensor([0., 0.]))
     """
     check_choices("none", mode)
+    check_pair(student_query, student_key, ("student_query", "student_key"))
     rank, _ = rank_and_size(group)
     positives = positives_of(positives, student_query, len(student_key), first=rank * len(student_key))
     sides = _sides(
         (student_query, student_key, teacher_query, teacher_key),
         (temperature, teacher_temperature),
         (student_bias, teacher_bias),
+        exclude,
         (group, mode, implementation),
+        shared=True,
     )
     excluded, student = exclude_of(exclude, student_query), sides.student
     if sides.implementation == "reference":
-        scale = CheckedScale.apply(student.scale, None, None, None, positives, excluded, len(student.key))
+        scale = checked(student.scale, None, None, None, positives, excluded, len(student.key))
         operands = (student.query, student.key, scale.reciprocal(), positives, excluded, student.bias)
         return dense(reference.info_nce, *operands), _dense_rows(reference.sigma_kl, sides, excluded)
     lse, positive, divergence = similarity_statistics(student, sides.teacher, positives, excluded, True, sides.implementation, sides.ring)

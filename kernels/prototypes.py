@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.library import custom_op
 
 from fastgessl.kernels import reference
-from fastgessl.kernels.arguments import CheckedScale, check_bias, check_pair, scale_of
+from fastgessl.kernels.arguments import check_bias, check_pair, checked, scale_of
 from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean
 from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
 from fastgessl.kernels.losses import Temperature, similarity_logsumexp
@@ -23,12 +23,12 @@ BIAS_ONLY = (False, False, False, True, *(False,) * 4)
 
 
 def marginal_body(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
-    """p_j = mean_i P_ij (N,), which is the gradient of mean_i lse_i to the column bias; and lse (M,)."""
-    lse = statistics_body(query, key, scale, bias, *NO_SIDE, None, None, False, implementation)[0]
-    weight = torch.full_like(lse, 1 / len(lse))
+    """p_j = mean_i P_ij (N,), which is the gradient of mean_i lse_i to the column bias; and what is saved of lse (2, M)."""
+    saved = statistics_body(query, key, scale, bias, *NO_SIDE, None, None, False, implementation)[3]
+    weight = torch.full_like(saved[0], 1 / len(query))
     operands = (query, key, scale, bias, *NO_SIDE)
-    found = gradients_body(weight, None, None, *operands, None, None, lse, None, None, False, implementation, BIAS_ONLY)
-    return found[3], lse
+    found = gradients_body(weight, None, None, *operands, None, None, saved, False, implementation, BIAS_ONLY)
+    return found[3], saved
 
 
 marginal = custom_op("fastgessl::softmax_marginal", marginal_body, mutates_args=())
@@ -36,27 +36,26 @@ marginal = custom_op("fastgessl::softmax_marginal", marginal_body, mutates_args=
 
 @marginal.register_fake
 def _(query, key, scale, bias, implementation):
-    return torch.empty_like(bias), bias.new_empty(query.shape[0])
+    return torch.empty_like(bias), bias.new_empty(2, query.shape[0])
 
 
 def _marginal_backward(
     ctx: Any, cotangent: Tensor, forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]
 ) -> tuple[Any, ...]:
     """Σ_j u_j p_j = mean_i E_P[u], which is the cross-entropy statistic of a student whose logits are the column bias -u, in every row."""
-    query, key, scale, bias, lse = ctx.saved_tensors
+    query, key, scale, bias, _ = ctx.saved_tensors
     flat = (query.new_zeros(len(query), 1), key.new_zeros(len(key), 1), torch.ones_like(scale), -cotangent)
     operands = (*flat, query, key, scale, bias)
     found = forward(*operands, None, None, False, ctx.implementation)
-    flat_lse, teacher_lse, mean = (found[index].detach() for index in (0, 3, 4))
-    weight = torch.full_like(lse, 1 / len(lse))
+    saved = found[3].detach()
+    weight = torch.full_like(saved[0], 1 / len(query))
     needs = (*(False,) * 4, *ctx.needs_input_grad[:4])
-    constants = (None, None, flat_lse, teacher_lse, mean, False, ctx.implementation, needs)
-    found = backward(torch.zeros_like(lse), None, weight, *operands, *constants)
+    found = backward(torch.zeros_like(weight), None, weight, *operands, None, None, saved, False, ctx.implementation, needs)
     return (*(grad if need else None for grad, need in zip(found[4:], needs[4:], strict=True)), None)
 
 
 class Marginal(torch.autograd.Function):
-    """The mean softmax, twice differentiable; lse is returned for the backward only."""
+    """The mean softmax, twice differentiable; the second output is for the later passes only."""
 
     @staticmethod
     def forward(*inputs):
@@ -74,10 +73,10 @@ class Marginal(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        query, key, scale, bias, lse = ctx.saved_tensors
-        weight = torch.full_like(lse, 1 / len(lse))
+        query, key, scale, bias, saved = ctx.saved_tensors
+        weight = torch.full_like(saved[0], 1 / len(query))
         operands = (query, key, scale, bias, *NO_SIDE)
-        constants = (None, None, lse, None, None, False, ctx.implementation, BIAS_ONLY)
+        constants = (None, None, saved, False, ctx.implementation, BIAS_ONLY)
         return Curvature.apply(*tangents[:4], *NO_SIDE, weight, None, None, *operands, *constants)[WEIGHTS + 3], None
 
     @staticmethod
@@ -121,7 +120,7 @@ def softmax_marginal(
     wide_bias = scale.new_zeros(len(key)) if bias is None else bias.to(scale.dtype)
     name, _ = implementation_for(query, implementation)
     if name == "reference":
-        scale = CheckedScale.apply(scale, None, wide_bias, None, None, None, len(key))
+        scale = checked(scale, None, wide_bias, None, None, None, len(key))
         return all_reduce_mean(dense(reference.softmax_marginal, query, key, scale.reciprocal(), wide_bias), group)
     call = marginal if compiled(query, key, scale, wide_bias) else Marginal.apply
     return all_reduce_mean(call(query, key, scale, wide_bias, name)[0], group)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 Temperature = float | Tensor
 
@@ -17,7 +17,7 @@ Temperature = float | Tensor
 def logits(query: Tensor, key: Tensor, temperature: Temperature, bias: Tensor | None = None) -> Tensor:
     """(M, D), (N, D) -> (M, N), in float32 or float64."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    table = query.to(wide) @ key.to(wide).T / temperature
+    table = (query.to(wide) / temperature) @ key.to(wide).T
     return table if bias is None else table + bias.to(wide)
 
 
@@ -31,6 +31,8 @@ def excluded_columns(table: Tensor, exclude: Tensor | None) -> Tensor:
 
 def log_softmax(table: Tensor, exclude: Tensor | None) -> Tensor:
     """log P, with 0 (not -inf) at excluded columns so that a sum over the row may run over all of them."""
+    if exclude is None:
+        return table.log_softmax(1)
     excluded = excluded_columns(table, exclude)
     # A row without columns would be -inf - (-inf): give it one made-up column and let the callers drop the row.
     open_rows = excluded & ~excluded.all(1, keepdim=True)
@@ -46,7 +48,12 @@ def similarity_logsumexp(
     query: Tensor, key: Tensor, temperature: Temperature, bias: Tensor | None = None, exclude: Tensor | None = None
 ) -> Tensor:
     """lse_i = log Σ_j exp(q_i·k_j/τ + bias_j) over the columns that are not excluded; -inf where none is left.  (M, D), (N, D) -> (M,)."""
-    table = logits(query, key, temperature, bias)
+    return _logsumexp(logits(query, key, temperature, bias), exclude)
+
+
+def _logsumexp(table: Tensor, exclude: Tensor | None) -> Tensor:
+    if exclude is None:
+        return table.logsumexp(1)
     excluded, empty = excluded_columns(table, exclude), empty_rows(table, exclude)
     lse = table.masked_fill(excluded & ~empty[:, None], -torch.inf).logsumexp(1)
     return lse.masked_fill(empty, -torch.inf)
@@ -62,9 +69,11 @@ def info_nce(
 ) -> Tensor:
     """lse_i - (q_i·k_pos/τ + bias_pos); 0 for rows without a positive or without columns.  -> (M,)."""
     table = logits(query, key, temperature, bias)
+    if exclude is None:
+        return cross_entropy(table, positives, ignore_index=-1, reduction="none")
     positive = table.gather(1, positives.clamp(min=0)[:, None])[:, 0]
     ignored = (positives < 0) | empty_rows(table, exclude)
-    lse = similarity_logsumexp(query, key, temperature, bias, exclude)
+    lse = _logsumexp(table, exclude)
     return torch.where(ignored, 0.0, lse.masked_fill(ignored, 0.0) - positive)
 
 
@@ -80,8 +89,8 @@ def nt_xent(view1: Tensor, view2: Tensor, temperature: Temperature) -> Tensor:
 
 def clip_loss(image: Tensor, text: Tensor, temperature: Temperature) -> Tensor:
     """Mean of InfoNCE from image to text and from text to image, pair by pair.  (N, D), (N, D) -> (N,)."""
-    index = torch.arange(len(image), device=image.device)
-    return (info_nce(image, text, temperature, index) + info_nce(text, image, temperature, index)) / 2
+    table, index = logits(image, text, temperature), torch.arange(len(image), device=image.device)
+    return (cross_entropy(table, index, reduction="none") + cross_entropy(table.T, index, reduction="none")) / 2
 
 
 def sigma_kl(
@@ -100,7 +109,7 @@ def sigma_kl(
     teacher = logits(teacher_query, teacher_key, teacher_temperature, teacher_bias)
     log_teacher = log_softmax(teacher, exclude)
     terms = log_teacher.exp() * (log_teacher - log_softmax(student, exclude))
-    return terms.masked_fill(excluded_columns(student, exclude), 0.0).sum(1)
+    return terms.sum(1)
 
 
 def soft_cross_entropy(
@@ -118,7 +127,7 @@ def soft_cross_entropy(
     student = logits(student_query, student_key, temperature, student_bias)
     teacher = logits(teacher_query, teacher_key, teacher_temperature, teacher_bias)
     terms = log_softmax(teacher, exclude).exp() * -log_softmax(student, exclude)
-    return terms.masked_fill(excluded_columns(student, exclude), 0.0).sum(1)
+    return terms.sum(1)
 
 
 def softmax_marginal(query: Tensor, key: Tensor, temperature: Temperature, bias: Tensor | None = None) -> Tensor:

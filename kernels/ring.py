@@ -25,11 +25,12 @@ from fastgessl.kernels.similarity_operators import (
     gradients_backward,
     gradients_context,
     implementation_module,
+    packed,
     present,
-    saved_of,
     sides_of,
     statistics_backward,
     statistics_context,
+    unpacked,
 )
 
 TRAVELLERS = (1, 3, 5, 7)
@@ -41,6 +42,9 @@ def _pass_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[]
     rank, size = rank_and_size(group)
     ahead, behind = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
     outgoing = [tensor.contiguous() for tensor in tensors]
+    if size == 1 or not outgoing:
+        # A rank alone is its own neighbour, and gloo has no connection from a rank to itself.
+        return lambda: outgoing
     incoming = [torch.empty_like(tensor) for tensor in outgoing]
     operations = [dist.P2POp(dist.isend, tensor, ahead, group) for tensor in outgoing]
     operations += [dist.P2POp(dist.irecv, tensor, behind, group) for tensor in incoming]
@@ -49,7 +53,8 @@ def _pass_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[]
     def arrived() -> list[Tensor]:
         for work in works:
             work.wait()
-        return incoming if outgoing else []  # also keeps what is being sent alive
+        del outgoing[:]  # until here what is being sent had to stay alive
+        return incoming
 
     return arrived
 
@@ -100,11 +105,22 @@ def _with_keys(operands: Sequence[Any], travelled: Sequence[Any]) -> list[Any]:
 
 def _merged(total: Statistics, shard: Statistics, entropy: bool) -> Statistics:
     """Statistics over the union of two sets of columns."""
-    teacher_lse = torch.logaddexp(total.teacher_lse, shard.teacher_lse)
+    lse, correction = _joined(total.lse, total.correction, shard.lse, shard.correction)
+    teacher_lse, teacher_correction = _joined(total.teacher_lse, total.teacher_correction, shard.teacher_lse, shard.teacher_correction)
     finite = teacher_lse.masked_fill(teacher_lse == -torch.inf, 0.0)
-    mean = sum(((part.teacher_lse - finite).exp() * part.teacher_mean for part in (total, shard)), torch.zeros_like(finite))
+    mean = torch.zeros_like(finite)
+    for part in (total, shard):
+        mean += (part.teacher_lse - finite).exp() / part.teacher_correction * teacher_correction * part.teacher_mean
     divergence = (mean - teacher_lse if entropy else mean).masked_fill(teacher_lse == -torch.inf, 0.0)
-    return Statistics(torch.logaddexp(total.lse, shard.lse), total.positive + shard.positive, divergence, teacher_lse, mean)
+    return Statistics(lse, total.positive + shard.positive, divergence, correction, teacher_lse, teacher_correction, mean)
+
+
+def _joined(lse: Tensor, correction: Tensor, other_lse: Tensor, other_correction: Tensor) -> tuple[Tensor, Tensor]:
+    """lse and correction of two sets of columns together; exp(lse)/correction is a set's sum."""
+    joined = torch.logaddexp(lse, other_lse)
+    finite = joined.masked_fill(joined == -torch.inf, 0.0)
+    total = (lse - finite).exp() / correction + (other_lse - finite).exp() / other_correction
+    return joined, total.reciprocal().masked_fill_(total == 0, 1.0)
 
 
 class RingStatistics(torch.autograd.Function):
@@ -119,17 +135,17 @@ class RingStatistics(torch.autograd.Function):
         keys, (rank, size) = len(operands[1]), rank_and_size(group)
         check_equal_rows(operands[1], group, "key")
         check_values(operands[2], operands[6], operands[3], operands[7], positives, exclude, keys * size)
-        module, total = implementation_module(implementation), Statistics(*(operands[2].new_empty(0),) * 5)
+        module, total = implementation_module(implementation), Statistics(*(operands[2].new_empty(0),) * 7)
         for owner, travelled in _around([operands[index] for index in TRAVELLERS], group):
             sides = sides_of(_with_keys(operands, travelled))
             shard = module.statistics(*sides, _local(positives, owner, keys), _local(exclude, owner, keys), entropy)
             total = shard if owner == rank else _merged(total, shard, entropy)
-        return tuple(total)
+        return *total[:3], packed(total)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         statistics_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[3:])
+        ctx.mark_non_differentiable(output[3])
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -142,8 +158,8 @@ class RingGradients(torch.autograd.Function):
     @staticmethod
     def forward(*inputs):
         weights, operands = contiguous(inputs[:WEIGHTS]), contiguous(inputs[WEIGHTS : WEIGHTS + OPERANDS])
-        positives, exclude, *constants, entropy, implementation, group, needs = inputs[WEIGHTS + OPERANDS :]
-        module, keys, saved = implementation_module(implementation), len(operands[1]), saved_of(*constants)
+        positives, exclude, saved, entropy, implementation, group, needs = inputs[WEIGHTS + OPERANDS :]
+        module, keys, saved = implementation_module(implementation), len(operands[1]), unpacked(saved)
         rows, home, sums = Rows(*present(weights, saved.lse)), _Homeward(group), None
         for owner, travelled in _around([operands[index] for index in TRAVELLERS], group):
             sides = sides_of(_with_keys(operands, travelled))
@@ -189,8 +205,8 @@ class RingCurvature(torch.autograd.Function):
     def forward(*inputs):
         tangents, weights = contiguous(inputs[:OPERANDS]), contiguous(inputs[OPERANDS : OPERANDS + WEIGHTS])
         operands = contiguous(inputs[OPERANDS + WEIGHTS : 2 * OPERANDS + WEIGHTS])
-        positives, exclude, *constants, entropy, implementation, group, needs = inputs[2 * OPERANDS + WEIGHTS :]
-        module, keys, saved = implementation_module(implementation), len(operands[1]), saved_of(*constants)
+        positives, exclude, saved, entropy, implementation, group, needs = inputs[2 * OPERANDS + WEIGHTS :]
+        module, keys, saved = implementation_module(implementation), len(operands[1]), unpacked(saved)
         rows = Rows(*present(weights, saved.lse))
         travellers = [*(operands[index] for index in TRAVELLERS), *(tangents[index] for index in TRAVELLERS)]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed import ProcessGroup
 
+from fastgessl.kernels.arguments import signed_once
 from fastgessl.kernels.similarity_chunked import Side
 from fastgessl.kernels.similarity_operators import (
     OPERANDS,
@@ -62,6 +63,7 @@ def one_call_each(
     return stacked, (0,) * len(stacked)
 
 
+@signed_once
 class Curvature(torch.autograd.Function):
     """Double backward. A function, not the bare operator, so that functorch levels unwrap; its own derivative raises."""
 
@@ -86,6 +88,7 @@ class Curvature(torch.autograd.Function):
         return one_call_each(Curvature, info.batch_size, in_dims, args)
 
 
+@signed_once
 class Gradients(torch.autograd.Function):
     """Backward, itself differentiable once."""
 
@@ -124,13 +127,14 @@ def _filled(tangent: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if tangent is None else tangent
 
 
+@signed_once
 class RowDerivatives(torch.autograd.Function):
     """Forward mode: the statistics' derivatives along tangents of the operands. Reverse over it is the double-backward kernel once more."""
 
     @staticmethod
     def forward(*inputs):
-        operands, (positives, _, lse) = inputs[OPERANDS : 2 * OPERANDS], inputs[2 * OPERANDS : 2 * OPERANDS + 3]
-        none = torch.zeros_like(lse)
+        operands, (positives, _, saved) = inputs[OPERANDS : 2 * OPERANDS], inputs[2 * OPERANDS : 2 * OPERANDS + 3]
+        none = torch.zeros_like(saved[0])
         weights = (none, None if positives is None else none, None if operands[4] is None else none)
         call: Callable[..., tuple[Tensor, ...]] = curvature_body if plain(inputs) else curvature
         return call(*inputs[:OPERANDS], *weights, *inputs[OPERANDS:], (False,) * OPERANDS)[:WEIGHTS]
@@ -144,9 +148,9 @@ class RowDerivatives(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *weights):
         tangents, inputs = ctx.saved_tensors[:OPERANDS], ctx.saved_tensors[OPERANDS:]
-        operands, (positives, _, lse) = inputs[:OPERANDS], inputs[OPERANDS : OPERANDS + 3]
+        operands, (positives, _, saved) = inputs[:OPERANDS], inputs[OPERANDS:]
         present = (True, positives is not None, operands[4] is not None)
-        weights = tuple(_filled(weight, lse) if here else None for weight, here in zip(weights, present, strict=True))
+        weights = tuple(_filled(weight, saved[0]) if here else None for weight, here in zip(weights, present, strict=True))
         needs = ctx.needs_input_grad
         straight = Gradients.apply(*weights, *inputs, *ctx.settings, needs[:OPERANDS])
         bent = Curvature.apply(*tangents, *weights, *inputs, *ctx.settings, needs[OPERANDS : 2 * OPERANDS])[WEIGHTS:]
@@ -168,8 +172,9 @@ FORWARD_OVER_FORWARD = (
 )
 
 
+@signed_once
 class Statistics(torch.autograd.Function):
-    """Forward. The teacher's lse and x are returned for the backward only and carry no gradient."""
+    """Forward. The last output is for the later passes and carries no gradient."""
 
     @staticmethod
     def forward(*inputs):
@@ -178,9 +183,8 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         statistics_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[3:])
-        lse, _, _, teacher_lse, teacher_mean = output
-        ctx.save_for_forward(*(part for part in inputs if part is None or isinstance(part, Tensor)), lse, teacher_lse, teacher_mean)
+        ctx.mark_non_differentiable(output[3])
+        ctx.save_for_forward(*(part for part in inputs if part is None or isinstance(part, Tensor)), output[3])
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -188,11 +192,8 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        *operands, positives, exclude, lse, teacher_lse, teacher_mean = ctx.saved_tensors
-        entropy, implementation = ctx.settings
-        constants = (lse, None, None) if operands[4] is None else (lse, teacher_lse, teacher_mean)
-        rows = RowDerivatives.apply(*tangents[:OPERANDS], *operands, positives, exclude, *constants, entropy, implementation)
-        return (*rows, None, None)
+        rows = RowDerivatives.apply(*tangents[:OPERANDS], *ctx.saved_tensors, *ctx.settings)
+        return (*rows, None)
 
     @staticmethod
     def vmap(info, in_dims, *args):

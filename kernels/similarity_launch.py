@@ -16,8 +16,11 @@ from torch import Tensor
 from fastgessl.kernels import similarity_chunked as chunked
 from fastgessl.kernels import similarity_triton as first_order
 from fastgessl.kernels import similarity_triton_second as second_order
-from fastgessl.kernels.similarity_chunked import NOTHING, Moments, Parts, Rows, Side, Statistics
-from fastgessl.kernels.similarity_tiles import Tile, tile_for
+from fastgessl.kernels.similarity_chunked import LOG2_E, NOTHING, Moments, Parts, Rows, Side, Statistics
+from fastgessl.kernels.similarity_tiles import Tile
+from fastgessl.kernels.tuned_tiles import tile_for
+
+LN_2 = 0.6931471805599453
 
 
 class Operands(NamedTuple):
@@ -93,10 +96,13 @@ def statistics(student: Side, teacher: Side | None, positives: Tensor | None, ex
     M, none = len(student.query), operands.student.scale.new_empty(0)
     lse = none.new_empty(M)
     positive = none if positives is None else none.new_empty(M)
-    teacher_lse, mean = (none.clone(), none.clone()) if teacher is None else (none.new_empty(M), none.new_empty(M))
-    _launch(first_order.statistics_kernel, operands, _by_rows(operands), 0, (lse, positive, teacher_lse, mean), {"ENTROPY": entropy})
+    correction = none.new_empty(M)
+    of_teacher = [none.new_empty(0 if teacher is None else M) for _ in range(3)]
+    arguments = (lse, positive, correction, *of_teacher)
+    _launch(first_order.statistics_kernel, operands, _by_rows(operands), 0, arguments, {"ENTROPY": entropy})
+    teacher_lse, teacher_correction, mean = of_teacher
     divergence = (mean - teacher_lse if entropy else mean).masked_fill(teacher_lse == -torch.inf, 0.0)
-    return Statistics(lse, positive, divergence, teacher_lse, mean)
+    return Statistics(lse, positive, divergence, correction, teacher_lse, teacher_correction, mean)
 
 
 def _normalised(weights: Rows, dtype: torch.dtype) -> tuple[Rows, Tensor]:
@@ -152,7 +158,7 @@ def gradients(
 ) -> tuple[Parts, Parts]:
     """See `similarity_chunked.gradients`. Queries that are the keys take one pass over rows instead of two passes."""
     operands = _operands(student, teacher, positives, exclude)
-    weights, factor = _normalised(weights, student.query.dtype)
+    weights, factor = _normalised(saved.correct(weights), student.query.dtype)
     shared = (saved.lse, saved.teacher_lse, saved.teacher_mean, *weights)
     constants = ((*shared, saved.lse, weights.lse), shared)
     kernels = (first_order.gradient_rows_kernel, first_order.gradient_columns_kernel)
@@ -171,11 +177,25 @@ def gradients(
     return found, _two_passes(kernels, operands, constants, factors, teacher, teacher_needs, flags)
 
 
-def symmetric_statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `symmetric_chunked.statistics`; two passes here, for sums over columns of a tile would need a table of partial sums."""
-    pairs = torch.arange(len(image), device=image.device)
-    rows = statistics(Side(image, text, scale, None), None, pairs, None, False)
-    return rows.lse, statistics(Side(text, image, scale, None), None, None, None, False).lse, rows.positive
+# Programs of the symmetric forward: as many rows of column sums are held, 1 KiB a column.
+STRIPS = 128
+
+
+def symmetric_statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `symmetric_chunked.statistics`."""
+    operands = _operands(Side(image, text, scale, None), None, None, None)
+    N, like = len(image), operands.student.scale
+    lse, diagonal, correction = (like.new_empty(N) for _ in range(3))
+
+    def strips(tile: Tile) -> int:
+        return min(STRIPS, -(-N // tile.rows))
+
+    top, total = like.new_full((STRIPS, N), -torch.inf), like.new_zeros(STRIPS, N)
+    _launch(first_order.symmetric_statistics_kernel, operands, strips, 0, (lse, diagonal, correction, top, total), {})
+    highest = top.amax(0)
+    total = total.mul_(top.sub_(highest).exp2_()).sum(0)
+    column_lse = (highest + total.log2()) * LN_2
+    return lse, column_lse, diagonal, correction, (column_lse * LOG2_E - highest).exp2_() / total
 
 
 def symmetric_gradients(
@@ -236,12 +256,14 @@ def curvature(
 ) -> tuple[Moments, Parts, Parts]:
     """See `similarity_chunked.curvature`, which takes over where the teacher itself moves: not detached, at second order."""
     if any(part is not None for part in teacher_tangent):
+        # The corrections belong to lse as these kernels round it on reading.
+        saved = saved._replace(correction=torch.ones_like(saved.lse), teacher_correction=torch.ones_like(saved.lse))
         return chunked.curvature(
             tangent, teacher_tangent, weights, student, teacher, positives, exclude, saved, entropy, needs, teacher_needs, moments, tied
         )
     needs, tangent = ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
     operands = _operands(student, teacher, positives, exclude)
-    weights, factor = _normalised(weights, student.query.dtype)
+    weights, factor = _normalised(saved.correct(weights), student.query.dtype)
     moved, tangent_factor = _tangents(tangent, student)
     sums = _moments(operands, saved, moved) if moments is None else Moments(*(part / tangent_factor for part in moments))
     shared = (saved.lse, saved.teacher_lse, *moved, *weights, sums.student, sums.student_under_teacher)
@@ -263,4 +285,4 @@ def _moments(operands: Operands, saved: Statistics, moved: Parts) -> Moments:
     teacher_mean = none if operands.teacher is None else none.new_empty(M)
     arguments = (saved.lse, saved.teacher_lse, *moved, mean, positive, teacher_mean)
     _launch(second_order.moments_kernel, operands, _by_rows(operands), 0, arguments, {})
-    return Moments(mean, positive, teacher_mean, none, none)
+    return Moments(mean, positive, teacher_mean, none, none).corrected(saved)

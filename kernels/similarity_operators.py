@@ -32,10 +32,16 @@ def sides_of(operands: Sequence[Any]) -> tuple[Side, Side | None]:
     return Side(query, query if key is None else key, *operands[2:4]), None if operands[4] is None else Side(*operands[4:])
 
 
-def saved_of(lse: Tensor, teacher_lse: Tensor | None, teacher_mean: Tensor | None) -> Statistics:
-    """What the later passes read of the forward's results."""
+def packed(found: Statistics) -> Tensor:
+    """What the later passes read of the forward's results, (2, M), or (5, M) with a teacher."""
+    return torch.stack([found.lse, *(part for part in found[3:] if len(part))])
+
+
+def unpacked(saved: Tensor) -> Statistics:
+    """The inverse of `packed`."""
+    lse, correction, *teacher = saved.unbind()
     none = lse.new_empty(0)
-    return Statistics(lse, none, none, *present((teacher_lse, teacher_mean), lse))
+    return Statistics(lse, none, none, correction, *(teacher or (none, none, none)))
 
 
 def implementation_module(name: str) -> Any:
@@ -61,13 +67,13 @@ def statistics_body(
     query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
     teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
     positives: Tensor | None, exclude: Tensor | None, entropy: bool, implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """lse, positive, divergence, the teacher's lse and x, (M,) each; empty where there are no positives or no teacher."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """lse, positive and divergence, (M,) each, empty where there are no positives or no teacher; and what the later passes read."""
     check_values(scale, teacher_scale, bias, teacher_bias, positives, exclude, len(query if key is None else key))
     operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
     with torch.autocast(query.device.type, enabled=False):
         found = implementation_module(implementation).statistics(*sides_of(operands), positives, exclude, entropy)
-    return tuple(found)
+    return *found[:3], packed(found)
 
 
 statistics = custom_op("fastgessl::similarity_statistics", statistics_body, mutates_args=())
@@ -76,27 +82,28 @@ statistics = custom_op("fastgessl::similarity_statistics", statistics_body, muta
 @statistics.register_fake
 def _(query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias, positives, exclude, entropy, implementation):
     M, none, dtype = query.shape[0], 0, _row_dtype(query)
-    sizes = (M, none if positives is None else M, *((none if teacher_query is None else M,) * 3))
-    return tuple(query.new_empty(size, dtype=dtype) for size in sizes)
+    shapes = ((M,), (none if positives is None else M,), (none if teacher_query is None else M,), (2 if teacher_query is None else 5, M))
+    return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def gradients_body(
     weight_lse: Tensor, weight_positive: Tensor | None, weight_divergence: Tensor | None,
     query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
     teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
-    positives: Tensor | None, exclude: Tensor | None, lse: Tensor, teacher_lse: Tensor | None, teacher_mean: Tensor | None,
+    positives: Tensor | None, exclude: Tensor | None, saved: Tensor,
     entropy: bool, implementation: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Σ weights·statistics to the eight operands; empty where `needs` says no."""
-    weights = Rows(*present(contiguous((weight_lse, weight_positive, weight_divergence)), lse))
+    weights = Rows(*present(contiguous((weight_lse, weight_positive, weight_divergence)), saved))
     operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
-    saved = saved_of(lse, teacher_lse, teacher_mean)
+    statistics = unpacked(saved)
     with torch.autocast(query.device.type, enabled=False):
         if implementation == "chunked" and key is None and bias is None and teacher_query is None:
-            tied = symmetric_chunked.tied_gradients(weights, operands[0], scale, positives, exclude, lse, tuple(needs[:4]))
+            weights = statistics.correct(weights)
+            tied = symmetric_chunked.tied_gradients(weights, operands[0], scale, positives, exclude, statistics.lse, tuple(needs[:4]))
             return present((*tied, *(None,) * 4), query)  # type: ignore[return-value]
         student, teacher = implementation_module(implementation).gradients(
-            weights, *sides_of(operands), positives, exclude, saved, entropy, tuple(needs[:4]), tuple(needs[4:]), tied=key is None
+            weights, *sides_of(operands), positives, exclude, statistics, entropy, tuple(needs[:4]), tuple(needs[4:]), tied=key is None
         )
     return present((*student, *teacher), query)  # type: ignore[return-value]
 
@@ -121,19 +128,23 @@ def curvature_body(
     weight_lse: Tensor, weight_positive: Tensor | None, weight_divergence: Tensor | None,
     query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
     teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
-    positives: Tensor | None, exclude: Tensor | None, lse: Tensor, teacher_lse: Tensor | None, teacher_mean: Tensor | None,
+    positives: Tensor | None, exclude: Tensor | None, saved: Tensor,
     entropy: bool, implementation: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of ⟨tangents, gradients(...)⟩ to the three weights and the eight operands; empty where absent or where `needs` says no."""
     tangents = contiguous((tangent_query, tangent_key, tangent_scale, tangent_bias))
     teacher_tangents = contiguous((tangent_teacher_query, tangent_teacher_key, tangent_teacher_scale, tangent_teacher_bias))
-    weights = Rows(*present(contiguous((weight_lse, weight_positive, weight_divergence)), lse))
+    weights = Rows(*present(contiguous((weight_lse, weight_positive, weight_divergence)), saved))
     operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
-    saved = saved_of(lse, teacher_lse, teacher_mean)
+    statistics = unpacked(saved)
     with torch.autocast(query.device.type, enabled=False):
+        if implementation == "triton" and any(part is not None for part in teacher_tangents):
+            # Chunked takes over, with statistics of its own: on those of the kernels, whose logits are rounded otherwise, σ's second
+            # derivatives at τ = 0.01 were wrong by 2.5e-4 (float32), 2.5e-6 with its own.
+            implementation, statistics = "chunked", chunked.statistics(*sides_of(operands), positives, exclude, entropy)
         moments, student, teacher = implementation_module(implementation).curvature(
             Parts(*tangents), Parts(*teacher_tangents), weights, *sides_of(operands),
-            positives, exclude, saved, entropy, tuple(needs[:4]), tuple(needs[4:]), tied=key is None,
+            positives, exclude, statistics, entropy, tuple(needs[:4]), tuple(needs[4:]), tied=key is None,
         )  # fmt: skip
     rows = chunked.row_derivatives(moments)
     return (*rows, *present((*student, *teacher), query))  # type: ignore[return-value]
@@ -145,8 +156,8 @@ curvature = custom_op("fastgessl::similarity_curvature", curvature_body, mutates
 @curvature.register_fake
 def _(*args):
     weights, operands = args[OPERANDS : OPERANDS + WEIGHTS], args[OPERANDS + WEIGHTS : 2 * OPERANDS + WEIGHTS]
-    lse = args[2 * OPERANDS + WEIGHTS + 2]
-    rows = tuple(torch.empty_like(lse) if weight is not None else lse.new_empty(0) for weight in weights)
+    saved = args[2 * OPERANDS + WEIGHTS + 2]
+    rows = tuple(saved.new_empty(saved.shape[1] if weight is not None else 0) for weight in weights)
     return (*rows, *_fake_gradients(operands, args[-1]))
 
 
@@ -164,8 +175,7 @@ def _some(gradient: Tensor | None, operand: Tensor | None) -> Tensor | None:
 
 
 def statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    lse, _, _, teacher_lse, teacher_mean = output
-    _save(ctx, inputs, lse, teacher_lse, teacher_mean)
+    _save(ctx, inputs, output[3])
 
 
 def gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -173,14 +183,13 @@ def gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def statistics_backward(ctx: Any, cotangents: Sequence[Tensor | None], apply: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    *operands, positives, exclude, lse, teacher_lse, teacher_mean = ctx.saved_tensors
+    *operands, positives, exclude, saved = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:OPERANDS])
     weights = [cotangents[0], None if positives is None else cotangents[1], None if operands[4] is None else cotangents[2]]
     present = (True, positives is not None, operands[4] is not None)
-    weights = [torch.zeros_like(lse) if here and weight is None else weight for here, weight in zip(present, weights, strict=True)]
+    weights = [torch.zeros_like(saved[0]) if here and weight is None else weight for here, weight in zip(present, weights, strict=True)]
     # lse enters as a constant: what the gradients owe to its dependence on the operands is already in the curvature.
-    constants = (lse.detach(), *((None, None) if operands[4] is None else (teacher_lse.detach(), teacher_mean.detach())))
-    found = apply(*weights, *operands, positives, exclude, *constants, *ctx.settings, needs)
+    found = apply(*weights, *operands, positives, exclude, saved.detach(), *ctx.settings, needs)
     grads = (grad if need else None for grad, need in zip(found, needs, strict=True))
     return (*grads, *(None,) * (len(ctx.needs_input_grad) - OPERANDS))
 

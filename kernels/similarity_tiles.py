@@ -1,15 +1,13 @@
 """The launch table: one tile by kernel, generation of card, number of features and teacher.
 
 Every entry compiles ahead of time without a stack frame (no spilled register) and within the shared memory of its cards; the test that says
-so prints the table. Which of the entries is fastest has not been measured yet: each is the largest that fits.
+so prints the table. Which of the entries is fastest has not been measured yet: each is the largest that fits. A table that was measured on
+a device (`autotune`) comes before it there.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 
 class Tile(NamedTuple):
@@ -33,13 +31,15 @@ INTERPRETED = Tile(32, 32, 4, 1, 128)
 
 TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("statistics_kernel", 80, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("symmetric_statistics_kernel", 80, 128): (Tile(128, 128, 8, 2, 128), Tile(128, 128, 8, 2, 128)),
     ("gradient_rows_kernel", 80, 128): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
     ("gradient_rows_kernel[mirror]", 80, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
-    ("gradient_columns_kernel", 80, 128): (Tile(128, 128, 8, 3, 128), Tile(64, 128, 8, 3, 128)),
+    ("gradient_columns_kernel", 80, 128): (Tile(64, 128, 8, 3, 128), Tile(64, 128, 8, 3, 128)),
     ("moments_kernel", 80, 128): (Tile(128, 64, 8, 2, 128), Tile(64, 64, 8, 2, 128)),
     ("curvature_rows_kernel", 80, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("curvature_columns_kernel", 80, 128): (Tile(32, 128, 8, 3, 128), Tile(32, 128, 8, 3, 128)),
     ("statistics_kernel", 80, 256): (Tile(128, 64, 8, 3, 256), Tile(64, 64, 4, 2, 256)),
+    ("symmetric_statistics_kernel", 80, 256): (Tile(128, 128, 8, 2, 256), Tile(128, 128, 8, 2, 256)),
     ("gradient_rows_kernel", 80, 256): (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
     ("gradient_rows_kernel[mirror]", 80, 256): (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
     ("gradient_columns_kernel", 80, 256): (Tile(32, 128, 8, 3, 256), Tile(32, 64, 4, 3, 256)),
@@ -47,6 +47,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 80, 256): (Tile(64, 32, 8, 2, 256), Tile(128, 32, 8, 3, 64)),
     ("curvature_columns_kernel", 80, 256): (Tile(32, 64, 8, 2, 256), Tile(32, 64, 8, 2, 256)),
     ("statistics_kernel", 80, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("symmetric_statistics_kernel", 80, 2048): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
     ("gradient_rows_kernel", 80, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
     ("gradient_rows_kernel[mirror]", 80, 2048): (Tile(64, 32, 8, 2, 128), Tile(64, 32, 8, 2, 128)),
     ("gradient_columns_kernel", 80, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 64, 8, 2, 64)),
@@ -54,6 +55,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 80, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
     ("curvature_columns_kernel", 80, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 64, 8, 2, 64)),
     ("statistics_kernel", 86, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 2, 128)),
+    ("symmetric_statistics_kernel", 86, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 128, 8, 3, 128)),
     ("gradient_rows_kernel", 86, 128): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128)),
     ("gradient_rows_kernel[mirror]", 86, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("gradient_columns_kernel", 86, 128): (Tile(64, 128, 8, 3, 128), Tile(64, 128, 8, 2, 128)),
@@ -61,6 +63,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 86, 128): (Tile(128, 32, 8, 3, 128), Tile(64, 32, 8, 2, 64)),
     ("curvature_columns_kernel", 86, 128): (Tile(32, 128, 8, 3, 128), Tile(32, 64, 8, 2, 128)),
     ("statistics_kernel", 86, 256): (Tile(128, 64, 8, 2, 256), Tile(64, 32, 4, 2, 256)),
+    ("symmetric_statistics_kernel", 86, 256): (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256)),
     ("gradient_rows_kernel", 86, 256): (Tile(64, 32, 8, 2, 256), Tile(128, 32, 8, 3, 64)),
     ("gradient_rows_kernel[mirror]", 86, 256): (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
     ("gradient_columns_kernel", 86, 256): (Tile(32, 64, 4, 3, 256), Tile(32, 64, 8, 2, 64)),
@@ -68,6 +71,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 86, 256): (Tile(128, 32, 8, 2, 64), Tile(128, 32, 8, 2, 64)),
     ("curvature_columns_kernel", 86, 256): (Tile(32, 128, 8, 2, 64), Tile(32, 128, 8, 2, 64)),
     ("statistics_kernel", 86, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("symmetric_statistics_kernel", 86, 2048): (Tile(64, 64, 8, 2, 128), Tile(64, 64, 8, 2, 128)),
     ("gradient_rows_kernel", 86, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
     ("gradient_rows_kernel[mirror]", 86, 2048): (Tile(64, 32, 8, 2, 128), Tile(64, 32, 8, 2, 128)),
     ("gradient_columns_kernel", 86, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 64, 8, 2, 64)),
@@ -75,6 +79,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 86, 2048): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
     ("curvature_columns_kernel", 86, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 64, 8, 2, 64)),
     ("statistics_kernel", 90, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("symmetric_statistics_kernel", 90, 128): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
     ("gradient_rows_kernel", 90, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
     ("gradient_rows_kernel[mirror]", 90, 128): (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2, 128)),
     ("gradient_columns_kernel", 90, 128): (Tile(64, 128, 8, 3, 128), Tile(64, 128, 8, 3, 128)),
@@ -82,6 +87,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 90, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("curvature_columns_kernel", 90, 128): (Tile(32, 128, 8, 3, 128), Tile(32, 128, 8, 3, 128)),
     ("statistics_kernel", 90, 256): (Tile(128, 64, 8, 3, 256), Tile(64, 64, 4, 2, 256)),
+    ("symmetric_statistics_kernel", 90, 256): (Tile(128, 64, 8, 3, 256), Tile(128, 64, 8, 3, 256)),
     ("gradient_rows_kernel", 90, 256): (Tile(128, 64, 8, 3, 256), Tile(128, 32, 8, 3, 256)),
     ("gradient_rows_kernel[mirror]", 90, 256): (Tile(128, 32, 8, 3, 256), Tile(128, 32, 8, 3, 256)),
     ("gradient_columns_kernel", 90, 256): (Tile(64, 128, 8, 2, 256), Tile(32, 128, 8, 3, 256)),
@@ -89,20 +95,23 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 90, 256): (Tile(128, 32, 8, 3, 256), Tile(128, 32, 8, 2, 64)),
     ("curvature_columns_kernel", 90, 256): (Tile(32, 128, 8, 2, 256), Tile(32, 128, 8, 2, 64)),
     ("statistics_kernel", 90, 2048): (Tile(128, 64, 8, 3, 128), Tile(64, 32, 4, 2, 128)),
+    ("symmetric_statistics_kernel", 90, 2048): (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
     ("gradient_rows_kernel", 90, 2048): (Tile(128, 64, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("gradient_rows_kernel[mirror]", 90, 2048): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
-    ("gradient_columns_kernel", 90, 2048): (Tile(64, 128, 8, 3, 128), Tile(32, 128, 8, 3, 128)),
+    ("gradient_columns_kernel", 90, 2048): (Tile(32, 128, 8, 3, 128), Tile(32, 128, 8, 3, 128)),
     ("moments_kernel", 90, 2048): (Tile(128, 64, 8, 2, 128), Tile(64, 32, 8, 2, 128)),
-    ("curvature_rows_kernel", 90, 2048): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 64)),
+    ("curvature_rows_kernel", 90, 2048): (Tile(128, 32, 8, 3, 64), Tile(128, 32, 8, 3, 64)),
     ("curvature_columns_kernel", 90, 2048): (Tile(32, 64, 8, 2, 128), Tile(32, 128, 8, 3, 64)),
     ("statistics_kernel", 100, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
+    ("symmetric_statistics_kernel", 100, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("gradient_rows_kernel", 100, 128): (Tile(128, 128, 8, 3, 128), Tile(128, 64, 8, 3, 128)),
     ("gradient_rows_kernel[mirror]", 100, 128): (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2, 128)),
-    ("gradient_columns_kernel", 100, 128): (Tile(64, 128, 8, 3, 128), Tile(64, 128, 8, 2, 128)),
+    ("gradient_columns_kernel", 100, 128): (Tile(64, 128, 8, 2, 128), Tile(64, 128, 8, 2, 128)),
     ("moments_kernel", 100, 128): (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2, 128)),
     ("curvature_rows_kernel", 100, 128): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("curvature_columns_kernel", 100, 128): (Tile(32, 128, 8, 3, 128), Tile(32, 64, 8, 2, 128)),
     ("statistics_kernel", 100, 256): (Tile(128, 64, 8, 3, 256), Tile(64, 64, 4, 2, 256)),
+    ("symmetric_statistics_kernel", 100, 256): (Tile(128, 32, 8, 3, 256), Tile(128, 32, 8, 3, 256)),
     ("gradient_rows_kernel", 100, 256): (Tile(128, 64, 8, 3, 256), Tile(64, 32, 4, 3, 256)),
     ("gradient_rows_kernel[mirror]", 100, 256): (Tile(128, 32, 8, 3, 256), Tile(128, 32, 8, 3, 256)),
     ("gradient_columns_kernel", 100, 256): (Tile(64, 128, 8, 3, 256), Tile(32, 64, 4, 3, 256)),
@@ -110,6 +119,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 100, 256): (Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
     ("curvature_columns_kernel", 100, 256): (Tile(32, 128, 8, 2, 256), Tile(32, 64, 8, 2, 256)),
     ("statistics_kernel", 100, 2048): (Tile(128, 64, 8, 3, 128), Tile(64, 32, 4, 2, 128)),
+    ("symmetric_statistics_kernel", 100, 2048): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("gradient_rows_kernel", 100, 2048): (Tile(128, 64, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("gradient_rows_kernel[mirror]", 100, 2048): (Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3, 128)),
     ("gradient_columns_kernel", 100, 2048): (Tile(32, 64, 8, 2, 64), Tile(32, 128, 8, 3, 128)),
@@ -121,6 +131,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tile, Tile]] = {
 
 FLOAT32: dict[tuple[str, int], tuple[Tile, Tile]] = {
     ("statistics_kernel", 80): (Tile(64, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
+    ("symmetric_statistics_kernel", 80): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
     ("gradient_rows_kernel", 80): (Tile(64, 32, 8, 2, 32), Tile(16, 16, 2, 1, 32)),
     ("gradient_rows_kernel[mirror]", 80): (Tile(64, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
     ("gradient_columns_kernel", 80): (Tile(32, 64, 8, 2, 32), Tile(32, 64, 8, 2, 32)),
@@ -128,6 +139,7 @@ FLOAT32: dict[tuple[str, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 80): (Tile(16, 16, 2, 1, 16), Tile(16, 16, 2, 1, 16)),
     ("curvature_columns_kernel", 80): (Tile(32, 16, 4, 1, 32), Tile(16, 16, 2, 1, 16)),
     ("statistics_kernel", 86): (Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("symmetric_statistics_kernel", 86): (Tile(64, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
     ("gradient_rows_kernel", 86): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 32)),
     ("gradient_rows_kernel[mirror]", 86): (Tile(32, 32, 4, 1, 32), Tile(32, 32, 4, 1, 32)),
     ("gradient_columns_kernel", 86): (Tile(32, 128, 8, 3, 32), Tile(32, 64, 8, 2, 32)),
@@ -135,13 +147,15 @@ FLOAT32: dict[tuple[str, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 86): (Tile(16, 32, 4, 1, 64), Tile(16, 16, 2, 1, 16)),
     ("curvature_columns_kernel", 86): (Tile(32, 16, 4, 1, 32), Tile(16, 16, 2, 1, 16)),
     ("statistics_kernel", 90): (Tile(64, 64, 4, 2, 64), Tile(64, 64, 4, 2, 64)),
-    ("gradient_rows_kernel", 90): (Tile(128, 32, 8, 3, 64), Tile(64, 32, 4, 3, 64)),
+    ("symmetric_statistics_kernel", 90): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
+    ("gradient_rows_kernel", 90): (Tile(128, 32, 8, 3, 64), Tile(64, 32, 8, 2, 32)),
     ("gradient_rows_kernel[mirror]", 90): (Tile(128, 32, 8, 3, 64), Tile(128, 32, 8, 3, 64)),
     ("gradient_columns_kernel", 90): (Tile(32, 128, 8, 3, 64), Tile(32, 64, 4, 3, 64)),
     ("moments_kernel", 90): (Tile(64, 32, 4, 2, 64), Tile(64, 32, 4, 2, 32)),
     ("curvature_rows_kernel", 90): (Tile(16, 32, 4, 1, 32), Tile(16, 32, 4, 1, 32)),
     ("curvature_columns_kernel", 90): (Tile(32, 128, 8, 2, 32), Tile(32, 16, 4, 1, 32)),
     ("statistics_kernel", 100): (Tile(64, 32, 8, 2, 32), Tile(32, 32, 4, 1, 32)),
+    ("symmetric_statistics_kernel", 100): (Tile(64, 32, 8, 2, 64), Tile(64, 32, 8, 2, 64)),
     ("gradient_rows_kernel", 100): (Tile(64, 32, 8, 2, 32), Tile(64, 32, 8, 2, 32)),
     ("gradient_rows_kernel[mirror]", 100): (Tile(32, 32, 4, 1, 32), Tile(32, 32, 4, 1, 32)),
     ("gradient_columns_kernel", 100): (Tile(32, 64, 8, 2, 32), Tile(32, 64, 8, 2, 32)),
@@ -164,13 +178,22 @@ def tile_of(kernel: str, architecture: int, features: int, teacher: bool, float3
     column = generation(architecture)
     if float32:
         return FLOAT32[kernel, column][teacher]
-    width = next((width for width in WIDTHS if features <= width), WIDTHS[-1])
-    return TABLE[kernel, column, width][teacher]
+    return TABLE[kernel, column, width_of(features)][teacher]
 
 
-def tile_for(kernel: str, query: Tensor, features: int, teacher: bool) -> Tile:
-    """The tile of a launch on the query's device; tensors on the CPU are the interpreter's."""
-    if not query.is_cuda:
-        return INTERPRETED
-    major, minor = torch.cuda.get_device_capability(query.device)
-    return tile_of(kernel, 10 * major + minor, features, teacher, query.dtype == torch.float32)
+def width_of(features: int) -> int:
+    """The column of the table that serves a number of features."""
+    return next((width for width in WIDTHS if features <= width), WIDTHS[-1])
+
+
+KERNELS = tuple(dict.fromkeys(kernel for kernel, _, _ in TABLE))
+WITHOUT_TEACHER = ("symmetric_statistics_kernel", "gradient_rows_kernel[mirror]")
+
+
+class Entry(NamedTuple):
+    """What a tile is chosen by on one device."""
+
+    kernel: str
+    width: int
+    teacher: bool
+    float32: bool

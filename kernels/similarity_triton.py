@@ -81,9 +81,20 @@ def columns_open(o_columns, N, p_exclude, o_rows, M, EXCLUDE: tl.constexpr, BY_R
 
 
 @triton.jit
+def store_logsumexp(p_lse, p_correction, o_rows, rows, b_max, b_sum):
+    """lse, and what exp(S - lse) is to be multiplied by to give P: 1 up to the rounding of what `load_log2` will read."""
+    # "== 0", not "> 0": a NaN must come out as NaN.
+    m_empty = b_sum == 0
+    b_lse = tl.where(m_empty, -float("inf"), (b_max + tl.log2(b_sum)) * LN_2)
+    b_above = tl.where(m_empty, 0.0, b_lse * LOG2_E) - tl.where(m_empty, 0.0, b_max)
+    tl.store(p_lse + o_rows, b_lse, mask=o_rows < rows)
+    tl.store(p_correction + o_rows, tl.where(m_empty, 1.0, tl.exp2(b_above) / b_sum), mask=o_rows < rows)
+
+
+@triton.jit
 def statistics_kernel(
     p_query, p_key, p_scale, p_bias, p_teacher_query, p_teacher_key, p_teacher_scale, p_teacher_bias, p_positives, p_exclude,
-    p_lse, p_positive, p_teacher_lse, p_mean, M, N,
+    p_lse, p_positive, p_correction, p_teacher_lse, p_teacher_correction, p_mean, M, N,
     D: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, TEACHER_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
@@ -134,14 +145,57 @@ def statistics_kernel(
             b_teacher_sum = b_teacher_sum * b_shrink + tl.sum(b_weight, 1)
             b_mean = b_mean * b_shrink + tl.sum(b_weight * b_ratio, 1)
             b_teacher_max = b_new
-    # "== 0", not "> 0": a NaN must come out as NaN.
-    tl.store(p_lse + o_m, tl.where(b_sum == 0, -float("inf"), (b_max + tl.log2(b_sum)) * LN_2), mask=o_m < M)
+    store_logsumexp(p_lse, p_correction, o_m, M, b_max, b_sum)
     if POSITIVES:
         tl.store(p_positive + o_m, b_positive * LN_2, mask=o_m < M)
     if TEACHER:
-        b_lse = tl.where(b_teacher_sum == 0, -float("inf"), (b_teacher_max + tl.log2(b_teacher_sum)) * LN_2)
-        tl.store(p_teacher_lse + o_m, b_lse, mask=o_m < M)
+        store_logsumexp(p_teacher_lse, p_teacher_correction, o_m, M, b_teacher_max, b_teacher_sum)
         tl.store(p_mean + o_m, tl.where(b_teacher_sum == 0, 0.0, b_mean / b_teacher_sum * LN_2), mask=o_m < M)
+
+
+@triton.jit
+def symmetric_statistics_kernel(
+    p_query, p_key, p_scale, p_bias, p_teacher_query, p_teacher_key, p_teacher_scale, p_teacher_bias, p_positives, p_exclude,
+    p_lse, p_diagonal, p_correction, p_column_max, p_column_sum, M, N,
+    D: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, TEACHER_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """lse of the rows, the diagonal, and what the columns' lse comes from, in one sweep. Work: 1 matmul unit and 2 passes of exp.
+
+    A program takes every so many-th block of rows and keeps the maximum and sum (base 2) of each column over them in a row of its own of
+    p_column_max and p_column_sum, (programs, N), which begin as -inf and 0.
+    """
+    i_strip = tl.program_id(0)
+    scale = tl.load(p_scale) * LOG2_E
+    p_column_max += i_strip.to(tl.int64) * N
+    p_column_sum += i_strip.to(tl.int64) * N
+    for i_m in range(i_strip * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        o_m = i_m + tl.arange(0, BLOCK_M)
+        b_query = load_matrix(p_query, o_m, M, 0, D, CHUNK)
+        b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        b_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_diagonal = tl.zeros([BLOCK_M], tl.float32)
+        for i_n in range(0, N, BLOCK_N):
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            b_zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            b_key = load_matrix(p_key, o_n, N, 0, D, CHUNK)
+            b_logits = products(b_query, p_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION) * scale
+            b_diagonal += tl.sum(tl.where(o_n[None, :] == o_m[:, None], b_logits, 0.0), 1)
+            b_open = tl.where(o_n[None, :] < N, b_logits, -float("inf"))
+            b_new = tl.maximum(b_max, tl.max(b_open, 1))
+            b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_open - b_new[:, None]), 1)
+            b_max = b_new
+            b_open = tl.where(o_m[:, None] < M, b_logits, -float("inf"))
+            b_top = tl.load(p_column_max + o_n, mask=o_n < N, other=0.0)
+            b_highest = tl.maximum(b_top, tl.max(b_open, 0))
+            b_total = tl.load(p_column_sum + o_n, mask=o_n < N, other=0.0) * tl.exp2(b_top - b_highest)
+            tl.store(p_column_max + o_n, b_highest, mask=o_n < N)
+            tl.store(p_column_sum + o_n, b_total + tl.sum(tl.exp2(b_open - b_highest[None, :]), 0), mask=o_n < N)
+        store_logsumexp(p_lse, p_correction, o_m, M, b_max, b_sum)
+        tl.store(p_diagonal + o_m, b_diagonal * LN_2, mask=o_m < M)
+        # The next block of rows reads the columns' sums that other threads of this program have written.
+        tl.debug_barrier()
 
 
 @triton.jit

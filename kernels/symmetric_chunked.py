@@ -14,14 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgessl.kernels.similarity_chunked import LOG2_E, Parts, Rows, accumulation_dtype, row_blocks
+from fastgessl.kernels.similarity_chunked import LOG2_E, Parts, Rows, accumulation_dtype, rounded_logsumexp, row_blocks
 
 
-def statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """lse of the rows, lse of the columns, and the diagonal, (N,) each. The columns' maximum and sum run along with the blocks."""
+def statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse of the rows, lse of the columns, the diagonal, and the corrections of both lse, (N,) each.
+
+    The columns' maximum and sum run along with the blocks.
+    """
     wide = accumulation_dtype(image.dtype)
     query, key = image.to(wide) * scale, text.to(wide)
-    lse, diagonal = query.new_empty(2, len(query)).unbind()
+    lse, correction, diagonal = (query.new_empty(len(query)) for _ in range(3))
     top, total = query.new_full((len(key),), -torch.inf), query.new_zeros(len(key))
     for rows in row_blocks(len(query), len(key)):
         logits = query[rows] @ key.T
@@ -30,8 +33,9 @@ def statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tens
         total.mul_(_exp(top - highest)).add_(_exp(logits - highest).sum(0))
         top = highest
         row_top = logits.amax(1, keepdim=True)
-        lse[rows] = _exp(logits.sub_(row_top)).sum(1).log_() + row_top[:, 0]
-    return lse, total.log_() + top, diagonal.clone()
+        lse[rows], correction[rows] = rounded_logsumexp(row_top[:, 0], _exp(logits.sub_(row_top)).sum(1))
+    column_lse, column_correction = rounded_logsumexp(top, total)
+    return lse, column_lse, diagonal, correction, column_correction
 
 
 def _exp(values: Tensor) -> Tensor:
@@ -39,7 +43,7 @@ def _exp(values: Tensor) -> Tensor:
 
 
 def gradients(weights: Rows, image: Tensor, text: Tensor, scale: Tensor, lse: Tensor, column_lse: Tensor, needs: tuple[bool, ...]) -> Parts:
-    """Gradients to image, text and scale. `weights` holds w, p and v, as lse, positive and divergence."""
+    """Gradients to image, text and scale. `weights` holds w, p and v, as lse, positive and divergence, w and v corrected."""
     wide = accumulation_dtype(image.dtype)
     query, key = image.to(wide), text.to(wide)
     out_image = torch.empty_like(query) if needs[0] else None
@@ -66,7 +70,10 @@ def gradients(weights: Rows, image: Tensor, text: Tensor, scale: Tensor, lse: Te
 def tied_gradients(
     weights: Rows, query: Tensor, scale: Tensor, positives: Tensor | None, exclude: Tensor | None, lse: Tensor, needs: tuple[bool, ...]
 ) -> Parts:
-    """Gradients to queries that are their own keys, and to the scale, of weighted lse and positives. Indices as in `similarity_chunked`."""
+    """Gradients to queries that are their own keys, and to the scale, of weighted lse and positives. Indices as in `similarity_chunked`.
+
+    Weights are corrected.
+    """
     rows_of = query.to(accumulation_dtype(query.dtype))
     finite = lse if exclude is None else lse.masked_fill(lse == -torch.inf, torch.inf)
     out, out_scale = torch.empty_like(rows_of), torch.zeros_like(scale)

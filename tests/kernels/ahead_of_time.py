@@ -1,5 +1,6 @@
 """Compile a kernel for a card that is not here, and read what it uses. No GPU: Triton's own assembler and disassembler do it."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         similarity_triton.statistics_kernel,
+        similarity_triton.symmetric_statistics_kernel,
         similarity_triton.gradient_rows_kernel,
         similarity_triton.gradient_columns_kernel,
         similarity_triton_second.moments_kernel,
@@ -67,9 +69,20 @@ def resources(
                 "*i64" if argument in ("p_positives", "p_exclude") else f"*{dtype}" if argument in IN_OPERAND_DTYPE else "*fp32"
             )
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = _source(kernel, signature, constants, attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return _read(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
+
+
+def _source(kernel, signature, constants, attributes):
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    from triton.backends.compiler import AttrsDescriptor  # before triton 3.3
+
+    plain = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    aligned = [place for ((place,), _) in attributes.items()]
+    descriptor = AttrsDescriptor.from_dict({"arg_properties": {"tt.divisibility": aligned}, "cls": "AttrsDescriptor"})
+    return ASTSource(fn=kernel, signature=plain, constants=constants, attrs=descriptor)
 
 
 def _read(compiled) -> Resources:

@@ -24,7 +24,7 @@ TOTAL = RANKS * ROWS
 def _inputs():
     torch.manual_seed(0)
     weight = torch.randn(D, D, dtype=torch.float64)
-    return weight, 0.5 * torch.randn(4, TOTAL, D, dtype=torch.float64), torch.randperm(TOTAL), torch.randn(TOTAL, dtype=torch.float64)
+    return weight, torch.randn(4, TOTAL, D, dtype=torch.float64), torch.randperm(TOTAL), torch.randn(TOTAL, dtype=torch.float64)
 
 
 def _losses(data, positives, bias, weight, temperature, group, mode):
@@ -78,10 +78,12 @@ def _compare(rank, store, mode):
     found = _derivatives(data[:, mine], positives[mine], bias[mine], weight, dist.group.WORLD, mode, average)
     expected = _derivatives(data, positives, bias, weight, None, "gather", lambda tensor: tensor)
     for a, b in zip(found, expected, strict=True):
-        # nt_xent's rows come in another order, which changes nothing but rounding.
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+        # In norm: an entry may be what is left of far larger ones. The dense table itself, its rows in another order, gives entries that
+        # differ by 2e-11 of themselves and by 3e-15 of the norm.
+        assert (a - b).norm() <= 5e-13 * b.norm()
     potentials = sinkhorn_potentials(data[0][mine], data[1], epsilon=0.5, group=dist.group.WORLD)
     torch.testing.assert_close(potentials, sinkhorn_potentials(data[0], data[1], epsilon=0.5))
+    dist.barrier()  # a peer that leaves early makes gloo abort the others
     dist.destroy_process_group()
 
 
@@ -94,6 +96,7 @@ def _unequal(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     with pytest.raises(ValueError, match=r"key must have as many rows on every rank .* found \[3, 4\]"):
         info_nce(torch.ones(3, 2), torch.ones(3 + rank, 2), group=dist.group.WORLD)
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -117,6 +120,7 @@ def _adjoints(rank, store):
         dist.all_reduce(sums)
         torch.testing.assert_close(sums[0], sums[1])
         torch.testing.assert_close(sums[2], sums[3])
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgessl.kernels import implementation_for, info_nce
+from fastgessl.kernels import dispatch, implementation_for, info_nce
 from fastgessl.kernels.dispatch import ENVIRONMENT
 
 
@@ -40,3 +40,44 @@ def test_an_unknown_or_unusable_name_is_refused(source, monkeypatch):
             monkeypatch.setenv(ENVIRONMENT, name)
         with pytest.raises(ValueError, match=message):
             info_nce(torch.eye(2), torch.eye(2), implementation=name if source == "argument" else None)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend that the present GPU is another one; what was found out about it before is forgotten."""
+
+    def pretend(capability, triton="3.9.0", hip=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some Card")
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(dispatch, "version", lambda package: triton)
+        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if triton is None else object())
+        dispatch._device_obstacle.cache_clear()
+
+    yield pretend
+    dispatch._device_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "unsupported, reason",
+    [
+        ({"capability": (7, 5)}, "Some Card is older than compute capability 8.0"),
+        ({"capability": (9, 0), "hip": "6.0"}, "NVIDIA cards only"),
+        ({"capability": (9, 0), "triton": None}, "triton is not installed"),
+        ({"capability": (10, 0), "triton": "3.2.0"}, "needs triton 3.3 or newer, found 3.2.0"),
+        ({"capability": (12, 0), "triton": "3.2.0"}, "needs triton 3.3 or newer"),
+    ],
+)
+def test_an_unsupported_card_falls_back_with_one_warning(card, unsupported, reason):
+    card(**unsupported)
+    with pytest.warns(UserWarning, match=f"runs as chunked PyTorch on this GPU: .*{reason}") as caught:
+        found = [dispatch._device_obstacle(0) for _ in range(3)]
+    assert len(caught) == 1 and found[0] == found[1] == found[2] and reason.split(",")[0] in found[0]
+
+
+@pytest.mark.parametrize(
+    "capability, triton", [((8, 0), "3.2.0"), ((8, 9), "3.2.0"), ((9, 0), "3.2.0"), ((10, 0), "3.3.1"), ((12, 0), "3.9.0")]
+)
+def test_a_supported_card_takes_triton_without_a_word(card, capability, triton, recwarn):
+    card(capability, triton)
+    assert dispatch._device_obstacle(0) is None and not recwarn.list

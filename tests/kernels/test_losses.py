@@ -124,11 +124,45 @@ def test_a_row_without_columns_gives_zero_divergence_and_minus_infinite_lse(impl
         assert found[0] == 0 and gradient[0].abs().max() == 0 and gradient.isfinite().all() and found[2] > 0
 
 
+EVERY = {
+    "similarity_logsumexp": lambda *x, **how: similarity_logsumexp(*x[:2], **how).mean(),
+    "info_nce": lambda *x, **how: info_nce(*x[:2], **how),
+    "nt_xent": lambda *x, **how: nt_xent(*x[:2], **how),
+    "clip_loss": lambda *x, **how: clip_loss(*x[:2], temperature=0.1, **how),
+    "softmax_marginal": lambda *x, **how: softmax_marginal(*x[:2], **how).sum(),
+    "sigma_kl": lambda *x, **how: sigma_kl(*x, **how),
+    "soft_cross_entropy": lambda *x, **how: soft_cross_entropy(*x, **how),
+    "gessl_loss": lambda *x, **how: torch.stack(gessl_loss(*x, **how)).mean(),
+}
+
+
+WITH_TEACHER = ("sigma_kl", "soft_cross_entropy", "gessl_loss")
+
+
 @IMPLEMENTATIONS
-def test_nan_in_an_operand_gives_nan(implementation):
-    query = rows(3, 2)
-    query[1, 0] = torch.nan
-    assert info_nce(query, rows(3, 2, seed=1), implementation=implementation).isnan()
+@pytest.mark.parametrize("name, operand", [(name, operand) for name in EVERY for operand in range(4 if name in WITH_TEACHER else 2)])
+def test_nan_in_an_operand_gives_a_loss_and_gradients_of_nan(name, operand, implementation):
+    leaves = [rows(3, 2, seed=i) for i in range(4)]
+    leaves[operand][1, 0] = torch.nan
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    loss = EVERY[name](*leaves, implementation=implementation)
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, leaves[operand])[0].isnan().any()
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("name", EVERY)
+def test_an_empty_operand_or_one_of_another_width_device_or_dtype_is_refused_by_every_loss(name, implementation):
+    good = [rows(3, 2, seed=i) for i in range(4)]
+    for wrong, message in (
+        (torch.zeros(0, 2, dtype=torch.float64), r"found shape \(0, 2\)"),
+        (torch.zeros(3, 0, dtype=torch.float64), r"found shape \(3, 0\)"),
+        (torch.zeros(3, 5, dtype=torch.float64), r"as many features.*\(3, 5\)"),
+        (good[1].to("meta"), "meta"),
+        (good[1].float(), "torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EVERY[name](good[0], wrong, *good[2:], implementation=implementation)
 
 
 @settings(max_examples=40, deadline=None)
@@ -222,8 +256,11 @@ def test_bad_input_is_refused_with_what_was_found(call, message):
 def test_values_are_checked_by_the_reference_and_under_vmap_too(positives):
     with pytest.raises(ValueError, match="positives of shape"):
         info_nce(GOOD, GOOD, positives=positives, implementation="reference")
-    with pytest.raises(ValueError, match="positives of shape"):
-        torch.func.vmap(lambda query: info_nce(query, GOOD, positives=positives))(GOOD.expand(2, 4, 3).clone())
+    for how in ("chunked", "reference"):
+        with pytest.raises(ValueError, match="positives of shape"):
+            torch.func.vmap(lambda query, how=how: info_nce(query, GOOD, positives=positives, implementation=how))(
+                GOOD.expand(2, 4, 3).clone()
+            )
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +37,29 @@ def build_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum)
     return Lars(groups, lr=learning_rate, momentum=config.momentum, trust_coeff=config.trust_coefficient, trust_clip=config.trust_clip)
+
+
+@torch.no_grad()
+def clip_each(parameters: Iterable[nn.Parameter], longest: float) -> None:
+    """Shorten every parameter's gradient that is longer than `longest` to that norm, each for itself, as DINO does (Caron et al. 2021,
+    its code); the usual clipping shortens all of them together.
+
+    >>> weight, bias = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    >>> weight.grad, bias.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
+    >>> clip_each([weight, bias], 1.0)
+    >>> weight.grad, bias.grad
+    (tensor([0.6000, 0.8000]), tensor([0.3000, 0.4000]))
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for gradient, norm in zip(gradients, torch._foreach_norm(gradients) if gradients else (), strict=True):
+        gradient.mul_((longest / norm).clamp_max(1))
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Give the parameter groups that decay the weight decay of the present step."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = weight_decay
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

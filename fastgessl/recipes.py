@@ -1,27 +1,33 @@
 """Recipes: small YAML parts (a data set, a method, a GeSSL preset) that compose into a named run.
 
-`<data>-<method>[-<backbone>][-gessl[-<preset>]]`, for example `cifar10-byol-resnet18-gessl-fast`. A part holds a partial
+`<data>-<method>[-<backbone>][-<n>ep][-dsa][-gessl[-<preset>]]`, for example `cifar10-byol-resnet18-gessl-fast`. A part holds a partial
 configuration under `config`, where its numbers come from under `source`, and, for a method, what it changes for one data set under
-`per_data`. Later parts win: data, method, method on this data, backbone, preset. Twins are never stored.
+`per_data` and for one backbone under `per_backbone`, which an entry of `per_data` may have too. Later parts win: data, method, method on
+this data, method on this data at this length, backbone, method with this backbone, method on this data with this backbone, length,
+regulator, preset. A length, `-300ep`, sets the epochs; `per_epochs` has what was published for it or the next shorter. Twins are never
+stored.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
 from fastgessl.config import Config, UsageError
+from fastgessl.yaml_file import read_yaml
 
 DEFAULT_PRESET = "fast"
-_PART_KEYS = {"about", "backbones", "config", "source", "per_data"}
+_PART_KEYS = {"about", "backbones", "config", "source", "per_data", "per_backbone"}
+_SPECIAL_KEYS = {"config", "source", "per_backbone", "per_epochs"}
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,15 @@ class Recipe:
 
 @cache
 def parts(kind: str) -> dict[str, dict[str, Any]]:
-    """All parts of a kind (`data`, `methods`, `gessl`) by name, sorted."""
+    """All parts of a kind (`data`, `methods`, `regulators`, `gessl`) by name, sorted."""
     folder = resources.files("fastgessl") / "recipes" / kind
     loaded = {Path(file.name).stem: yaml.safe_load(file.read_text()) for file in folder.iterdir() if file.name.endswith(".yaml")}
     for name, part in loaded.items():
         if unknown := set(part) - _PART_KEYS:
             raise ValueError(f"recipes/{kind}/{name}.yaml has unknown keys {sorted(unknown)}")
+        for case, special in {**part.get("per_data", {}), **part.get("per_backbone", {})}.items():
+            if unknown := set(special) - _SPECIAL_KEYS:
+                raise ValueError(f"recipes/{kind}/{name}.yaml has unknown keys {sorted(unknown)} for {case}")
     return dict(sorted(loaded.items()))
 
 
@@ -63,10 +72,12 @@ def _layers(recipe: str) -> list[tuple[str, dict[str, Any], dict[str, str]]]:
     if data_name not in parts("data") or method_name not in parts("methods"):
         raise UsageError(_unknown_recipe(recipe))
     data, method = parts("data")[data_name], parts("methods")[method_name]
-    layers = [_layer(f"recipes/data/{data_name}.yaml", data), _layer(f"recipes/methods/{method_name}.yaml", method)]
-    if data_name in method.get("per_data", {}):
-        layers.append(_layer(f"recipes/methods/{method_name}.yaml, on {data_name}", method["per_data"][data_name]))
-    backbone, preset = _suffixes(recipe, suffixes)
+    file = f"recipes/methods/{method_name}.yaml"
+    here = method.get("per_data", {}).get(data_name, {})
+    layers = [_layer(f"recipes/data/{data_name}.yaml", data), _layer(file, method), _layer(f"{file}, on {data_name}", here)]
+    backbone, epochs, regulator, preset = _suffixes(recipe, suffixes)
+    if lengths := [length for length in here.get("per_epochs", {}) if length <= epochs]:
+        layers.append(_layer(f"{file}, on {data_name}, {max(lengths)} epochs", here["per_epochs"][max(lengths)]))
     if backbone:
         if backbone not in data["backbones"]:
             raise UsageError(
@@ -74,25 +85,43 @@ def _layers(recipe: str) -> list[tuple[str, dict[str, Any], dict[str, str]]]:
                 f"Take one of those, or name another with --model.name and choose its numbers yourself."
             )
         layers.append(("the recipe's name", {"model": {"name": backbone}}, {}))
-    if preset:
-        layers.append(_layer(f"recipes/gessl/{preset}.yaml", parts("gessl")[preset]))
+    named = backbone or {key: value for _, config, _ in layers for key, value in config.get("model", {}).items()}.get("name", "")
+    for part, place in ((method, ""), (here, f" on {data_name}")):
+        layers.append(_layer(f"{file}, with {named}{place}", part.get("per_backbone", {}).get(named, {})))
+    if epochs:
+        layers.append(("the recipe's name", {"train": {"epochs": epochs}}, {}))
+    for kind, name in (("regulators", regulator), ("gessl", preset)):
+        layers += [_layer(f"recipes/{kind}/{name}.yaml", parts(kind)[name])] if name else []
     return layers
 
 
-def _suffixes(recipe: str, suffixes: list[str]) -> tuple[str, str]:
-    """What follows `<data>-<method>`: (backbone or '', preset or ''), in either order."""
-    backbone = preset = ""
+class _Suffixes(NamedTuple):
+    """What follows `<data>-<method>`, in any order; empty or 0 where it is not given."""
+
+    backbone: str = ""
+    epochs: int = 0
+    regulator: str = ""
+    preset: str = ""
+
+
+def _suffixes(recipe: str, suffixes: list[str]) -> _Suffixes:
     known_backbones = {name for part in parts("data").values() for name in part["backbones"]}
-    remaining = list(suffixes)
+    found, remaining = _Suffixes(), list(suffixes)
     while remaining:
         word = remaining.pop(0)
-        if word == "gessl" and not preset:
+        if word == "gessl" and not found.preset:
             preset = remaining.pop(0) if remaining and remaining[0] in parts("gessl") else DEFAULT_PRESET
-        elif word in known_backbones and not backbone:
-            backbone = word
+            found = found._replace(preset=preset)
+        elif word in known_backbones and not found.backbone:
+            found = found._replace(backbone=word)
+        elif word in parts("regulators") and not found.regulator:
+            found = found._replace(regulator=word)
+        elif re.fullmatch(r"[1-9]\d{0,5}ep", word) and not found.epochs:
+            found = found._replace(epochs=int(word.removesuffix("ep")))
         else:
-            raise UsageError(_unknown_recipe(recipe, word, [*known_backbones, "gessl", *parts("gessl")]))
-    return backbone, preset
+            known = [*known_backbones, "gessl", *parts("gessl"), *parts("regulators"), "100ep"]
+            raise UsageError(_unknown_recipe(recipe, word, known))
+    return found
 
 
 def _unknown_recipe(recipe: str, word: str = "", known: list[str] | None = None) -> str:
@@ -126,11 +155,9 @@ def _from_layers(recipe: str, layers: list[tuple[str, dict[str, Any], dict[str, 
 
 def _from_file(path: Path) -> Recipe:
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = read_yaml(path)
     except FileNotFoundError:
         raise UsageError(f"there is no recipe file '{path}'. `fastgessl recipes` lists the names that need no file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"recipe file '{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise UsageError(f"recipe file '{path}' must hold a mapping of sections such as `train:`, found {type(loaded).__name__}.")
     config = _validate({"recipe": path.stem, **loaded}, str(path))
@@ -148,15 +175,15 @@ def _validate(values: dict[str, Any], origin: str) -> Config:
 def describe(error: ValidationError) -> str:
     """Pydantic's findings on one line: the option, what is wrong, what was found, and near names for an unknown key."""
     findings = []
-    for finding in error.errors(include_url=False):
-        location = ".".join(str(word) for word in finding["loc"])
+    for finding in error.errors(include_url=False)[:5]:
+        location = ".".join(str(word) for word in finding["loc"])[:100]
         if finding["type"] == "extra_forbidden":
             near = difflib.get_close_matches(location, dotted_keys(), n=3, cutoff=0.5)
             findings.append(f"unknown option '{location}'." + (f" Perhaps you meant {', '.join(near)}." if near else ""))
         elif finding["type"] == "value_error":
             findings.append(finding["msg"].removeprefix("Value error, "))
         else:
-            findings.append(f"{location}: {finding['msg']}, found {finding['input']!r}.")
+            findings.append(f"{location}: {finding['msg']}, found {finding['input']!r:.200}.")
     return " ".join(findings)
 
 

@@ -34,6 +34,24 @@ def cosine_momentum(start: float, end: float, total_steps: int) -> np.ndarray:
     return end - (end - start) * (np.cos(np.pi * progress) + 1) / 2
 
 
+def linear_warmup(start: float, end: float, total_steps: int, *, warmup_steps: int) -> np.ndarray:
+    """A straight line from `start` to `end` over `warmup_steps` steps, then `end`: (total_steps,) float64. DINO's teacher temperature.
+
+    >>> linear_warmup(0.04, 0.07, 5, warmup_steps=3).round(3).tolist()
+    [0.04, 0.05, 0.06, 0.07, 0.07]
+    """
+    return start + (end - start) * np.minimum(np.arange(total_steps) / warmup_steps, 1) if warmup_steps else np.full(total_steps, end)
+
+
+def weight_decay(start: float, total_steps: int, *, end: float = 1.0) -> np.ndarray:
+    """Weight decay from `start` towards `end` x start along half a cosine: (total_steps,) float64. Caron et al., "DINO", ICCV 2021.
+
+    >>> weight_decay(0.04, 4, end=10.0).round(3).tolist()
+    [0.04, 0.093, 0.22, 0.347]
+    """
+    return cosine_momentum(start, end * start, total_steps)
+
+
 def inner_learning_rate(inner_lr: float, outer: np.ndarray, *, shape: str) -> np.ndarray:
     """GeSSL's alpha of every step beside the `outer` learning rates (total_steps,): (total_steps,) float64.
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastgessl.config import OptimConfig
-from fastgessl.optimizers import build_optimizer, scaled_learning_rate, set_learning_rate
+from fastgessl.optimizers import build_optimizer, clip_each, scaled_learning_rate, set_learning_rate, set_weight_decay
 
 
 def _model() -> nn.Linear:
@@ -29,6 +29,56 @@ def test_lars_step_equals_its_formula(weight_decay, trust_clip):
         ratio = min(ratio / rate, 1.0)
     torch.testing.assert_close(model.weight.detach(), weight - rate * ratio * (gradient + weight_decay * weight), rtol=1e-6, atol=0)
     torch.testing.assert_close(model.bias.detach(), bias - rate * bias_gradient)
+
+
+@pytest.mark.parametrize("trust_clip", [False, True])
+def test_lars_over_several_steps_keeps_a_momentum_of_scaled_gradients_outside_of_the_learning_rate(trust_clip):
+    """You et al. 2017, algorithm 1, and LARC's clipping; a matrix at 0 and a vector take the plain gradient."""
+    torch.manual_seed(0)
+    matrix, zero, vector = (nn.Parameter(torch.randn(shape).double()) for shape in ((4, 3), (2, 2), (3,)))
+    torch.nn.init.zeros_(zero)
+    eta, decay, momentum = 0.02, 0.1, 0.9
+    config = OptimConfig(name="lars", momentum=momentum, weight_decay=decay, trust_coefficient=eta, trust_clip=trust_clip)
+    optimizer = build_optimizer(nn.ParameterList([matrix, zero, vector]), config, 1.0)
+    weights = [parameter.detach().clone() for parameter in (matrix, zero, vector)]
+    velocities = [torch.zeros_like(weight) for weight in weights]
+    for rate in (0.5, 0.2, 0.05, 0.0):
+        set_learning_rate(optimizer, rate)
+        gradients = [torch.randn_like(weight) for weight in weights]
+        for parameter, gradient in zip((matrix, zero, vector), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+            update = gradient
+            if weight.ndim > 1:
+                trust = eta * weight.norm() / (gradient.norm() + decay * weight.norm()) if weight.norm() > 0 else 1.0
+                trust = min(trust / rate, 1.0) if trust_clip and rate > 0 else trust
+                update = trust * (gradient + decay * weight)
+            velocities[index] = momentum * velocities[index] + update
+            weights[index] = weight - rate * velocities[index]
+            if rate == 0.0:
+                break
+    for parameter, weight in zip((matrix, zero, vector), weights, strict=True):
+        torch.testing.assert_close(parameter.detach(), weight, rtol=1e-6, atol=1e-9)
+
+
+def test_each_gradient_is_shortened_to_the_longest_norm_by_itself():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    expected = []
+    for parameter, length in zip(model.parameters(), (0.0, 1.0, 3.0, 40.0), strict=True):
+        parameter.grad = nn.functional.normalize(torch.randn_like(parameter).flatten(), dim=0).view_as(parameter) * length
+        expected.append(parameter.grad * min(3.0 / length, 1.0) if length else parameter.grad.clone())
+    clip_each(model.parameters(), 3.0)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=0)
+    model.zero_grad()
+    clip_each(model.parameters(), 3.0)
+
+
+def test_a_scheduled_weight_decay_reaches_matrices_only():
+    optimizer = build_optimizer(_model(), OptimConfig(name="adamw", weight_decay=0.04), 0.1)
+    set_weight_decay(optimizer, 0.4)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.4, 0.0]
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])

@@ -42,6 +42,17 @@ def test_later_parts_win():
     assert config.views.size == data["views"]["size"]
 
 
+def test_a_backbone_has_numbers_of_its_own_on_one_data_set_whether_named_or_the_default(monkeypatch):
+    special = parts("methods")["mocov3"]["per_data"]["imagenet"]["per_backbone"]["vit_small_patch16_224"]["config"]
+    plain, named = load("imagenet-mocov3").config, load("imagenet-mocov3-vit_small_patch16_224").config
+    monkeypatch.setitem(parts("data")["imagenet"]["config"]["model"], "name", "vit_small_patch16_224")
+    default = load("imagenet-mocov3").config
+    assert plain.optim.name == "lars" and plain.train.batch_size == 4096
+    for config in (named, default):
+        assert config.optim == plain.optim.model_copy(update=special["optim"])
+        assert (config.schedule.warmup_epochs, config.train.epochs, config.train.batch_size) == (40, 300, 4096)
+
+
 def test_no_two_parts_are_twins():
     for kind in ("data", "methods", "gessl"):
         for (first, one), (second, two) in itertools.combinations(parts(kind).items(), 2):
@@ -97,3 +108,26 @@ def test_every_option_has_a_help_text():
         assert field.description, section
         for name, option in getattr(field.annotation, "model_fields", {}).items():
             assert option.description, f"{section}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "rate", "momentum"),
+    [
+        ("imagenet-byol", 100, 0.45, 0.99),
+        ("imagenet-byol-200ep", 200, 0.45, 0.99),
+        ("imagenet-byol-400ep", 400, 0.3, 0.99),
+        ("imagenet-byol-1000ep-gessl-head", 1000, 0.2, 0.996),
+        ("imagenet-mocov3-resnet50-300ep", 300, 0.3, 0.99),
+        # A transformer has settings of its own, whatever the length.
+        ("imagenet-mocov3-300ep-vit_small_patch16_224", 300, 1.5e-4, 0.99),
+    ],
+)
+def test_a_length_in_the_name_brings_what_was_published_for_it(name, length, rate, momentum):
+    config = load(name).config
+    assert (config.train.epochs, config.optim.base_lr, config.method.momentum_start) == (length, rate, momentum)
+
+
+def test_a_regulator_composes_with_a_preset_in_either_order():
+    first, second = load("digits-byol-dsa-gessl-head").config, load("digits-byol-gessl-head-dsa").config
+    assert first.model_copy(update={"recipe": ""}) == second.model_copy(update={"recipe": ""})
+    assert first.dsa.weight > 0 and first.gessl.w_sigma > 0 and load("digits-byol").config.dsa.weight == 0

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fastgessl.schedules import cosine_momentum, inner_learning_rate, learning_rate
+from fastgessl.schedules import cosine_momentum, inner_learning_rate, learning_rate, linear_warmup, weight_decay
 
 
 def test_learning_rate_warms_up_linearly_then_follows_half_a_cosine():
@@ -34,6 +34,20 @@ def test_momentum_follows_byols_formula():
     momentum = cosine_momentum(0.996, 1.0, 1000)
     expected = [1 - (1 - 0.996) * (math.cos(math.pi * step / 1000) + 1) / 2 for step in range(1000)]
     np.testing.assert_allclose(momentum, expected, rtol=1e-12)
+
+
+def test_weight_decay_follows_dinos_cosine():
+    decay = weight_decay(0.04, 1000, end=10.0)
+    expected = [0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * step / 1000)) for step in range(1000)]
+    np.testing.assert_allclose(decay, expected, rtol=1e-12)
+    assert set(weight_decay(0.04, 50)) == {0.04}
+
+
+def test_the_teacher_s_temperature_rises_in_a_straight_line_and_stays():
+    temperature = linear_warmup(0.04, 0.07, 100, warmup_steps=30)
+    for step in range(100):
+        assert temperature[step] == pytest.approx(0.04 + 0.03 * min(step / 30, 1))
+    assert set(linear_warmup(0.04, 0.07, 5, warmup_steps=0)) == {0.07}
 
 
 def test_alpha_is_constant_half_a_cosine_or_a_multiple_of_the_outer_rate():

@@ -1,14 +1,14 @@
 """What every self-supervised method is: pure functions of an encoder's outputs, and one place where state moves.
 
-A method is a module that owns the backbone, the heads and, if the paper has one, the momentum encoder. `forward`, `targets`, `loss`
-and `similarity` may be called many times in one step by GeSSL's inner loop and write nothing except batch-norm statistics in
+A method is a module that owns the backbone, the heads and, if the paper has one, the momentum encoder. `forward`, `targets`, `settle`,
+`loss` and `similarity` may be called many times in one step by GeSSL's inner loop and write nothing except batch-norm statistics in
 `forward` and `targets`; `update_state` is called once after the optimiser step and is the only writer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class Outputs:
     predicted_prototypes: Tensor | None = None
     """(K, D), the same over `predictions`."""
 
+    def detached(self) -> Outputs:
+        """The same numbers without a past."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.detach() for name, value in given.items() if value is not None})
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -78,6 +83,10 @@ class Method(nn.Module):
     """Whether `targets` must be given labels."""
     gathers: bool = False
     """Whether `loss` exchanges rows with other ranks (outside `fastgessl.distributed.rank_local`)."""
+    rings: bool = False
+    """Whether `loss` honours `exchange`."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How the keys of all ranks meet this rank's queries: a copy of all of them here, or one rank's after the other, passed around."""
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Views, a list of V tensors (N, 3, S, S), or their `features` (V, N, F) if only heads run. Moves batch-norm statistics."""
@@ -87,6 +96,11 @@ class Method(nn.Module):
         """What stays constant through the inner loop, computed without gradient: momentum-encoder outputs, a queue, `labels` (N,) int64.
         None by default."""
         return None
+
+    def settle(self, out: Outputs, aux: Any = None) -> Any:
+        """`targets` with what follows from the step's first outputs and stays constant from there on, such as SwAV's codes. Pure; `out`
+        is detached. `aux` itself by default."""
+        return aux
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
         """The method's SSL loss: Outputs and `targets` -> (). Pure."""

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from fastgessl.config import MethodConfig
 from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
+from fastgessl.methods.crops import other_views
 from fastgessl.methods.registry import register
 from fastgessl.models import Predictor, Projector, apply_head, encode, feature_width, follow, momentum_copy
 from fastgessl.schedules import cosine_momentum
@@ -21,7 +22,8 @@ from fastgessl.schedules import cosine_momentum
 
 @register("byol")
 class BYOL(Method):
-    """Two views, projector and predictor. State: the momentum encoder, an exponential moving average of the online weights.
+    """Two views and, if asked for, smaller ones; projector and predictor. State: the momentum encoder, an exponential moving average of
+    the online weights, which sees the two views of full size.
 
     >>> from torch import nn
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
@@ -35,6 +37,7 @@ class BYOL(Method):
     """
 
     views_per_sample = 2
+    multi_crop = True
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
@@ -47,27 +50,29 @@ class BYOL(Method):
         self.temperature = config.temperature
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Two views (N, 3, S, S), or their features (2, N, F) -> projections and predictions (2, N, D)."""
+        """Views, or their features (V, N, F) -> projections and predictions (V, N, D)."""
         features = encode(self.backbone, views, features)
         projections = apply_head(self.projector, features)
         return Outputs(features, projections, apply_head(self.predictor, projections))
 
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The momentum encoder's projections (2, N, D), with the batch statistics of these views."""
-        return apply_head(self.momentum_projector, encode(self.momentum_backbone, views))
+        """The momentum encoder's projections of the two views of full size (2, N, D), with the batch statistics of these views."""
+        return apply_head(self.momentum_projector, encode(self.momentum_backbone, views[: self.views_per_sample]))
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
-        """Mean over images of 2 - 2 cos(prediction, momentum projection of the other view), summed over both directions. Returns ()."""
+        """Mean over images of 2 - 2 cos(prediction, momentum projection of another view), summed over the two views of full size.
+
+        Smaller views join the other one: their mean is taken, so that two views are the paper's. Returns ()."""
         assert out.predictions is not None
-        return (2 - 2 * cosine_similarity(out.predictions, aux.flip(0), dim=-1)).mean(1).sum()
+        pairs = other_views(out.predictions, len(aux))
+        return torch.stack([(2 - 2 * cosine_similarity(others, aux[view], dim=-1)).mean() for view, others in pairs]).sum()
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
-        """π of the task: predictions against the momentum projections of the other view, in both directions."""
+        """π of the task: predictions over the momentum projections of another view, for both views of full size."""
         assert out.predictions is not None
-        first, second = normalize(out.predictions, dim=-1)
-        key_first, key_second = normalize(aux, dim=-1)
-        return Similarity(first, key_second, self.temperature), Similarity(second, key_first, self.temperature)
+        queries, keys = normalize(out.predictions, dim=-1), normalize(aux, dim=-1)
+        return tuple(Similarity(others.flatten(0, 1), keys[view], self.temperature) for view, others in other_views(queries, len(keys)))
 
     @torch.no_grad()
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:

@@ -57,3 +57,12 @@ def _check_views(name: str, method: type[Method], facts: RunFacts) -> None:
             f"method '{name}' has no use for smaller views and the views section makes {facts.local_views}. "
             "Set --views.local_views 0, or take a multi-crop method such as swav or dino."
         )
+
+
+def check_prototypes(config: MethodConfig, facts: RunFacts) -> None:
+    """Raise UsageError if there are no more prototypes than classes: two classes would have to share one."""
+    if facts.classes is not None and config.prototypes <= facts.classes:
+        raise UsageError(
+            f"method.prototypes is {config.prototypes}, and the training images have {facts.classes} classes: no representation could "
+            f"tell them all apart. Choose more of them, such as --method.prototypes {10 * facts.classes}."
+        )

@@ -32,6 +32,7 @@ class SimCLR(Method):
     """
 
     views_per_sample = 2
+    rings = True
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
@@ -48,7 +49,8 @@ class SimCLR(Method):
     def loss(self, out: Outputs, aux: None = None) -> Tensor:
         """NT-Xent over the 2N rows of both views; `out.projections` is (2, N, D). Returns (), the mean over this rank's rows."""
         first, second = out.projections
-        return nt_xent(first, second, temperature=self.temperature, group=world_group() if self.gathers else None)
+        group = world_group() if self.gathers else None
+        return nt_xent(first, second, temperature=self.temperature, group=group, mode=self.exchange)
 
     def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
         """π of the task: rows whose softmax over the other view's embeddings says which image this is, in both directions."""

@@ -3,10 +3,15 @@
 from fastgessl.models.backbone import build_backbone
 from fastgessl.models.batch_norm import SynchronisedBatchNorm, synchronise_batch_norm
 from fastgessl.models.encode import apply_head, encode, feature_width
-from fastgessl.models.heads import Predictor, Projector
+from fastgessl.models.heads import BottleneckHead, MoCoV3Head, PlainProjector, Predictor, Projector
 from fastgessl.models.momentum import follow, momentum_copy
+from fastgessl.models.shuffle import shuffled_over_ranks
+from fastgessl.models.weights import load_weights
 
 __all__ = [
+    "BottleneckHead",
+    "MoCoV3Head",
+    "PlainProjector",
     "Predictor",
     "Projector",
     "SynchronisedBatchNorm",
@@ -15,6 +20,8 @@ __all__ = [
     "encode",
     "feature_width",
     "follow",
+    "load_weights",
     "momentum_copy",
+    "shuffled_over_ranks",
     "synchronise_batch_norm",
 ]

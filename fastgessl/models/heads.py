@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Projector(nn.Sequential):
-    """Linear, batch norm, ReLU, linear: (B, inputs) -> (B, outputs).
+    """`layers` linear layers with batch norm and ReLU between them: (B, inputs) -> (B, outputs). One layer is a linear head.
 
     `output_norm` adds a batch norm after the last layer, as SimCLR does (Chen et al. 2020, official code); BYOL has none there
     (Grill et al. 2020, section 3.3).
@@ -17,12 +17,16 @@ class Projector(nn.Sequential):
     >>> import torch
     >>> Projector(16, 32, 8)(torch.randn(4, 16)).shape
     torch.Size([4, 8])
+    >>> [type(layer).__name__ for layer in Projector(16, 32, 8, layers=1, output_norm=True)]
+    ['Linear', 'BatchNorm1d']
     """
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, *, output_norm: bool = False):
-        layers: list[nn.Module] = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
-        layers.append(nn.Linear(hidden, outputs, bias=not output_norm))
-        super().__init__(*layers, *([nn.BatchNorm1d(outputs)] if output_norm else []))
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, layers: int = 2, output_norm: bool = False):
+        modules: list[nn.Module] = []
+        for layer in range(layers - 1):
+            modules += [nn.Linear(hidden if layer else inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        modules.append(nn.Linear(hidden if layers > 1 else inputs, outputs, bias=not output_norm))
+        super().__init__(*modules, *([nn.BatchNorm1d(outputs)] if output_norm else []))
 
 
 class Predictor(Projector):
@@ -35,3 +39,57 @@ class Predictor(Projector):
 
     def __init__(self, width: int, hidden: int):
         super().__init__(width, hidden, width)
+
+
+class PlainProjector(nn.Sequential):
+    """MoCo v2's projector: linear, ReLU, linear, no batch norm (Chen et al., arXiv 2003.04297). (B, inputs) -> (B, outputs).
+
+    >>> import torch
+    >>> PlainProjector(16, 32, 8)(torch.randn(4, 16)).shape
+    torch.Size([4, 8])
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int):
+        super().__init__(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
+
+
+class MoCoV3Head(nn.Sequential):
+    """MoCo v3's projector and predictor: (B, inputs) -> (B, outputs) through `layers` linear layers, none with a bias.
+
+    Batch norm and ReLU stand between them; `output_norm` adds a batch norm without weights at the end (Chen, Xie and He, ICCV 2021, and
+    its code).
+
+    >>> import torch
+    >>> out = MoCoV3Head(16, 32, 8, layers=3, output_norm=True)(torch.randn(64, 16))
+    >>> out.var(0, correction=0).round(decimals=1).tolist()
+    [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, layers: int, output_norm: bool):
+        modules: list[nn.Module] = []
+        for layer in range(layers - 1):
+            modules += [nn.Linear(hidden if layer else inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        modules.append(nn.Linear(hidden if layers > 1 else inputs, outputs, bias=False))
+        super().__init__(*modules, *([nn.BatchNorm1d(outputs, affine=False)] if output_norm else []))
+
+
+class BottleneckHead(nn.Sequential):
+    """DINO's head below its last layer: three linear layers with GELU between them. (B, inputs) -> (B, outputs).
+
+    `norm` puts a batch norm in front of each GELU. Weights start from a normal distribution of deviation 0.02, cut off at 2, biases from
+    0 (Caron et al., ICCV 2021, and its code).
+
+    >>> import torch
+    >>> BottleneckHead(16, 32, 8)(torch.randn(4, 16)).shape
+    torch.Size([4, 8])
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, norm: bool = False):
+        modules: list[nn.Module] = []
+        for width in (inputs, hidden):
+            modules += [nn.Linear(width, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.GELU()]
+        super().__init__(*modules, nn.Linear(hidden, outputs))
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)

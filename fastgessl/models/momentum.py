@@ -7,18 +7,23 @@ from copy import deepcopy
 from typing import TypeVar
 
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def momentum_copy(module: Module) -> Module:
-    """A copy with weights and buffers of its own that asks for no gradient.
+    """A copy with weights and buffers of its own that asks for no gradient and has no stochastic depth.
 
     >>> any(weight.requires_grad for weight in momentum_copy(nn.Linear(2, 2)).parameters())
     False
     """
-    return deepcopy(module).requires_grad_(False)
+    copy = deepcopy(module).requires_grad_(False)
+    for part in copy.modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = 0.0
+    return copy
 
 
 @torch.no_grad()

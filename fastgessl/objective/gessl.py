@@ -7,7 +7,7 @@ target). How many steps, how large, and how the outer gradient passes through th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Result:
     outputs: Outputs
     """Of the one forward at the present weights, detached."""
     targets: Any
-    """What `Method.targets` gave."""
+    """What `Method.targets` and `Method.settle` gave."""
 
 
 class GeSSL(nn.Module):
@@ -106,23 +106,26 @@ class GeSSL(nn.Module):
             noise = Noise.now(views[0].device)
             out = self.method(views)
         with full_precision(views[0].device.type):
-            loss_ssl = self.method.loss(out, aux)
-        loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()} | self._measures(out, aux)
+            settled = self._settled(out, aux)
+            loss_ssl = self.method.loss(out, settled)
+        loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()} | self._measures(out, settled)
         if measures:
             with attention_for(second_order(settings)):
-                task = self._task(views, labels, aux, noise, out)
+                task = self._task(views, labels, aux if self._compares_ranks() else settled, noise, out)
                 query = task if settings.query == "same" else self._fresh_task(query_views, labels)
                 loss, further = self._bi_level(self._sgd(inner_lr), loss_ssl, out, task, query)
                 metrics |= further
-        return Result(loss, metrics, _detached(out), aux)
+        return Result(loss, metrics, out.detached(), settled)
 
     def _bi_level(self, sgd: Sgd, loss_ssl: Tensor, out: Outputs, task: Task, query: Task) -> tuple[Tensor, dict[str, Tensor]]:
         """w_ssl L + w_sigma σ, and σ's metrics. Where inner and outer loss are one, so are their gradients, and L is not run back again."""
         settings = self.settings
         one_forward = settings.scope == "all" and not self._mixes_ranks()
-        one_loss = one_forward and not (self.method.gathers and world_size() > 1)
+        one_loss = one_forward and not self._compares_ranks()
         weights = adapted_weights(self.method, settings.scope)
         first = out if one_forward else task.outputs(weights)
+        settled = task.settled(first)
+        task, query = settled, settled if query is task else query
         inner_loss = loss_ssl if one_loss else task.loss(first)
         measured = bi_level_sigma(settings, sgd, task, query, weights, first, inner_loss, loss_needs_graph=one_forward and not one_loss)
         if one_loss:
@@ -134,9 +137,13 @@ class GeSSL(nn.Module):
         return settings.w_ssl * loss_ssl + settings.w_sigma * gated, metrics
 
     @torch.no_grad()
+    def _settled(self, out: Outputs, aux: Any) -> Any:
+        return self.method.settle(out.detached(), aux)
+
+    @torch.no_grad()
     def _measures(self, out: Outputs, aux: Any) -> dict[str, Tensor]:
         with full_precision(out.projections.device.type):
-            return self.method.measures(_detached(out), aux)
+            return self.method.measures(out.detached(), aux)
 
     def _task(self, views: Sequence[Tensor], labels: Tensor | None, aux: Any, noise: Noise, out: Outputs) -> Task:
         """This rank's task. It shares the outer forward's targets and features unless batch norm mixed other ranks' rows into them."""
@@ -162,7 +169,5 @@ class GeSSL(nn.Module):
     def _mixes_ranks(self) -> bool:
         return world_size() > 1 and any(isinstance(module, SynchronisedBatchNorm) for module in self.method.modules())
 
-
-def _detached(out: Outputs) -> Outputs:
-    given = {field.name: getattr(out, field.name) for field in fields(out)}
-    return replace(out, **{name: value.detach() for name, value in given.items() if value is not None})
+    def _compares_ranks(self) -> bool:
+        return world_size() > 1 and self.method.gathers

@@ -53,6 +53,8 @@ def measure_sigma(method: Method, settings: GesslConfig, views: Sequence[Tensor]
             task = rank_local_task(method, views, labels, settings.scope)
             sgd = Sgd(settings.inner_lr, settings.inner_momentum)
             start = Iterate(as_leaves(adapted_weights(method, settings.scope)))
+            with torch.no_grad():
+                task = task.settled(task.outputs(start.weights))
             student = descend(task, sgd, start, settings.inner_steps)[-1]
             teacher = descend(task, sgd, student, settings.target_steps)[-1]
             with torch.no_grad():

@@ -55,6 +55,12 @@ class Task:
         """What besides the weights a gradient may flow to: the backbone's features, if only the heads adapt."""
         return {} if self.features is None else {"features": self.features}
 
+    @torch.no_grad()
+    def settled(self, out: Outputs) -> Task:
+        """The task with all its targets, those included that `out`, its outputs at the present weights, determine."""
+        with rank_local(), full_precision(self.views[0].device.type):
+            return replace(self, aux=self.method.settle(out.detached(), self.aux))
+
     def cut_off(self, *, requires_grad: bool = False) -> Task:
         """The same task with features that have no past."""
         return self if self.features is None else replace(self, features=self.features.detach().requires_grad_(requires_grad))

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from fastgessl.config import GesslConfig, MethodConfig
 from fastgessl.methods import RunFacts, build_method
+from fastgessl.models import BottleneckHead
 
 
 def toy_backbone(dropout=0.0):
@@ -29,12 +30,27 @@ def toy_backbone(dropout=0.0):
     return backbone
 
 
+# What a method needs besides narrow heads.
+OPTIONS = {
+    "barlow": {"loss_scale": 0.5},
+    "dino": {"prototypes": 12, "temperature": 0.3, "teacher_temperature": 0.2, "teacher_temperature_start": 0.2},
+    "moco": {"queue_length": 16},
+    "swav": {"prototypes": 12, "temperature": 0.3, "sinkhorn_epsilon": 0.3, "queue_length": 16, "queue_start_epoch": 0.0},
+    "dissl": {"prototypes": 12, "temperature": 0.3, "assignment_temperature": 0.15},
+}
+
+
 def toy_method(name, *, negatives="local", dropout=0.0, dtype=torch.float64, make_backbone=toy_backbone):
     """A registered method with narrow heads whose ReLUs are made smooth; the same weights at every call."""
     torch.manual_seed(1)
-    config = MethodConfig(name=name, projector_hidden=10, projector_out=5, predictor_hidden=8, momentum_start=0.9)
+    options = {"projector_hidden": 10, "projector_out": 5, "predictor_hidden": 8, "momentum_start": 0.9} | OPTIONS.get(name, {})
+    config = MethodConfig(name=name, **options)
     method = build_method(config, make_backbone(dropout), RunFacts(total_steps=10, negatives=negatives))
     for module in list(method.modules()):
+        if isinstance(module, BottleneckHead):
+            # Its small first weights make outputs of norm 1e-4, on whose directions central differences see little but curvature.
+            for layer in (part for part in module if isinstance(part, nn.Linear)):
+                layer.reset_parameters()
         for child_name, child in module.named_children():
             if isinstance(child, nn.ReLU):
                 setattr(module, child_name, nn.Softplus())
@@ -69,6 +85,7 @@ class LiteralObjective:
         self.method, self.settings = copy.deepcopy(method), settings
         self.views, self.query_views = views, query_views or views
         self.aux, self.query_aux = (copy.deepcopy(method).targets(v) for v in (self.views, self.query_views))
+        self.aux = method.settle(self.outputs({}, self.views).detached(), self.aux)
 
     def outputs(self, weights, views):
         return functional_call(copy.deepcopy(self.method), weights, (views,))

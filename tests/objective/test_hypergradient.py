@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from method_cases import KINDS, cases
 
 from fastgessl.config import GesslConfig
-from fastgessl.methods import METHODS
 from fastgessl.objective import GeSSL
 
 DIRECTIONS, RADIUS = 5, 1e-5
-every_method = pytest.mark.parametrize("name", sorted(METHODS))
-every_scope = pytest.mark.parametrize("scope", ["all", "head"])
+SCOPES, MODES = ("all", "head"), ("exact", "first_order", "finite_difference")
+# (views that sigma is seen on, K, lambda)
+STEPS = [("same", 1, 1), *(("same", steps, further) for steps in (0, 1, 2) for further in (1, 2) if (steps, further) != (1, 1))]
+STEPS += [("fresh_views", steps, 1) for steps in (0, 1, 2)]
+every_kind = pytest.mark.parametrize("name", KINDS)
+every_scope = pytest.mark.parametrize("scope", SCOPES)
 
 
 def sigma_gradient(toys, name, settings, query_views=None):
@@ -29,20 +33,16 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@every_method
-@every_scope
-@pytest.mark.parametrize(
-    ("query", "inner_steps", "target_steps"),
-    [("same", steps, further) for steps in (0, 1, 2) for further in (1, 2)] + [("fresh_views", steps, 1) for steps in (0, 1, 2)],
-)
-def test_exact_mode_equals_central_differences_of_the_outer_objective(toys, name, scope, query, inner_steps, target_steps):
+@pytest.mark.parametrize(("name", "steps", "scope"), cases(STEPS, SCOPES))
+def test_exact_mode_equals_central_differences_of_the_outer_objective(toys, name, steps, scope):
+    query, inner_steps, target_steps = steps
     settings = GesslConfig(
         inner_steps=inner_steps, target_steps=target_steps, inner_lr=0.1, scope=scope, query=query, w_ssl=0.0, w_sigma=1.0
     )
     check_against_central_differences(toys, name, settings)
 
 
-@every_method
+@every_kind
 @every_scope
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
 @pytest.mark.parametrize("inner_steps", [0, 1, 3])
@@ -75,10 +75,7 @@ def check_against_central_differences(toys, name, settings):
         assert abs(gradient @ flat - expected) <= 1e-5 * max(abs(expected), gradient.norm() / len(gradient) ** 0.5)
 
 
-@every_method
-@every_scope
-@pytest.mark.parametrize("query", ["same", "fresh_views"])
-@pytest.mark.parametrize("inner_steps", [0, 1, 2])
+@pytest.mark.parametrize(("name", "scope", "query", "inner_steps"), cases(["head", "all"], ["same", "fresh_views"], [1, 0, 2]))
 def test_finite_difference_mode_is_within_1e_4_of_exact(toys, name, scope, query, inner_steps):
     options = {"inner_steps": inner_steps, "inner_lr": 0.1, "scope": scope, "query": query, "w_ssl": 0.0, "w_sigma": 1.0}
     query_views = toys.views(seed=9) if query == "fresh_views" else None
@@ -87,7 +84,7 @@ def test_finite_difference_mode_is_within_1e_4_of_exact(toys, name, scope, query
     assert relative(found, exact) <= 1e-4
 
 
-@every_method
+@every_kind
 @every_scope
 @pytest.mark.parametrize("query", ["same", "fresh_views"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -99,7 +96,7 @@ def test_steps_made_anew_give_the_gradient_of_steps_kept_in_the_graph(toys, name
     assert anew[1] == kept[1]
 
 
-@every_method
+@every_kind
 @every_scope
 def test_finite_difference_mode_is_within_1e_4_of_exact_through_inner_momentum(toys, name, scope):
     options = {"inner_steps": 3, "inner_lr": 0.1, "inner_momentum": 0.9, "scope": scope, "w_ssl": 0.0, "w_sigma": 1.0}
@@ -108,8 +105,8 @@ def test_finite_difference_mode_is_within_1e_4_of_exact_through_inner_momentum(t
     assert relative(found, exact) <= 1e-4
 
 
-@every_method
-@pytest.mark.parametrize("hypergradient", ["exact", "first_order", "finite_difference"])
+@every_kind
+@pytest.mark.parametrize("hypergradient", MODES)
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_momentum_that_vanishes_is_no_momentum(toys, name, hypergradient, checkpoint):
     options = {"inner_steps": 2, "target_steps": 2, "inner_lr": 0.1, "hypergradient": hypergradient, "w_sigma": 1.0}
@@ -120,9 +117,7 @@ def test_momentum_that_vanishes_is_no_momentum(toys, name, hypergradient, checkp
     assert relative(some, none) <= tolerance
 
 
-@every_method
-@every_scope
-@pytest.mark.parametrize("inner_lr", [0.01, 0.1])
+@pytest.mark.parametrize(("name", "scope", "inner_lr"), cases(SCOPES, [0.1, 0.01]))
 def test_first_order_is_the_student_gradient_and_its_cosine_to_exact_is_reported(toys, name, scope, inner_lr, record_property):
     options = {"inner_steps": 1, "inner_lr": inner_lr, "scope": scope, "w_ssl": 0.0, "w_sigma": 1.0}
     found, _ = sigma_gradient(toys, name, GesslConfig(**options, hypergradient="first_order"))
@@ -132,7 +127,7 @@ def test_first_order_is_the_student_gradient_and_its_cosine_to_exact_is_reported
     weights = {key: weight.detach() for key, weight in toys.trainable(method).items()}
     log_target = literal.log_pi(literal.target(weights))
     student = {key: weight.requires_grad_() for key, weight in literal.student(weights).items()}
-    expected = torch.autograd.grad(literal.kl(log_target, literal.log_pi(student)), list(student.values()))
+    expected = torch.autograd.grad(literal.kl(log_target, literal.log_pi(student)), list(student.values()), materialize_grads=True)
     assert relative(found, torch.cat([slope.flatten() for slope in expected])) <= 1e-9
 
     exact, _ = sigma_gradient(toys, name, GesslConfig(**options))
@@ -141,7 +136,7 @@ def test_first_order_is_the_student_gradient_and_its_cosine_to_exact_is_reported
     print(f"first_order against exact, {name}, scope {scope}, K 1, lr {inner_lr}: cosine {cosine:.3f}")
 
 
-@every_method
+@every_kind
 @pytest.mark.parametrize("inner_steps", [0, 1])
 def test_without_inner_steps_only_are_exact_and_first_order_the_same(toys, name, inner_steps):
     options = {"inner_steps": inner_steps, "inner_lr": 0.1, "w_ssl": 0.0, "w_sigma": 1.0}
@@ -149,9 +144,7 @@ def test_without_inner_steps_only_are_exact_and_first_order_the_same(toys, name,
     assert torch.equal(exact, first_order) == (inner_steps == 0)
 
 
-@every_method
-@every_scope
-@pytest.mark.parametrize("hypergradient", ["exact", "first_order", "finite_difference"])
+@pytest.mark.parametrize(("name", "scope", "hypergradient"), cases(SCOPES, MODES))
 def test_the_outer_gradient_is_the_weighted_sum_of_the_ssl_gradient_and_that_of_sigma(toys, name, scope, hypergradient):
     options = {"inner_steps": 1, "inner_lr": 0.1, "scope": scope, "hypergradient": hypergradient}
     both, _ = sigma_gradient(toys, name, GesslConfig(**options, w_ssl=0.7, w_sigma=2.0))

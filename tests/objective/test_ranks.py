@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_cases import ALL, cases
 from rank_launch import launch
 
 from fastgessl.config import GesslConfig
-from fastgessl.methods import METHODS
 from fastgessl.objective import GeSSL
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
-every_name = pytest.mark.parametrize("name", sorted(METHODS))
+every_name = pytest.mark.parametrize("name", ALL)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{}ranks".format)
@@ -38,8 +38,7 @@ def concatenated(toys, ranks):
     return [torch.cat(same) for same in zip(*(toys.views(10 + rank) for rank in range(ranks)), strict=True)]
 
 
-@every_name
-@pytest.mark.parametrize("label", ["fast", "head", "exact", "first_order", "finite_difference", "sigma alone"])
+@pytest.mark.parametrize(("name", "label"), cases(["exact", "fast", "head", "first_order", "finite_difference", "sigma alone"]))
 def test_the_gradient_is_the_mean_of_the_single_process_task_gradients(toys, reports, name, label):
     expected = mean_over_tasks(toys, name, toys.bi_level[label], [10 + rank for rank in range(len(reports))])
     # Each Hessian-vector product by differences rounds at about 1e-9 of its size; everything else is exact.
@@ -54,8 +53,7 @@ def test_accumulated_micro_batches_of_all_ranks_are_averaged_as_tasks(toys, repo
     assert all(worst(report["accumulated", name], expected) <= 1e-12 for report in reports)
 
 
-@every_name
-@pytest.mark.parametrize("label", ["fast", "head", "exact", "first_order", "finite_difference"])
+@pytest.mark.parametrize(("name", "label"), cases(["exact", "fast", "head", "first_order", "finite_difference"]))
 def test_an_objective_sharded_as_one_unit_gives_the_mean_of_the_task_gradients(toys, reports, name, label):
     expected = mean_over_tasks(toys, name, toys.bi_level[label], [10 + rank for rank in range(len(reports))])
     for rank, report in enumerate(reports):
@@ -64,8 +62,7 @@ def test_an_objective_sharded_as_one_unit_gives_the_mean_of_the_task_gradients(t
         torch.testing.assert_close(report["sharded", name, label]["sigma"], sigma, rtol=1e-12, atol=0)
 
 
-@every_name
-@pytest.mark.parametrize("label", ["fast", "head", "exact", "first_order", "finite_difference"])
+@pytest.mark.parametrize(("name", "label"), cases(["exact", "fast", "head", "first_order", "finite_difference"]))
 def test_a_backbone_sharded_by_itself_is_refused_with_the_ways_out_and_trains_without_sigma(toys, reports, name, label):
     for rank, report in enumerate(reports):
         found = report["sharded", name, label]
@@ -73,8 +70,7 @@ def test_a_backbone_sharded_by_itself_is_refused_with_the_ways_out_and_trains_wi
         torch.testing.assert_close(found["plain"], GeSSL(toys.method(name), GesslConfig())(toys.views(10 + rank)).loss.detach())
 
 
-@every_name
-@pytest.mark.parametrize("label", ["fast", "head", "exact", "finite_difference"])
+@pytest.mark.parametrize(("name", "label"), cases(["exact", "fast", "head", "finite_difference"]))
 def test_with_synchronised_batch_norm_and_global_negatives_sigma_stays_rank_local(toys, reports, name, label):
     ranks = len(reports)
     sigma_alone = toys.bi_level[label].model_copy(update={"w_ssl": 0.0})
@@ -86,8 +82,7 @@ def test_with_synchronised_batch_norm_and_global_negatives_sigma_stays_rank_loca
     assert all(worst(report["both", name, label], expected + toys.gradients(method)) <= tolerance for report in reports)
 
 
-@every_name
-@pytest.mark.parametrize("label", ["fast", "head", "exact", "first_order", "finite_difference"])
+@pytest.mark.parametrize(("name", "label"), cases(["exact", "fast", "head", "first_order", "finite_difference"]))
 def test_with_global_negatives_the_ssl_loss_gathers_and_the_inner_loss_does_not(toys, reports, name, label):
     sigma_alone = toys.bi_level[label].model_copy(update={"w_ssl": 0.0})
     sigma = mean_over_tasks(toys, name, sigma_alone, [10 + rank for rank in range(len(reports))])

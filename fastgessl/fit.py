@@ -1,0 +1,53 @@
+"""What a recipe leaves open because it depends on how many images there are. What the user gives is never touched."""
+
+from __future__ import annotations
+
+from fastgessl.config import Config, UsageError
+
+# Enough for a ResNet-18 to converge on a few thousand photos, a night on one GPU; published CIFAR runs have 195,000, ImageNet's 31,000 up.
+STEPS = 20_000
+EPOCHS = (100, 1000)
+BATCHES = (16, 256)
+LONGEST_QUEUE = 65_536
+
+
+def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, list[str]]:
+    """The configuration with batch_size 0, epochs 0 and queue_length -1 filled in for so many images, and a line a choice that says why.
+
+    `parts`: processes times micro-batches, of which the batch must be a multiple. Raises UsageError if there are too few images.
+
+    >>> from fastgessl.recipes import load
+    >>> config, reasons = fit_to_images(load("folder-moco").config, 1200)
+    >>> config.train.batch_size, config.train.epochs, config.method.queue_length
+    (64, 1000, 576)
+    >>> fit_to_images(load("digits-moco").config, 1198)[1]
+    []
+    """
+    train, method, reasons = config.train, config.method, []
+    if train.batch_size == 0:
+        train = train.model_copy(update={"batch_size": _batch(images, parts)})
+        reasons.append(f"train.batch_size {train.batch_size}: a sixteenth of {images} images, from {BATCHES[0]} to {BATCHES[1]}")
+    if train.epochs == 0:
+        steps = max(images // train.batch_size, 1)
+        train = train.model_copy(update={"epochs": min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1])})
+        reasons.append(f"train.epochs {train.epochs}: {STEPS:,} steps at {steps} an epoch, from {EPOCHS[0]} to {EPOCHS[1]} epochs")
+    if method.queue_length < 0:
+        forward = train.batch_size // train.accumulate
+        method = method.model_copy(update={"queue_length": max(min(images // 2, LONGEST_QUEUE) // forward, 1) * forward})
+        reasons.append(
+            f"method.queue_length {method.queue_length}: whole batches, half of the images at most, so that few negatives are older views "
+            "of the image itself"
+        )
+    return config.model_copy(update={"train": train, "method": method}), reasons
+
+
+def _batch(images: int, parts: int) -> int:
+    """The power of two next below a sixteenth of the images, within bounds, as a multiple of `parts`."""
+    wanted = min(max(2 ** ((images // 16).bit_length() - 1) if images >= 16 else 1, BATCHES[0]), BATCHES[1])
+    batch = max(wanted // parts, 1) * parts
+    if batch > images:
+        raise UsageError(
+            f"train.batch_size is left open, and {images} images are too few for a batch of {batch}. Give --train.batch_size, or more "
+            "images."
+        )
+    return batch

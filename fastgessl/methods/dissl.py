@@ -1,0 +1,99 @@
+"""DISSL: distil an MLP teacher's assignment of images to many classes into a linear student, with all classes kept in use.
+
+Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022, eq. (10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastgessl.config import MethodConfig
+from fastgessl.distributed import world_group
+from fastgessl.kernels import soft_cross_entropy
+from fastgessl.methods.assignments import assignment_measures, entropy_of_mean
+from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
+from fastgessl.methods.registry import check_prototypes, register
+from fastgessl.models import Projector, apply_head, encode, feature_width
+
+
+@register("dissl")
+class DISSL(Method):
+    """Two views and, if asked for, smaller ones; a linear student over the representation itself, an MLP teacher. No stop-gradient, no
+    momentum encoder, no state: the entropy of the mean assignment, over the images of all ranks, keeps it from collapsing.
+
+    The teacher assigns the two views of full size; the student predicts each assignment from every other view.
+
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    >>> backbone.num_features = 6
+    >>> config = MethodConfig(name="dissl", projector_hidden=16, projector_out=4, prototypes=32)
+    >>> method = DISSL(config, backbone, RunFacts(classes=10))
+    >>> out = method([torch.randn(5, 3, 2, 2) for _ in range(3)])
+    >>> tuple(out.projections.shape), tuple(out.predictions.shape), tuple(method.loss(out).shape)
+    ((2, 5, 4), (3, 5, 6), ())
+    """
+
+    views_per_sample = 2
+    multi_crop = True
+
+    def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
+        super().__init__()
+        check_prototypes(config, facts)
+        self.backbone = backbone
+        width = feature_width(backbone)
+        self.teacher = Projector(width, config.projector_hidden, config.projector_out)
+        self.teacher_prototypes = nn.Linear(config.projector_out, config.prototypes, bias=False)
+        self.student_prototypes = nn.Linear(width, config.prototypes, bias=False)
+        self.temperature, self.assignment_temperature = config.temperature, config.assignment_temperature
+        self.entropy_weight, self.invariance_weight = config.entropy_weight, config.invariance_weight
+        self.gathers = facts.negatives == "global"
+
+    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
+        """V views, the first two of full size, or their features (V, N, F) -> the teacher's projections of those two (2, N, D).
+
+        The student's predictions are the features (V, N, F): its only layer is `predicted_prototypes`.
+        """
+        features = encode(self.backbone, views, features)
+        student = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+        projections = apply_head(self.teacher, features[: self.views_per_sample])
+        return Outputs(features, projections, student, self.teacher_prototypes.weight, self.student_prototypes.weight)
+
+    def loss(self, out: Outputs, aux: None = None) -> Tensor:
+        """CE(p(x), q(x')) - λ H[mean p] + β CE(p(x), p(x')), averaged over pairs of different views (x of full size), in nats.
+
+        p is the teacher's softmax, q the student's. Returns (): the cross-entropies of this rank's rows, the entropy of all ranks'."""
+        assert out.predictions is not None and out.prototypes is not None and out.predicted_prototypes is not None
+        assigned, predicted = _pairs(len(out.projections), len(out.predictions))
+        target = (out.projections[assigned].flatten(0, 1), out.prototypes)
+        distilled = soft_cross_entropy(
+            out.predictions[predicted].flatten(0, 1), out.predicted_prototypes, *target,
+            temperature=self.temperature, teacher_temperature=self.assignment_temperature,
+        )  # fmt: skip
+        rows, others = (out.projections[views].flatten(0, 1) for views in _pairs(len(out.projections), len(out.projections)))
+        invariant = soft_cross_entropy(others, out.prototypes, rows, out.prototypes, temperature=self.assignment_temperature)
+        group = world_group() if self.gathers else None
+        entropies = [entropy_of_mean(view, out.prototypes, self.assignment_temperature, group) for view in out.projections]
+        return distilled - self.entropy_weight * torch.stack(entropies).mean() + self.invariance_weight * invariant
+
+    def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
+        """π of the task: the student's softmax over the classes, for every view."""
+        assert out.predictions is not None and out.predicted_prototypes is not None
+        return tuple(Similarity(view, out.predicted_prototypes, self.temperature) for view in out.predictions)
+
+    def measures(self, out: Outputs, aux: None = None) -> dict[str, Tensor]:
+        """maximality, determinism and invariance of the teacher's assignment p: `assignment_measures`."""
+        assert out.prototypes is not None
+        group = world_group() if self.gathers else None
+        return assignment_measures(out.projections[0], out.projections[1], out.prototypes, self.assignment_temperature, group)
+
+
+def _pairs(targets: int, views: int) -> tuple[list[int], list[int]]:
+    """Every pair of a target view and a different view: the targets' indices and the others'.
+
+    >>> _pairs(2, 3)
+    ([0, 0, 1, 1], [1, 2, 0, 2])
+    """
+    pairs = [(target, view) for target in range(targets) for view in range(views) if view != target]
+    return [target for target, _ in pairs], [view for _, view in pairs]

@@ -1,0 +1,66 @@
+"""A further network of timm's that looks at the views and is never trained."""
+
+from __future__ import annotations
+
+import warnings
+from difflib import get_close_matches
+
+import timm
+import torch
+from torch import nn
+
+from fastgessl.config import UsageError
+from fastgessl.models.weights import load_weights
+
+# Parts of timm's names that say how weights came about without labels; "ft" says that labels followed.
+LABEL_FREE = ("dino", "dinov2", "dinov3", "mae", "ijepa", "lejepa", "moco", "swav", "mim")
+
+
+def frozen_network(name: str, weights: str, view_size: int, option: str = "dsa.helper") -> nn.Module:
+    """timm's `name`, without classifier, in evaluation mode and without gradient: (B, 3, view_size, view_size) -> (B, F).
+
+    `weights` as in `load_weights`. Warns if they were trained with labels, which would then leak into what is called self-supervised.
+    Raises UsageError for a name that timm does not know, weights that cannot be had, and a network that takes no images of this size.
+
+    >>> frozen_network("resnet18", "none", 32)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 512])
+    """
+    if not timm.is_model(name.split(".")[0]):
+        near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        raise UsageError(
+            f"{option} '{name}' is neither momentum nor a network that timm knows. Perhaps you meant {', '.join(near) or 'momentum'}?"
+        )
+    network = timm.create_model(name, pretrained=False, num_classes=0).eval().requires_grad_(False)
+    _check_size(network, name, view_size, option)
+    load_weights(network, name, weights, f"{option}_weights")
+    if weights != "none" and not label_free(name, weights):
+        warnings.warn(
+            f"{option} {name}: these weights ({weights}) were trained with labels, as far as their name tells. They leak into a method "
+            "that is called self-supervised; say so beside every number, or use --dsa.helper momentum.",
+            stacklevel=2,
+        )
+    return network
+
+
+def label_free(name: str, weights: str) -> bool:
+    """Whether the name of the weights says that no labels were used: timm's tag, or a file's name.
+
+    >>> label_free("vit_small_patch16_224.dino", "pretrained"), label_free("resnet18.a1_in1k", "pretrained")
+    (True, False)
+    """
+    tag = timm.get_pretrained_cfg(name)
+    words = f"{name}.{'' if tag is None else tag.tag}" if weights == "pretrained" else weights
+    parts = set(words.lower().replace(".", "_").replace("/", "_").replace("-", "_").split("_"))
+    return "ft" not in parts and any(part in LABEL_FREE for part in parts)
+
+
+def _check_size(network: nn.Module, name: str, view_size: int, option: str) -> None:
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, view_size, view_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UsageError(
+            f"{option} {name} does not take views of {view_size} pixels ({reason}). Take a network for that size, a convolutional one, or "
+            "--dsa.helper momentum."
+        ) from error

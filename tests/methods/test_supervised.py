@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch import nn
+
+from fastgessl.config import GesslConfig, MethodConfig, UsageError
+from fastgessl.methods import RunFacts, build_method
+from fastgessl.objective import GeSSL, measure_sigma
+
+LABELS = torch.tensor([0, 2, 1, 2, 0])
+
+
+def toy(classes=3):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    backbone.num_features = 6
+    return build_method(MethodConfig(name="supervised"), backbone, RunFacts(classes=classes)).double()
+
+
+def views(count=2):
+    torch.manual_seed(1)
+    return [torch.randn(5, 3, 2, 2, dtype=torch.float64) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_supervised_loss_and_gradient_are_the_mean_negative_log_likelihood_over_views_and_images(count):
+    method = toy()
+    result = GeSSL(method, GesslConfig())(views(count), labels=LABELS)
+    result.loss.backward()
+    found = method.classifier.weight.grad.clone()
+    rows = [method.backbone[1](view.flatten(1)) @ method.classifier.weight.T for view in views(count)]
+    likelihood = torch.stack([(row[i].exp() / row[i].exp().sum())[label] for row in rows for i, label in enumerate(LABELS)])
+    torch.testing.assert_close(result.loss, -likelihood.log().mean())
+    (expected,) = torch.autograd.grad(-likelihood.log().mean(), method.classifier.weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_supervised_accuracy_is_measured_on_the_views():
+    method = toy()
+    out = method(views())
+    found = method.measures(out, LABELS)["train_accuracy"]
+    guesses = [(view @ method.classifier.weight.T).argmax(1) for view in out.features]
+    assert found.item() == pytest.approx(sum((guess == LABELS).double().mean().item() for guess in guesses) / 2)
+
+
+@pytest.mark.parametrize("settings", [GesslConfig(w_sigma=1.0), GesslConfig(inner_steps=1, inner_lr=0.1, w_sigma=1.0)])
+def test_supervised_learning_has_a_sigma_on_its_labels(settings):
+    result = GeSSL(toy(), settings)(views(), labels=LABELS)
+    assert result.metrics["sigma"] > 0 > result.metrics["delta_loss"]
+    assert measure_sigma(toy(), settings, views(), LABELS) == pytest.approx(result.metrics["sigma"].item())
+
+
+def test_images_without_labels_are_refused():
+    with pytest.raises(UsageError, match="the training images have none"):
+        toy(classes=None)
+    with pytest.raises(UsageError, match="learns from labels and was given none"):
+        GeSSL(toy(), GesslConfig())(views())
+    with pytest.raises(UsageError, match="was given 4 for 5 samples"):
+        GeSSL(toy(), GesslConfig())(views(), labels=LABELS[:4])

@@ -13,11 +13,15 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 
 from fastgessl import pipelines
 from fastgessl.config import Config, UsageError
-from fastgessl.methods import Method, RunFacts, build_method
-from fastgessl.models import build_backbone, synchronise_batch_norm
+from fastgessl.methods import DSA, Method, RunFacts, build_method
+from fastgessl.models import build_backbone, load_weights, synchronise_batch_norm
 from fastgessl.objective import GeSSL
+from fastgessl.objective.gradient_cache import CachedObjective
 from fastgessl.pipelines import Loader, ViewSpec
 from fastgessl.pipelines.images import Images
+
+# The schedules are arrays with a number a step; a year of 20 steps a second has 6e8.
+_MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Plan:
     total_steps: int
     peak_learning_rate: float
     batch_norm: Literal["local", "synchronised"]
-    negatives: Literal["local", "global"]
+    negatives: Literal["local", "global", "ring"]
     engine: str
     engine_reason: str
     precision: str
@@ -107,6 +111,8 @@ def build_loader(config: Config, images: Images, accelerator: Accelerator) -> Lo
         seed=config.train.seed,
         workers=config.data.workers,
         resident_limit=config.data.resident_limit,
+        bad_files=config.data.bad_files,
+        bad_list=Path(accelerator.project_dir) / "bad_files.txt",
     )
 
 
@@ -122,6 +128,11 @@ def _images_per_forward(config: Config, world_size: int) -> int:
             f"train.batch_size {config.train.batch_size} counts the images of a step over all processes; it does not divide into "
             f"{world_size} processes x {config.train.accumulate} micro-batches. Choose a multiple of {parts}."
         )
+    if config.train.batch_size == parts:
+        raise UsageError(
+            f"train.batch_size {config.train.batch_size} leaves one image for a forward pass of each of {world_size} processes: batch norm "
+            f"has no batch, and the image nothing to be told from. Choose {2 * parts} or more."
+        )
     return config.train.batch_size // config.train.accumulate
 
 
@@ -133,6 +144,10 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
     total_steps = int(config.train.epochs * steps_per_epoch)
     if config.train.max_steps is not None:
         total_steps = min(total_steps, config.train.max_steps)
+    if total_steps > _MOST_STEPS:
+        raise UsageError(
+            f"train.epochs {config.train.epochs} are {total_steps} steps, more than {_MOST_STEPS:,}. Set fewer, or train.max_steps."
+        )
     engine, reason = pipelines.choose_engine(images, config.data.engine, str(accelerator.device), config.data.resident_limit)
     several_plain = accelerator.num_processes > 1 and config.gessl.w_sigma == 0
     batch_norm, negatives = config.model.batch_norm, config.method.negatives
@@ -154,16 +169,14 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
 
 def run_facts(config: Config, plan: Plan) -> RunFacts:
     """What the method must know of the run."""
-    specs = view_specs(config)
-    views = sum(spec.repeat for spec in specs)
-    full_size = sum(spec.repeat for spec in specs if spec.size == specs[0].size)
+    full_size, local_views = pipelines.count_views(view_specs(config))
     return RunFacts(
         total_steps=plan.total_steps,
         steps_per_epoch=plan.steps_per_epoch,
         images_per_forward=plan.images_per_forward,
-        negatives=plan.negatives,
+        negatives="local" if plan.negatives == "local" else "global",
         global_views=full_size,
-        local_views=views - full_size,
+        local_views=local_views,
         classes=plan.classes,
     )
 
@@ -171,15 +184,50 @@ def run_facts(config: Config, plan: Plan) -> RunFacts:
 def build_model(config: Config, plan: Plan) -> Method:
     """Backbone and method with weights that depend on the seed alone. UsageError for names that do not exist."""
     set_seed(config.train.seed)
-    method = build_method(config.method, build_backbone(config.model), run_facts(config, plan))
+    facts = run_facts(config, plan)
+    backbone = build_backbone(config.model)
+    load_weights(backbone, config.model.name, config.model.weights, "model.weights")
+    method = build_method(config.method, backbone, facts)
+    if config.dsa.weight > 0:
+        method = DSA(config.dsa, method, facts, config.views.size)
     if plan.batch_norm == "synchronised":
         synchronise_batch_norm(method)
+    if plan.negatives == "ring":
+        _pass_keys_around(config, method)
     return method
 
 
-def build_objective(config: Config, plan: Plan) -> GeSSL:
+def _pass_keys_around(config: Config, method: Method) -> None:
+    able = [part for part in method.modules() if isinstance(part, Method) and part.rings]
+    if not able:
+        raise UsageError(
+            f"method.negatives ring passes keys from rank to rank, and {config.method.name} has none to pass. Use global, or simclr, "
+            "mocov3 or cissl."
+        )
+    for part in able:
+        part.exchange = "ring"
+
+
+def build_objective(config: Config, plan: Plan) -> GeSSL | CachedObjective:
     """The one module that DDP wraps. UsageError where its settings ask for a second derivative that the method does not have."""
+    _check_sharding(config, plan)
     method = build_model(config, plan)
     if config.train.compile:
         method.backbone.compile()
-    return GeSSL(method, config.gessl)
+    if not config.train.gradient_cache:
+        return GeSSL(method, config.gessl)
+    if plan.precision == "fp16":
+        raise UsageError(
+            "train.gradient_cache goes back through the encoder before GradScaler sees the loss, and half-precision gradients of a large "
+            "batch vanish there. Train with --train.precision bf16 or fp32."
+        )
+    return CachedObjective(method, config.gessl, config.train.gradient_cache)
+
+
+def _check_sharding(config: Config, plan: Plan) -> None:
+    if config.train.sharding == "none":
+        return
+    if plan.world_size == 1:
+        raise UsageError("train.sharding fsdp spreads the weights over several processes, and there is one. Launch more, or use none.")
+    if config.train.compile or plan.precision == "fp16":
+        raise UsageError("train.sharding fsdp is tested in eager mode, fp32 and bf16. Leave out --train.compile, and fp16.")

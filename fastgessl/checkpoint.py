@@ -8,40 +8,68 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgessl.config import UsageError
+from fastgessl.runs import writing
 
-FORMAT = 1
+FORMAT = 2
 _PREFIX = "step-"
+# Types of what every checkpoint of this format holds; a file without them is not ours, whatever it says.
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "skipped": int,
+    "symptoms": dict,
+    "objective": dict,
+    "optimizer": dict,
+    "scaler": (dict, type(None)),
+    "loader": dict,
+    "probe": (dict, type(None)),
+    "ranks": list,
+}
 
 
 def save(run: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as the checkpoint before optimiser step `step`, and delete all but the newest `keep`."""
+    """Write `state` as the checkpoint before optimiser step `step`, and delete all but the newest `keep`.
+
+    Raises UsageError if the disk is full or cannot be written; the older checkpoints are then as they were.
+    """
     folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob("*.part"):
-        shutil.rmtree(torn)
     target = folder / f"{_PREFIX}{step:09d}"
-    if not target.exists():
-        partial = target.with_name(target.name + ".part")
-        partial.mkdir()
-        with (partial / "state.pt").open("wb") as file:
-            torch.save({"format": FORMAT, "step": step} | state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-        _flush_folder(folder)
-    for old in complete(run)[:-keep]:
-        shutil.rmtree(old)
+    with writing(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob("*.part"):
+            shutil.rmtree(torn)
+        if not target.exists():
+            _write(target, {"format": FORMAT, "step": step} | state)
+        # Only now: until the new one is complete, no older one is given up.
+        for old in complete(run)[:-keep]:
+            shutil.rmtree(old)
     return target
 
 
+def _write(target: Path, state: dict[str, Any]) -> None:
+    partial = target.with_name(target.name + ".part")
+    partial.mkdir()
+    try:
+        with (partial / "state.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _flush_folder(partial)
+        os.replace(partial, target)
+    except (OSError, RuntimeError):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush_folder(target.parent)
+
+
 def _flush_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,34 +83,53 @@ def complete(run: Path) -> list[Path]:
 
 
 def find(run: Path, resume: str) -> Path | None:
-    """What --train.resume means: None for never, the newest of `run` for auto, else the named folder. UsageError if there is none."""
+    """What --train.resume means: None for never, the newest of `run` for auto and if_any, else the named folder.
+
+    UsageError if there is none, except for if_any, which then gives None.
+    """
     if resume == "never":
         return None
-    if resume == "auto":
+    if resume in ("auto", "if_any"):
         found = complete(run)
-        if not found:
+        if not found and resume == "auto":
             raise UsageError(
-                f"--train.resume auto found no checkpoint in '{run / 'checkpoints'}'. Start the run with --train.resume never."
+                f"--train.resume auto found no checkpoint in '{run / 'checkpoints'}'. Start the run with --train.resume never, or if_any."
             )
-        return found[-1]
+        return found[-1] if found else None
     if not (Path(resume) / "state.pt").is_file():
         raise UsageError(
-            f"--train.resume '{resume}' is not a checkpoint (it holds no state.pt). Give never, auto, or a folder checkpoints/step-<n>."
+            f"--train.resume '{resume}' is not a checkpoint (it holds no state.pt). "
+            "Give never, auto, if_any, or a folder checkpoints/step-<n>."
         )
     return Path(resume)
 
 
 def load(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code that it may hold. UsageError if it is damaged or from a newer version."""
+    """Read a checkpoint without running any code that it may hold. UsageError if it is damaged, not ours, or from a newer version."""
+    file = checkpoint / "state.pt"
     try:
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        _refuse_compressed(file)
+        # Mapped, so that a rank reads the parts it keeps and 8 ranks of a machine share the pages.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UsageError(
             f"checkpoint '{checkpoint}' cannot be read ({type(error).__name__}); it is damaged or not ours. "
             "Resume from an older one by giving its folder."
         ) from error
-    if state.get("format") != FORMAT:
+    found = state.get("format") if isinstance(state, dict) else None
+    if type(found) is not int or found != FORMAT:
+        shown = found if type(found) is int else "none"
+        raise UsageError(f"checkpoint '{checkpoint}' has format {shown}, this version reads {FORMAT}. Use the version that wrote it.")
+    wrong = [name for name, kind in _CONTENT.items() if name not in state or not isinstance(state[name], kind)]
+    if wrong:
         raise UsageError(
-            f"checkpoint '{checkpoint}' has format {state.get('format')}, this version reads {FORMAT}. Use the version that wrote it."
+            f"checkpoint '{checkpoint}' lacks {', '.join(wrong)}, so it is not one of ours. Resume from another by its folder."
         )
     return state
+
+
+def _refuse_compressed(file: Path) -> None:
+    """torch never compresses; a file that does could swell to any size in memory. ValueError for one."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError(f"{file} is compressed")

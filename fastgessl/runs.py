@@ -11,13 +11,16 @@ evaluation.json        every measured number;  summary.json  the outcome on one 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +29,8 @@ import yaml
 from pydantic import ValidationError
 
 from fastgessl.config import Config, UsageError
+from fastgessl.recipes import describe
+from fastgessl.yaml_file import read_yaml
 
 PACKAGES = (
     "fastgessl",
@@ -43,20 +48,27 @@ PACKAGES = (
 
 def run_folder(config: Config) -> Path:
     """The folder that the configuration names, or a fresh `runs/<recipe>-<time>`. UsageError if something is in the way."""
-    folder = config.train.run_dir
+    folder, resume = config.train.run_dir, config.train.resume
     if folder is None:
-        if config.train.resume == "auto":
-            raise UsageError("--train.resume auto needs --train.run_dir, the folder of the run to continue. None was given.")
-        return _unused(Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if resume in ("auto", "if_any"):
+            raise UsageError(f"--train.resume {resume} needs --train.run_dir, the folder of the run to continue. None was given.")
+        return _unused(Path("runs") / f"{_file_name(config.recipe)}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"train.run_dir '{folder}' is a file. Name a folder.")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and config.train.resume == "never":
+    with writing(folder):
+        occupied = folder.is_dir() and any(path.suffix != ".part" for path in folder.iterdir())
+    ours = (folder / "config.yaml").is_file()
+    if occupied and (resume == "never" or (resume == "if_any" and not ours)):
         raise UsageError(
             f"train.run_dir '{folder}' is not empty, and nothing in it will be overwritten. "
-            "Continue that run with --train.resume auto, or name another folder."
+            + ("Continue that run with --train.resume auto, or name another folder." if ours else "It is no run's. Name another folder.")
         )
     return folder
+
+
+def _file_name(recipe: str) -> str:
+    """A recipe's name without what would lead a path elsewhere: a recipe file may come from anyone."""
+    return re.sub(r"[^\w.+-]+", "_", recipe).lstrip(".")[:100] or "run"
 
 
 def _unused(folder: Path) -> Path:
@@ -69,13 +81,35 @@ def _unused(folder: Path) -> Path:
 
 
 def create(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
-    """Make the folder and write config.yaml and environment.json. UsageError if it cannot be written."""
-    try:
+    """Make the folder and write config.yaml, which repeats the run in another one, and environment.json. UsageError if that fails."""
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
-        write_json(folder / "environment.json", environment() | dict(facts))
-    except OSError as error:
-        raise UsageError(f"the run's folder '{folder}' cannot be written ({error.strerror}). Name another with --train.run_dir.") from None
+    repeatable = config.model_copy(update={"train": config.train.model_copy(update={"run_dir": None, "resume": "never"})})
+    text = yaml.safe_dump(repeatable.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    write_bytes(folder / "config.yaml", text.encode())
+    write_json(folder / "environment.json", environment() | dict(facts))
+
+
+def continuation(folder: Path, resume: str = "auto") -> str:
+    """The command that goes on with a run, safe to paste into a shell whatever the folder is called."""
+    words = ["fastgessl", "train", folder / "config.yaml", "--train.run_dir", folder, "--train.resume", resume]
+    return shlex.join(str(word) for word in words)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a full, read-only or vanished disk becomes a UsageError of one line that names `path`; other errors pass."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a failed write as a RuntimeError of its own, in whose context the system's error stands.
+        refused = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(refused, OSError):
+            raise
+        raise UsageError(
+            f"'{path}' cannot be written ({refused.strerror or refused}). What was complete before is untouched. Make room or mend "
+            "the permissions and continue with --train.resume auto, or name another folder with --train.run_dir."
+        ) from None
 
 
 def read_config(folder: str | Path) -> Config:
@@ -84,9 +118,9 @@ def read_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise UsageError(f"'{folder}' is not the folder of a run: it holds no config.yaml. `fastgessl train` prints the folder it wrote.")
     try:
-        return Config.model_validate(yaml.safe_load(path.read_text()))
-    except (ValidationError, yaml.YAMLError) as error:
-        raise UsageError(f"'{path}' is not a configuration of this version: {' '.join(str(error).split())}") from None
+        return Config.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UsageError(f"'{path}' is not a configuration of this version: {describe(error)}") from None
 
 
 def environment() -> dict[str, Any]:
@@ -112,41 +146,60 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write by renaming, so that a reader or a crash never sees half a file."""
+    """Write by renaming, so that a reader or a crash never sees half a file. UsageError if it cannot be written."""
+    write_bytes(path, (json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for any content, flushed to the disk before the name changes."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")
-    os.replace(temporary, path)
+    with writing(path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 class JsonLines:
     """An append-only file of one JSON object a line; lines from `first_step` on are dropped first, so that a resumed run repeats none.
 
-    With `enabled` false, as on all ranks but the first, it touches nothing.
+    With `enabled` false, as on all ranks but the first, it touches nothing. UsageError if it cannot be written.
     """
 
     def __init__(self, path: Path, first_step: int, *, enabled: bool = True) -> None:
+        self._path = path
         self._file: IO[str] | None = None
         if not enabled:
             return
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    values = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the half line of a run that was killed while writing it
-                if values["step"] < first_step:
-                    kept.append(line)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
+        kept = [line for line in _lines(path) if _step_of(line) < first_step]
+        write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
+        """Append one object; a number that is not finite becomes null, since JSON has none."""
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+            finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+            with writing(self._path):
+                self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
+        # What a full disk has refused is still in the buffer, and closing would try it again.
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for the half line of a run that was killed while writing it."""
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else math.inf
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf

@@ -8,13 +8,16 @@ import torch
 from fastgessl import checkpoint
 from fastgessl.config import UsageError
 
+# What every checkpoint has, as small as it can be.
+STATE = {"optimizer": {}, "scaler": None, "loader": {}, "probe": None, "ranks": [], "skipped": 0, "symptoms": {}}
+
 
 def test_what_was_saved_is_loaded(tmp_path):
     weights = torch.randn(3, 2)
-    saved = checkpoint.save(tmp_path, 7, {"weights": weights, "nested": [{"step": 1}]}, keep=2)
+    saved = checkpoint.save(tmp_path, 7, STATE | {"objective": {"weights": weights}, "ranks": [{"step": 1}]}, keep=2)
     state = checkpoint.load(saved)
-    assert torch.equal(state["weights"], weights)
-    assert (state["step"], state["nested"]) == (7, [{"step": 1}])
+    assert torch.equal(state["objective"]["weights"], weights)
+    assert (state["step"], state["ranks"]) == (7, [{"step": 1}])
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -51,7 +54,7 @@ def test_never_looks_for_nothing(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "pickle"])
 def test_a_damaged_or_hostile_checkpoint_is_refused_by_name(tmp_path, damage):
-    saved = checkpoint.save(tmp_path, 5, {"weights": torch.zeros(1000)}, keep=1)
+    saved = checkpoint.save(tmp_path, 5, STATE | {"objective": {"weights": torch.zeros(1000)}}, keep=1)
     file = saved / "state.pt"
     canary = tmp_path / "canary"
 
@@ -61,7 +64,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_by_name(tmp_path, damage):
 
     content = {"truncated": file.read_bytes()[:1500], "text": b"hello", "empty": b""}
     if damage == "pickle":
-        torch.save({"format": 1, "payload": Hostile()}, file)
+        torch.save({"format": checkpoint.FORMAT, "payload": Hostile()}, file)
     else:
         file.write_bytes(content[damage])
     with pytest.raises(UsageError, match="step-000000005"):

@@ -101,7 +101,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(fastgessl, tmp_pa
         assert (whole / file).read_bytes() == (resumed / file).read_bytes(), file
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_the_step_saves_and_prints_how_to_go_on(tmp_path, number, code):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "fastgessl", "train", *GESSL, "--train.max_steps", "100000", "--train.epochs", "10000"]

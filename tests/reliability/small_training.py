@@ -1,0 +1,108 @@
+"""A training of milliseconds a step for every registered method, with all that can go wrong between two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from fastgessl import pipelines
+from fastgessl.build import build_accelerator, build_loader, make_plan
+from fastgessl.config import Config
+from fastgessl.trainer import _steps
+from fastgessl.training_state import Training
+
+IMAGES = 48
+# Narrow heads, and whatever any method keeps between steps: queues that fill and wrap, prototypes that freeze and thaw.
+METHOD = {
+    "projector_hidden": 12,
+    "projector_out": 6,
+    "predictor_hidden": 8,
+    "prototypes": 10,
+    "temperature": 0.3,
+    "queue_length": 32,
+    "queue_start_epoch": 0.0,
+    "freeze_epochs": 0.5,
+    "momentum_start": 0.9,
+}
+
+
+def write_images(folder: Path) -> Path:
+    """Random images with labels, as an .npz."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (IMAGES, 10, 10, 3), dtype=np.uint8), np.arange(IMAGES) % 4
+    np.savez(folder / "images.npz", train_x=images, train_y=labels)
+    return folder / "images.npz"
+
+
+def small_config(data: Path, name: str = "simclr", **sections: dict[str, Any]) -> Config:
+    """Two micro-batches of 8 a step, three steps an epoch; `sections` override single options."""
+    given: dict[str, dict[str, Any]] = {
+        "data": {"name": "npz", "root": data},
+        "views": {"size": 8},
+        "model": {"name": "test_resnet", "stem": "imagenet", "width": 1.0},
+        "method": {"name": name, **METHOD},
+        "optim": {"base_lr": 0.1},
+        "schedule": {"warmup_epochs": 0.5},
+        "train": {"batch_size": 16, "accumulate": 2, "epochs": 50, "max_steps": 5, "checkpoint_every": 1, "keep_checkpoints": 99},
+        "log": {"trackers": ()},
+    }
+    return Config.model_validate({key: given.get(key, {}) | sections.get(key, {}) for key in given | sections})
+
+
+class NoEvaluation:
+    """In place of a `RunEvaluation`: what is measured is another test's concern."""
+
+    probe = None
+
+    def observe(self, *_: object) -> None:
+        pass
+
+
+class Asked:
+    """In place of a `StopRequest`: asked to stop from the start, or never."""
+
+    def __init__(self, stops: bool) -> None:
+        self._stops = stops
+
+    def __bool__(self) -> bool:
+        return self._stops
+
+
+def start(config: Config, run: Path) -> Training:
+    """A fresh process's worth of training."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").touch()
+    images = pipelines.open_images(config.data.name, config.data.root)
+    assert images is not None
+    accelerator = build_accelerator(config, run)
+    loader = build_loader(config, images, accelerator)
+    plan = make_plan(config, images, loader, accelerator)
+    return Training(config, plan, accelerator, loader, None)
+
+
+def run_steps(training: Training, run: Path, first_step: int = 0, *, one: bool = False) -> int:
+    """The trainer's own loop, to the end or for one step."""
+    return _steps(training, NoEvaluation(), run, first_step, Asked(one))  # type: ignore[arg-type]
+
+
+def differences(found: Any, expected: Any, path: str = "") -> list[str]:
+    """Where two nested states differ in any bit."""
+    if isinstance(expected, torch.Tensor):
+        same = isinstance(found, torch.Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
+        return [] if same else [path]
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or found.keys() != expected.keys():
+            return [path]
+        return [place for key in expected for place in differences(found[key], expected[key], f"{path}.{key}")]
+    if isinstance(expected, list | tuple):
+        if len(found) != len(expected):
+            return [path]
+        pairs = enumerate(zip(found, expected, strict=True))
+        return [place for index, (one, other) in pairs for place in differences(one, other, f"{path}[{index}]")]
+    return [] if found == expected else [path]

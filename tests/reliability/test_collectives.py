@@ -1,0 +1,112 @@
+"""64 ranks in one process: every rank asks for the same collectives in the same order, and for as many bytes as docs/scaling.md says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from reliability.recorded import Call, recording, under_ddp
+from reliability.small_training import METHOD
+from reliability.test_gradient_cache import narrow_backbone
+
+from fastgessl.config import GesslConfig, MethodConfig
+from fastgessl.methods import METHODS, RunFacts, build_method
+from fastgessl.models import synchronise_batch_norm
+from fastgessl.objective import GeSSL
+from fastgessl.objective.gradient_cache import CachedObjective
+
+RANKS, IMAGES, WIDTH = 64, 4, METHOD["projector_out"]
+DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
+
+
+def step(rank, name, *, negatives="global", exchange="gather", settings=None, synchronised=False, cached=False, size=RANKS):
+    """(collectives of the forward and of the backward, trainable bytes) of one step on one of so many ranks."""
+    with recording(rank, size) as calls:
+        torch.manual_seed(0)
+        facts = RunFacts(total_steps=10, images_per_forward=IMAGES * size, negatives=negatives, classes=4)
+        config = MethodConfig(name=name, **METHOD | {"queue_length": IMAGES * size})
+        method = build_method(config, narrow_backbone(), facts)
+        method.exchange = exchange
+        if synchronised:
+            synchronise_batch_norm(method)
+        settings = settings or GesslConfig()
+        objective = under_ddp(CachedObjective(method, settings, 2) if cached else GeSSL(method, settings), calls)
+        calls.clear()
+        views = [torch.randn(IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(view)) for view in range(2)]
+        result = objective(views, labels=torch.arange(IMAGES))
+        forward = list(calls)
+        result.loss.backward()
+        backward = calls[len(forward) :]
+        calls_before = len(calls)
+        method.update_state([(result.outputs, result.targets)], 0)
+        trainable = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+        return forward, backward, calls[calls_before:], trainable
+
+
+@pytest.mark.parametrize("options", [{}, {"synchronised": True}, {"cached": True}], ids=["plain", "synchronised", "cached"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_rank_asks_for_the_same_in_the_same_order(name, options):
+    first, *others = (step(rank, name, **options) for rank in (0, 1, RANKS - 1))
+    assert all(other == first for other in others)
+    assert sum(call.nbytes for call in first[1] if call.name == "gradients") == first[3]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_task_of_gessl_is_rank_local_and_only_gradients_travel(name):
+    forward, backward, _, trainable = step(5, name, negatives="local", settings=GesslConfig(w_sigma=1.0, inner_steps=1))
+    assert {call.name for call in forward + backward} == {"gradients"}
+    assert sum(call.nbytes for call in backward) == trainable
+
+
+def test_gathered_keys_cost_the_bytes_that_the_page_says():
+    own = 2 * IMAGES * WIDTH * 4
+    forward, backward, *_ = step(3, "simclr")
+    assert forward == [Call("all-gather", 8), Call("all-gather", own)]  # the number of rows, and the rows
+    assert backward[0] == Call("reduce-scatter", RANKS * own)
+
+
+def test_passed_on_keys_cost_the_bytes_that_the_page_says():
+    own = 2 * IMAGES * WIDTH * 4
+    for rank in (0, 3, RANKS - 1):
+        forward, backward, *_ = step(rank, "simclr", exchange="ring")
+        assert forward == [Call("all-gather", 8), *[Call("pass on", own)] * (RANKS - 1)]
+        passed = [call for call in backward if call.name == "pass on"]
+        assert passed == [Call("pass on", own)] * (RANKS - 1 + RANKS)  # keys once around, and their gradients home
+
+
+@pytest.mark.parametrize(("name", "exchanges"), [("simclr", 1), ("mocov3", 2), ("cissl", 1)])
+def test_every_method_that_rings_passes_each_rank_s_keys_on_and_gathers_none(name, exchanges):
+    gathered, passed = (step(0, name, exchange=exchange)[0] for exchange in ("gather", "ring"))
+    keys = max(call.nbytes for call in gathered)
+    assert gathered == [Call("all-gather", 8), Call("all-gather", keys)] * exchanges
+    assert passed == [Call("all-gather", 8), *[Call("pass on", keys)] * (RANKS - 1)] * exchanges
+
+
+def numbers(line: str) -> list[float]:
+    return [float(word.replace(",", "")) for word in re.findall(r"(?<![\w.])\d[\d,]*\.?\d*", line)]
+
+
+def test_the_scaling_table_follows_from_its_assumptions():
+    text = DOCS.read_text()
+    rows = [numbers(line) for line in text.splitlines() if re.match(r"\| [\d,]+ \| ", line)]
+    assert [int(row[0]) for row in rows] == [8, 64, 256, 1024]
+    images, width, weights, per_image = 128, 128, 23.5e6 + 4.5e6, 1 / 1400
+    fast, slow = 450e9, 50e9  # bytes a second and GPU inside a host of 8, and between hosts
+    for ranks, batch, reduce_ms, gather_ms, ring_ms, loss_ms, efficiency, kept_mib in rows:
+        speed = fast if ranks <= 8 else slow
+        keys = 2 * images * width * 2
+        assert batch == ranks * images
+        reduce = 2 * (ranks - 1) / ranks * weights * 4 / speed
+        gather = (ranks - 1) * (keys + 2 * keys) / speed
+        ring = ((ranks - 1) * 2 * keys + ranks * 2 * keys) / speed + 3 * ranks * 10e-6
+        loss = 4 * 2 * (2 * images) * (2 * images * ranks) * width / 200e12
+        compute = images * per_image
+        assert reduce_ms == pytest.approx(reduce * 1e3, rel=0.06, abs=0.006)
+        assert gather_ms == pytest.approx(gather * 1e3, rel=0.06, abs=0.006)
+        assert ring_ms == pytest.approx(ring * 1e3, rel=0.06, abs=0.006)
+        assert loss_ms == pytest.approx(loss * 1e3, rel=0.06, abs=0.006)
+        exposed = max(reduce - 0.6 * compute, 0) + gather + loss
+        assert efficiency == pytest.approx(100 * compute / (compute + exposed), abs=0.6)
+        assert kept_mib == pytest.approx(3 * ranks * keys / 2**20, rel=0.06, abs=0.06)

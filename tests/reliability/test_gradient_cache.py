@@ -1,0 +1,181 @@
+"""Gradient caching: the step of the whole batch, to rounding, in the memory of a chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reliability.small_training import METHOD
+from torch import nn
+
+from fastgessl.config import GesslConfig, MethodConfig, UsageError
+from fastgessl.methods import METHODS, Outputs, RunFacts, build_method
+from fastgessl.objective import GeSSL
+from fastgessl.objective.gradient_cache import CachedObjective
+
+
+def narrow_backbone(dropout: float = 0.0, *, norm: bool = True) -> nn.Module:
+    """(B, 3, 6, 6) -> (B, 6)."""
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6) if norm else nn.GroupNorm(2, 6), nn.ReLU(), nn.Dropout(dropout), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )  # fmt: skip
+    backbone.num_features = 6
+    return backbone
+
+
+def make(name: str, *, batch_norm: bool, dropout: float = 0.0, dtype: torch.dtype = torch.float64):
+    """A method with the same weights at every call, and a queue with something in it."""
+    torch.manual_seed(0)
+    facts = RunFacts(total_steps=10, classes=4)
+    method = build_method(MethodConfig(name=name, **METHOD), narrow_backbone(dropout), facts)
+    if not batch_norm:
+        without_batch_norm(method)
+    for _, buffer in method.named_buffers():
+        if buffer.is_floating_point() and buffer.dim() == 3:
+            buffer.normal_()
+    return method.to(dtype)
+
+
+def without_batch_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(1, child.num_features, affine=child.affine))
+        without_batch_norm(child)
+
+
+def batch(images: int = 13, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(images, 3, 6, 6, dtype=dtype) for _ in range(2)], torch.arange(images) % 4
+
+
+def gradients(method) -> torch.Tensor:
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in method.parameters() if p.requires_grad])
+
+
+def worst(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_without_batch_norm_the_step_is_that_of_the_whole_batch(name, chunk, dtype):
+    views, labels = batch(dtype=dtype)
+    plain, cached = (make(name, batch_norm=False, dtype=dtype) for _ in range(2))
+    expected, found = GeSSL(plain, GesslConfig())(views, labels=labels), CachedObjective(cached, GesslConfig(), chunk)(views, labels=labels)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
+    expected.loss.backward()
+    found.loss.backward()
+    assert worst(gradients(cached), gradients(plain)) <= tolerance
+    for name, value in expected.metrics.items():
+        torch.testing.assert_close(found.metrics[name], value, rtol=10 * tolerance, atol=tolerance)
+    plain.update_state([(expected.outputs, expected.targets)], 0)
+    cached.update_state([(found.outputs, found.targets)], 0)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(cached.state_dict()[name], value, rtol=10 * tolerance, atol=tolerance, msg=name)
+
+
+class InChunks(nn.Module):
+    """A module that is called on two parts of its input, one after the other, with one graph over both."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, views):
+        parts = [self.inner([view.tensor_split(2)[place] for view in views]) for place in range(2)]
+        return Outputs(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("features", "projections")))
+
+
+def test_with_batch_norm_each_chunk_has_its_own_statistics_and_both_passes_agree():
+    views, _ = batch(12)
+    plain, cached = (make("simclr", batch_norm=True) for _ in range(2))
+    plain.loss(InChunks(plain)(views)).backward()
+    CachedObjective(cached, GesslConfig(), chunk=6)(views).loss.backward()
+    assert worst(gradients(cached), gradients(plain)) <= 1e-12
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(cached.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+    whole = make("simclr", batch_norm=True)
+    GeSSL(whole, GesslConfig())(views).loss.backward()
+    assert worst(gradients(cached), gradients(whole)) > 1e-3  # as documented: not the statistics of the whole batch
+
+
+def test_dropout_falls_on_the_same_units_in_both_passes():
+    views, _ = batch(12)
+    method = make("simclr", batch_norm=False, dropout=0.5)
+    objective = CachedObjective(method, GesslConfig(), chunk=4)
+    torch.manual_seed(7)
+    result = objective(views)
+    result.loss.backward()
+    direction = torch.randn_like(method.backbone[0].weight)
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            method.backbone[0].weight.add_(sign * 1e-6 * direction)
+            torch.manual_seed(7)
+            losses.append(objective(views).loss.item())
+            method.backbone[0].weight.sub_(sign * 1e-6 * direction)
+    slope = (method.backbone[0].weight.grad * direction).sum().item()
+    assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(slope, rel=1e-6)
+
+
+def test_under_autocast_the_second_pass_has_a_graph_and_the_gradient_of_the_first():
+    views, _ = batch(12, torch.float32)
+    plain, cached = (make("simclr", batch_norm=False, dtype=torch.float32) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = GeSSL(plain, GesslConfig())(views), CachedObjective(cached, GesslConfig(), chunk=5)(views)
+    expected.loss.backward()
+    found.loss.backward()
+    assert gradients(cached).norm() > 0
+    assert worst(gradients(cached), gradients(plain)) <= 0.05
+
+
+class Kept:
+    """A tensor that autograd keeps for a backward, counted for as long as it does."""
+
+    now = most = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Kept.now += tensor.nbytes
+        Kept.most = max(Kept.most, Kept.now)
+
+    def __del__(self):
+        Kept.now -= self.tensor.nbytes
+
+
+def most_kept(images: int, chunk: int) -> int:
+    """Peak of the bytes that autograd keeps during a step."""
+    method = make("simclr", batch_norm=False, dtype=torch.float32)
+    objective = CachedObjective(method, GesslConfig(), chunk) if chunk else GeSSL(method, GesslConfig())
+    views, _ = batch(images, torch.float32)
+    Kept.now = Kept.most = 0
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        objective(views).loss.backward()
+    return Kept.most
+
+
+def test_what_autograd_keeps_grows_with_the_chunk_and_not_with_the_batch():
+    plain, larger = most_kept(256, 0), most_kept(512, 0)
+    cached, larger_cached = most_kept(256, 8), most_kept(512, 8)
+    assert larger > 1.9 * plain
+    # What stays are the embeddings and the loss over them.
+    assert larger_cached - cached < 0.1 * (larger - plain)
+    assert cached < plain / 10
+
+
+def test_gessl_is_refused_with_the_reason():
+    with pytest.raises(UsageError, match="mini-batch is a task"):
+        CachedObjective(make("simclr", batch_norm=True), GesslConfig(w_sigma=1.0), chunk=4)
+
+
+def test_targets_that_belong_to_a_chunk_as_a_whole_are_refused():
+    class Odd(METHODS["simclr"]):  # type: ignore[misc, name-defined]
+        def targets(self, views, labels=None):
+            return views[0].mean()
+
+    torch.manual_seed(0)
+    method = Odd(MethodConfig(**METHOD), narrow_backbone(), RunFacts())
+    with pytest.raises(UsageError, match="gradient caching would change the loss"):
+        CachedObjective(method, GesslConfig(), chunk=4)(batch(8, torch.float32)[0])

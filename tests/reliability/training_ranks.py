@@ -1,0 +1,120 @@
+"""What one of several gloo processes does for test_training_ranks.py: training_ranks.py RANK WORLD_SIZE FOLDER. Writes FOLDER/RANK.pt."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from reliability.small_training import differences, run_steps, small_config, start
+
+from fastgessl import checkpoint
+from fastgessl.config import UsageError
+from fastgessl.methods import METHODS
+from fastgessl.methods.simclr import SimCLR
+from fastgessl.sharding import whole_tensors
+
+PLAIN = {"optim": {"base_lr": 0.1, "clip_gradient": 1.0}, "train": {"max_steps": 2, "batch_size": 8, "accumulate": 1}}
+# Small steps: gradients of norm 30 on batches of four images blow rounding up by a hundred a step.
+GESSL = {"optim": {"base_lr": 0.01}, "train": {"max_steps": 2, "batch_size": 8, "accumulate": 1, "checkpoint_every": 9}}
+MODES = {
+    "K 0": {"w_sigma": 1.0},
+    "head": {"w_sigma": 1.0, "inner_steps": 1, "scope": "head"},
+    "exact": {"w_sigma": 1.0, "inner_steps": 1},
+}
+
+
+def sharded(sections):
+    return sections | {"train": sections["train"] | {"sharding": "fsdp", "checkpoint_every": 9}}
+
+
+def outcome(data, folder, name, sections):
+    """Whole weights after the run, metrics of its last step on this rank, share of the weights that this rank holds."""
+    training = start(small_config(data, name, **sections), folder)
+    held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in training.method.parameters())
+    run_steps(training, folder)
+    weights = {key: value.clone() for key, value in whole_tensors(training.method).items() if isinstance(value, torch.Tensor)}
+    encoder = training.encoder()
+    views = torch.ones(2, 3, 8, 8)
+    return {"weights": weights, "share": held / sum(w.numel() for w in weights.values()), "features": encoder.eval()(views).detach()}
+
+
+class BadOnOneRank(SimCLR):
+    """Rank 1's third and fourth forwards, of the second step, are not finite."""
+
+    forwards = 0
+
+    def forward(self, views=None, *, features=None):
+        BadOnOneRank.forwards += 1
+        bad = torch.distributed.get_rank() == 1 and BadOnOneRank.forwards in (3, 4)
+        out = super().forward(views, features=features)
+        return replace(out, projections=out.projections * torch.nan) if bad else out
+
+
+class Remembers(SimCLR):
+    """Keeps a queue of this rank's own rows, which the loss pulls towards."""
+
+    def __init__(self, config, backbone, facts):
+        super().__init__(config, backbone, facts)
+        self.register_buffer("queue", torch.zeros(4, config.projector_out))
+
+    def loss(self, out, aux=None):
+        return super().loss(out, aux) + (out.projections[0, :4] - self.queue).square().mean()
+
+    def update_state(self, passes, step):
+        self.queue = passes[-1][0].projections[0, :4].clone()
+
+
+def resumed_over_ranks(data, folder, rank):
+    """Differences between a run of all ranks and the same from its middle."""
+    sections = {"method": {"negatives": "local"}, "model": {"batch_norm": "local"}, "train": {"max_steps": 4}}
+    METHODS["simclr"] = Remembers
+    whole, again = folder / "whole", folder / "again"
+    training = start(small_config(data, **sections), whole)
+    run_steps(training, whole)
+    expected = training.method.state_dict()
+    training = start(small_config(data, **sections), again)
+    run_steps(training, again, training.load(whole / "checkpoints" / "step-000000002"))
+    own = [place for place in differences(training.method.state_dict(), expected) if "running" not in place or rank == 0]
+    files = [checkpoint.load(run / "checkpoints" / "step-000000004") for run in (whole, again)]
+    METHODS["simclr"] = SimCLR
+    return own + differences(files[1], files[0]), len(files[0]["ranks"][1]["buffers"])
+
+
+def refusal(data, folder, **sections):
+    try:
+        start(small_config(data, **sections), folder)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def main(rank, size, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
+    data, report = folder / "images.npz", {}
+    for name in sorted(METHODS):
+        report["ddp", name] = outcome(data, folder / "ddp" / name, name, PLAIN)
+        report["fsdp", name] = outcome(data, folder / "fsdp" / name, name, sharded(PLAIN))
+    for label, settings in MODES.items():
+        sections = GESSL | {"gessl": settings}
+        report["ddp", label] = outcome(data, folder / "ddp" / label, "byol", sections)
+        report["fsdp", label] = outcome(data, folder / "fsdp" / label, "byol", sharded(sections))
+    cached = PLAIN | {"train": PLAIN["train"] | {"gradient_cache": 2}}
+    report["ddp", "cached"] = outcome(data, folder / "ddp" / "cached", "simclr", cached)
+    report["fsdp", "cached"] = outcome(data, folder / "fsdp" / "cached", "simclr", sharded(cached))
+    for negatives in ("global", "ring"):
+        report[negatives] = outcome(data, folder / negatives, "simclr", PLAIN | {"method": {"negatives": negatives}})
+    report["nothing to pass"] = refusal(data, folder / "refused", method={"name": "byol", "negatives": "ring"})
+    METHODS["simclr"] = BadOnOneRank
+    report["bad"] = outcome(data, folder / "bad", "simclr", {"train": {"max_steps": 4}})
+    METHODS["simclr"] = SimCLR
+    report["resumed"] = resumed_over_ranks(data, folder, rank)
+    report["compiled"] = refusal(data, folder / "refused", train={"sharding": "fsdp", "compile": True})
+    report["world_size"] = torch.distributed.get_world_size()
+    torch.save(report, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

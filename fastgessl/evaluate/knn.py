@@ -1,9 +1,13 @@
-"""Weighted k-nearest-neighbour classification of frozen features: no training, one number.
+"""k-nearest-neighbour classification of frozen features: no training, one number.
 
-Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, §3.4.
+Weighted by cosine: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, §3.4. Majority by
+Euclidean distance: Ermolov et al., "Whitening for Self-Supervised Representation Learning", ICML 2021.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +19,20 @@ from fastgessl.evaluate.splits import require_labels
 
 # Similarities held at once, as numbers: 128 MiB of float32.
 SIMILARITIES_AT_ONCE = 2**25
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """A k-NN protocol, which belongs beside its number."""
+
+    metric: Literal["cosine", "euclidean"]
+    k: int
+    temperature: float = 0.0
+    """T of the vote exp(cos/T); 0 under euclidean, where each neighbour has one vote."""
+
+
+# DINO's evaluation, CIFAR's (InstDisc, lightly), and that of W-MSE, DSA and GeSSL's tables.
+PUBLISHED = (Neighbours("cosine", 20, 0.07), Neighbours("cosine", 200, 0.1), Neighbours("euclidean", 5))
 
 
 def knn_classify(train: Features, test: Features, k: int, temperature: float) -> float:
@@ -38,6 +56,30 @@ def knn_classify(train: Features, test: Features, k: int, temperature: float) ->
     return (classes[votes.argmax(dim=1)] == test_labels).double().mean().item()
 
 
+def knn_protocols(train: Features, test: Features, protocols: tuple[Neighbours, ...] = PUBLISHED) -> dict[Neighbours, float]:
+    """Accuracy under each protocol; those that share a metric share one search. Raises UsageError as `knn_classify` does.
+
+    A majority that is tied goes to the class of the lowest label, as scikit-learn has it.
+
+    >>> features = Features(torch.eye(3).repeat(8, 1), torch.arange(3).repeat(8), torch.arange(24))
+    >>> knn_protocols(features, features, (Neighbours("euclidean", 5),))
+    {Neighbours(metric='euclidean', k=5, temperature=0.0): 1.0}
+    """
+    labels, test_labels = require_labels("knn_protocols", train.labels, test.labels)
+    train.require_finite("training images")
+    test.require_finite("test images")
+    obstacle = too_few_for_protocols(len(train), protocols)
+    if obstacle:
+        raise UsageError(obstacle)
+    classes, columns = labels.unique(return_inverse=True)
+    found: dict[Neighbours, float] = {}
+    for metric in dict.fromkeys(protocol.metric for protocol in protocols):
+        same = [protocol for protocol in protocols if protocol.metric == metric]
+        votes = _votes_of(train.features, columns, test.features, same, len(classes))
+        found |= {each: (classes[vote.argmax(dim=1)] == test_labels).double().mean().item() for each, vote in zip(same, votes, strict=True)}
+    return {protocol: found[protocol] for protocol in protocols}
+
+
 def too_few_neighbours(count: int, k: int) -> str:
     """Why k neighbours cannot be found among `count` training images; empty if they can."""
     if k <= count:
@@ -45,14 +87,41 @@ def too_few_neighbours(count: int, k: int) -> str:
     return f"evaluate.knn_k is {k}, but there are only {count} training images. Choose --evaluate.knn_k {count} or less."
 
 
+def too_few_for_protocols(count: int, protocols: tuple[Neighbours, ...]) -> str:
+    """Why some protocol's neighbours cannot be found among `count` training images; empty if they can."""
+    most = max(protocol.k for protocol in protocols)
+    return (
+        "" if most <= count else f"a protocol takes {most} neighbours, but there are only {count} training images. Leave knn_protocols out."
+    )
+
+
 def knn_votes(train: Tensor, columns: Tensor, test: Tensor, k: int, temperature: float, classes: int) -> Tensor:
     """Train (N, F) with class numbers `columns` (N,) and test (M, F) -> each class's share of the weighted vote, (M, C) float32."""
-    keys = F.normalize(train, dim=1)
-    votes = torch.zeros(len(test), classes)
+    return _votes_of(train, columns, test, [Neighbours("cosine", k, temperature)], classes)[0]
+
+
+def _votes_of(train: Tensor, columns: Tensor, test: Tensor, protocols: list[Neighbours], classes: int) -> list[Tensor]:
+    """The vote of each protocol, (M, C) float32; all have one metric."""
+    keys, queries, offset = _compared(train, test, protocols[0].metric)
+    votes = [torch.zeros(len(test), classes) for _ in protocols]
+    k = max(protocol.k for protocol in protocols)
     chunk = max(1, SIMILARITIES_AT_ONCE // len(train))
     for start in range(0, len(test), chunk):
-        similarity = F.normalize(test[start : start + chunk], dim=1) @ keys.T
-        nearest, neighbours = similarity.topk(k, dim=1)
-        # Softmax: the same vote as exp(cos/T), divided by its sum; exp alone overflows float32 below T = 0.012.
-        votes[start : start + chunk].scatter_add_(1, columns[neighbours], (nearest / temperature).softmax(dim=1))
+        nearest, neighbours = torch.addmm(offset, queries[start : start + chunk], keys.T).topk(k, dim=1)
+        for protocol, vote in zip(protocols, votes, strict=True):
+            weights = torch.ones(len(nearest), protocol.k)
+            if protocol.temperature:
+                # Softmax: the same vote as exp(cos/T), divided by its sum; exp alone overflows float32 below T = 0.012.
+                weights = (nearest[:, : protocol.k] / protocol.temperature).softmax(dim=1)
+            vote[start : start + chunk].scatter_add_(1, columns[neighbours[:, : protocol.k]], weights)
     return votes
+
+
+def _compared(train: Tensor, test: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys (N, F), queries (M, F) and an offset (1, N): offset + queries·keysᵀ is greater, the nearer a key is to a query."""
+    if metric == "cosine":
+        return F.normalize(train, dim=1), F.normalize(test, dim=1), torch.zeros(1, len(train))
+    # −‖q − k‖²/2 without ‖q‖², which is the same for all keys. About the common mean, where float32 loses least to cancellation.
+    centre = train.mean(dim=0)
+    keys = train - centre
+    return keys, test - centre, -keys.square().sum(dim=1)[None] / 2

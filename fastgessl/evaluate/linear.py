@@ -113,7 +113,7 @@ def few_label_probe(
     labels, test_labels = require_labels("few_labels", train.labels, test.labels)
     train.require_finite("training images")
     test.require_finite("test images")
-    mean, scale = _statistics(train.features)
+    mean, scale = standardisation(train.features)
     generator = torch.Generator().manual_seed(seed)
     probes = []
     for _ in range(repeats):
@@ -128,7 +128,7 @@ def fit_probe(train: Features, seed: int = 0, weight_decay: float | None = None)
     """Fit on all labelled training images; λ as given, or chosen on a fifth of them."""
     labels, _ = require_labels("linear", train.labels, train.labels)
     train.require_finite("training images")
-    mean, scale = _statistics(train.features)
+    mean, scale = standardisation(train.features)
     inputs = (train.features - mean) / scale
     if weight_decay is None:
         weight_decay = choose_weight_decay(inputs, labels, seed)
@@ -192,7 +192,7 @@ def _solve(regression: LogisticRegression, inputs: Tensor, labels: Tensor, weigh
     return weight, bias, converged
 
 
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each column, (F,) float32; 1 instead of the deviation where a column is constant."""
     deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
     # A constant float32 column (a border pixel) shows a deviation of rounding size, which would blow noise up to unit variance.

@@ -1,8 +1,8 @@
-"""Evaluation of a run: k-NN and an online probe along the way, every task at the end or by `fastgessl evaluate`."""
+"""Evaluation of a run: k-NN, effective rank and an online probe along the way, every task at the end or by `fastgessl evaluate`."""
 
 from __future__ import annotations
 
-import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,34 +10,39 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from fastgessl import pipelines, runs
-from fastgessl.build import build_accelerator, view_specs
+from fastgessl.build import build_accelerator
 from fastgessl.config import Config, UsageError
+from fastgessl.evaluate.cache import FeatureCache
+from fastgessl.evaluate.extraction import Extraction
+from fastgessl.evaluate.further import Rows, measure_further, require_one_process
 from fastgessl.evaluate.online import OnlineProbe
-from fastgessl.evaluate.suite import EvaluationData, evaluate, held_out_test, monitor, plan_tasks
+from fastgessl.evaluate.report import Report, plain
+from fastgessl.evaluate.sources import Source, open_transfer
+from fastgessl.evaluate.subject import Subject
+from fastgessl.evaluate.suite import EvaluationData, Extracted, held_out_test, measure, monitor
+from fastgessl.evaluate.tables import tables
+from fastgessl.evaluate.tasks import DEFAULT_TASKS, TRANSFER_TASKS, named_tasks, plan_tasks
 from fastgessl.methods import Outputs
 from fastgessl.models import build_backbone, feature_width
 from fastgessl.pipelines.images import Images
-
-# Batches that estimate the untrained encoder's batch-norm statistics: 20 x 256 images fix a mean to about 1.5 % of a standard deviation.
-_CALIBRATION_BATCHES = 20
 
 
 class RunEvaluation:
     """What is measured of one run. Built before training starts, so that a task that cannot be done is refused then."""
 
-    def __init__(self, config: Config, images: Images, accelerator: Accelerator) -> None:
-        self._config, self._images, self._accelerator = config, images, accelerator
-        self._test = pipelines.open_images(config.data.name, config.data.root, "test")
+    def __init__(self, config: Config, images: Images, accelerator: Accelerator, cache: FeatureCache | None = None) -> None:
+        self._config, self._accelerator = config, accelerator
+        self._source = Source(config.data.name, images, pipelines.open_images(config.data.name, config.data.root, "test"))
         labels = _labels(images)
-        plan_tasks(config.evaluate, *self._judged_labels(labels), has_views=True)
+        self._tasks, _ = plan_tasks(config.evaluate, *self._judged_labels(labels), has_views=True)
+        require_one_process(self._tasks, accelerator.num_processes)
+        self._transfer = _transfer_sources(config)
+        self._extraction = Extraction(config, accelerator, cache or FeatureCache(None))
         self.probe: OnlineProbe | None = None
         if config.evaluate.every_epochs and labels is not None:
             width = feature_width(build_backbone(config.model))
@@ -45,8 +50,9 @@ class RunEvaluation:
 
     def _judged_labels(self, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The labels that probes will learn from and be judged by."""
-        if self._test is not None or labels is None:
-            return labels, None if self._test is None else _labels(self._test)
+        test = self._source.test
+        if test is not None or labels is None:
+            return labels, None if test is None else _labels(test)
         kept, held = held_out_test(labels, self._config.train.seed)
         return labels[kept], labels[held]
 
@@ -56,86 +62,87 @@ class RunEvaluation:
             self.probe.update(outputs.features[0], labels)
 
     def during_training(self, backbone: nn.Module) -> dict[str, float]:
-        """k-NN accuracy and the online probe's; empty without labels. Every rank calls it."""
+        """Effective rank, and with labels k-NN accuracy and the online probe's. Every rank calls it."""
         _adopt_first_ranks_statistics(backbone)
-        device = self._accelerator.device
-        return monitor(backbone, self._data(), self._config.evaluate, self._config.train.seed, device, probe=self.probe)
+        still, test = [self._extraction.still], self._source.test
+        loaders = [self._extraction.loader(images, still) for images in (self._source.train, test) if images is not None]
+        try:
+            device, seed = self._accelerator.device, self._config.train.seed
+            return monitor(backbone, EvaluationData(*loaders), self._config.evaluate, seed, device, probe=self.probe)
+        finally:
+            for loader in loaders:
+                loader.close()
 
-    def finish(self, backbone: nn.Module, run: Path, facts: Mapping[str, Any]) -> None:
-        """Measure raw pixels, the untrained encoder and this one; print the table, write evaluation.json and summary.json."""
+    def finish(self, backbone: nn.Module, run: Path, facts: Mapping[str, Any], name: str = "this run") -> None:
+        """Measure raw pixels, the untrained encoder and this one; print the tables, write evaluation.json and summary.json."""
         _adopt_first_ranks_statistics(backbone)
-        rows: dict[str, Any] = {"raw pixels": "pixels", "untrained encoder": self._untrained(), "this run": backbone}
-        main = self._accelerator.is_main_process
-        report = evaluate(rows, self._data(), self._config.evaluate, self._config.train.seed, self._accelerator.device, progress=main)
-        if main:
-            measured = report.to_json()
+        rows: Rows = {"raw pixels": "pixels", "untrained encoder": self._extraction.untrained(self._source.train), name: backbone}
+        sources = [self._source, *self._transfer]
+        features = {
+            source.name: {row: self._extraction.extracted(row, encoder, source, transfer=number > 0) for row, encoder in rows.items()}
+            for number, source in enumerate(sources)
+        }
+        reports = [self._report(source, features[source.name], transfer=number > 0) for number, source in enumerate(sources)]
+        further = measure_further(self._tasks, rows, features, sources, self._extraction, run)
+        if self._accelerator.is_main_process:
+            self._show([report for report in reports if report.tasks], further)
+            transfer = {source.name: report.to_json() for source, report in zip(sources[1:], reports[1:], strict=True)}
+            measured = reports[0].to_json() | ({"transfer": transfer} if transfer else {}) | plain(further)
             runs.write_json(run / "evaluation.json", measured)
             runs.write_json(run / "summary.json", {"recipe": self._config.recipe, "run": run.name, **facts, "evaluation": measured})
-            Console().print(report.table())
             print(f"run folder: {run}", flush=True)
 
-    def _data(self) -> EvaluationData:
-        config = self._config
-        still = [pipelines.evaluation_view(config.views.size, mean=config.views.mean, std=config.views.std)]
-        augmented = [replace(spec, repeat=1) for spec in view_specs(config) for _ in range(spec.repeat)][:2]
-        return EvaluationData(
-            train=self._loader(self._images, still),
-            test=None if self._test is None else self._loader(self._test, still),
-            views=self._loader(self._images if self._test is None else self._test, augmented),
-        )
+    def _report(self, source: Source, features: Mapping[str, Extracted], *, transfer: bool) -> Report:
+        """The feature tasks on one data set; on a further one those that say something of transfer."""
+        settings, progress = self._config.evaluate, self._accelerator.is_main_process
+        lenient = transfer and (not settings.tasks or "all" in settings.tasks)
+        if transfer:
+            wanted = named_tasks(settings.tasks) or DEFAULT_TASKS
+            tasks = tuple(task for task in wanted if task in TRANSFER_TASKS)
+            if not tasks:
+                return Report({}, (), {}, {}, settings, source.name)
+            settings = settings.model_copy(update={"tasks": tasks})
+        try:
+            report = measure(features, source.test is None, settings, self._config.train.seed, progress, lenient)
+        except UsageError as error:
+            raise UsageError(f"{source.name}: {error}") from None
+        return replace(report, data=source.name)
 
-    def _loader(self, images: Images, views: list[pipelines.ViewSpec], *, sharded: bool = True) -> pipelines.Loader:
-        world_size = self._accelerator.num_processes if sharded else 1
-        return pipelines.build(
-            images,
-            views,
-            batch_size=self._config.evaluate.batch_size * world_size,
-            engine=self._config.data.engine,
-            device=self._accelerator.device,
-            rank=self._accelerator.process_index if sharded else 0,
-            world_size=world_size,
-            seed=self._config.train.seed,
-            training=False,
-            workers=self._config.data.workers,
-            resident_limit=self._config.data.resident_limit,
-        )
-
-    def _untrained(self) -> nn.Module:
-        """The encoder that training started from, with batch-norm statistics of the training images: with the initial 0 and 1 it would
-        be a weaker baseline than it is (digits, mean of three seeds, ten labels a class: 62.9 % against 65.1 %)."""
-        backbone = untrained_encoder(self._config).to(self._accelerator.device).to(memory_format=torch.channels_last)
-        still = pipelines.evaluation_view(self._config.views.size, mean=self._config.views.mean, std=self._config.views.std)
-        batches = itertools.islice(self._loader(self._images, [still], sharded=False), _CALIBRATION_BATCHES)
-        update_bn((batch.views[0] for batch in batches), backbone)
-        return backbone
+    def _show(self, reports: list[Report], further: Mapping[str, Any]) -> None:
+        console = Console()
+        for table in [*(report.table() for report in reports), *tables(further)]:
+            console.print(table)
 
 
-def untrained_encoder(config: Config) -> nn.Module:
-    """The backbone with the weights that `config` starts training from: they depend on its model and seed alone."""
-    set_seed(config.train.seed)
-    return build_backbone(config.model)
-
-
-def evaluate_run(config: Config, folder: str | Path) -> None:
-    """`fastgessl evaluate`: measure the exported encoder of a finished run. UsageError if there is none or it does not fit the model."""
-    run = Path(folder)
-    weights = run / "encoder.safetensors"
-    if not weights.is_file():
-        raise UsageError(
-            f"run '{run}' has no encoder.safetensors, so it has not been trained to its end. "
-            f"Finish it: fastgessl train {run / 'config.yaml'} --train.run_dir {run} --train.resume auto"
-        )
-    backbone = untrained_encoder(config)
-    try:
-        backbone.load_state_dict(load_file(weights))
-    except (RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"'{weights}' does not hold the weights of model.name {config.model.name}: {reason}") from None
-    accelerator = build_accelerator(config, run)
+def evaluate_subject(subject: Subject) -> None:
+    """`fastgessl evaluate`: measure an encoder, its features kept in its folder."""
+    config = subject.config
+    accelerator = build_accelerator(config, subject.folder)
     images = pipelines.open_images(config.data.name, config.data.root)
     assert images is not None  # only a test split can be absent
-    backbone.to(accelerator.device).to(memory_format=torch.channels_last)
-    RunEvaluation(config, images, accelerator).finish(backbone, run, facts={})
+    encoder = subject.encoder.to(accelerator.device).to(memory_format=torch.channels_last)
+    cache = FeatureCache(subject.folder / "features" if config.evaluate.cache else None)
+    evaluation = RunEvaluation(config, images, accelerator, cache)
+    evaluation.finish(encoder, subject.folder, _earlier_facts(subject.folder), subject.name)
+
+
+def _transfer_sources(config: Config) -> list[Source]:
+    """The data sets of evaluate.transfer. UsageError for two of one name, which a table could not tell apart."""
+    sources = [open_transfer(specification) for specification in config.evaluate.transfer]
+    names = [config.data.name, *(source.name for source in sources)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(
+            f"evaluate.transfer: two data sets are called '{twice}', the run's own included. Leave one out or rename its file."
+        )
+    return sources
+
+
+def _earlier_facts(folder: Path) -> dict[str, Any]:
+    """What training wrote into summary.json beside the evaluation."""
+    summary = folder / "summary.json"
+    written = json.loads(summary.read_text()) if summary.is_file() else {}
+    return {key: value for key, value in written.items() if key not in ("recipe", "run", "evaluation")}
 
 
 def _labels(images: Images) -> Tensor | None:

@@ -1,8 +1,7 @@
-"""The whole evaluation: several encoders, the same images, every task that the data allows."""
+"""The whole evaluation on frozen features: several encoders, the same images, every task that the data allows."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
@@ -11,26 +10,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgessl.config import EvaluateConfig, UsageError
+from fastgessl.config import EvaluateConfig
+from fastgessl.evaluate.conditions import measure_conditions
 from fastgessl.evaluate.features import Features, Pixels, extract_features, extract_views
-from fastgessl.evaluate.geometry import crowding_ratio, measure_geometry
-from fastgessl.evaluate.knn import knn_classify, too_few_neighbours
+from fastgessl.evaluate.few_shot import FewShotResult, few_shot
+from fastgessl.evaluate.geometry import crowding_ratio, effective_rank, measure_geometry
+from fastgessl.evaluate.gradient_probes import gradient_probe
+from fastgessl.evaluate.knn import knn_classify, knn_protocols, too_few_neighbours
+from fastgessl.evaluate.label_fractions import label_fraction_probe
 from fastgessl.evaluate.linear import LinearProbe, few_label_probe, fit_probe, score
 from fastgessl.evaluate.online import OnlineProbe
 from fastgessl.evaluate.progress import shown
 from fastgessl.evaluate.report import Measurements, Report
 from fastgessl.evaluate.sigma import sigma_to_labels
-from fastgessl.evaluate.splits import hold_out, too_few_labels, unusable_labels
+from fastgessl.evaluate.splits import hold_out, unusable_labels
+from fastgessl.evaluate.tasks import DEFAULT_TASKS, IMAGE_TASKS, named_tasks, plan_tasks
 
 Measured = TypeVar("Measured")
-TASKS = ("linear", "few_labels", "knn", "sigma", "geometry")
 HELD_OUT_FRACTION = 0.2
 # The pairs of uniformity and retrieval grow with the square of the images: 4,096 take 7 s a row on two busy cores.
 GEOMETRY_IMAGES = 4096
-# What nobody asked for by name must not hold up the end of a run, nor outlast the ten minutes that NCCL lets the other ranks wait.
-SECONDS_UNASKED = 600.0
-# Measured: 20 s for a probe on 50,000 × 512 × 10 with its search, a fit alone a quarter; 13 s for k-NN of 10,000 against 50,000 × 512.
-SECONDS_PER_PRODUCT = {"linear": 8e-8, "sigma": 8e-8, "few_labels": 2e-8, "knn": 5e-11}
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,15 @@ class EvaluationData:
 
 
 @dataclass(frozen=True)
-class _Extracted:
+class Extracted:
     """An encoder's features of all that is measured."""
 
     train: Features
     test: Features
     views: tuple[Features, ...] | None
+    """The two augmented views of each image, for geometry; None if there are none."""
+    pool: Features | None = None
+    """Images that few-shot episodes are drawn from; None draws from the test images."""
 
 
 def evaluate(
@@ -74,9 +76,9 @@ def evaluate(
     >>> sorted(report.rows["raw pixels"]["linear"])
     ['accuracy', 'converged', 'deviation', 'draws', 'labelled', 'weight_decay']
     """
-    require_known_tasks(settings.tasks)
+    _require_feature_tasks(settings)
     extracted = {name: _extract(encoder, data, settings, seed, device, precision, progress) for name, encoder in rows.items()}
-    return _on_first_rank(lambda: _measure(extracted, data.test is None, settings, seed, progress))
+    return measure(extracted, data.test is None, settings, seed, progress)
 
 
 def monitor(
@@ -88,54 +90,24 @@ def monitor(
     precision: str = "fp32",
     probe: OnlineProbe | None = None,
 ) -> dict[str, float]:
-    """The quick look during training: k-NN accuracy and, with an online probe, its accuracy on the test images. Empty without labels.
+    """The quick look during training: effective rank, and with labels k-NN accuracy and the online probe's, if there is one, on the test
+    images.
 
     Takes the same images as `evaluate` with the same `seed`, and leaves the encoder as it was. Every rank calls it.
     """
     features = _extract(encoder, EvaluationData(data.train, data.test), settings, seed, device, precision, progress=False)
-    return _on_first_rank(lambda: _quick_look(features, settings, probe))
+    return on_first_rank(lambda: _quick_look(features, settings, probe))
 
 
-def _quick_look(features: _Extracted, settings: EvaluateConfig, probe: OnlineProbe | None) -> dict[str, float]:
+def _quick_look(features: Extracted, settings: EvaluateConfig, probe: OnlineProbe | None) -> dict[str, float]:
+    measured = {"effective_rank": effective_rank(features.train.features)}
     if unusable_labels(features.train.labels, features.test.labels):
-        return {}
-    measured = {}
+        return measured
     if not too_few_neighbours(len(features.train), settings.knn_k):
         measured["knn"] = knn_classify(features.train, features.test, settings.knn_k, settings.knn_temperature)
     if probe is not None:
         measured["online_probe"] = probe.accuracy(features.test)
     return measured
-
-
-def require_known_tasks(tasks: Iterable[str]) -> None:
-    """Raises UsageError, with the nearest name and all known ones, for a task that does not exist. Cheap: call it before training."""
-    for task in tasks:
-        if task not in TASKS:
-            nearest = difflib.get_close_matches(task, TASKS, n=1)
-            hint = f" Perhaps you meant {nearest[0]}." if nearest else ""
-            raise UsageError(f"evaluate.tasks names an unknown task '{task}'.{hint} Known tasks: {', '.join(TASKS)}.")
-
-
-def plan_tasks(
-    settings: EvaluateConfig, train: Tensor | None, test: Tensor | None, has_views: bool, width: int = 0
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Which tasks run, and which the data does not allow with the reason, from the labels of both splits (N,), (M,) or None.
-
-    Tasks named in `settings.tasks` must be possible, else UsageError; with none named, those that are possible run, and for features of
-    `width` columns those that take no longer than ten minutes.
-
-    >>> plan_tasks(EvaluateConfig(tasks=("linear",)), torch.tensor([0, 1]), torch.tensor([1]), has_views=False)
-    (('linear',), {})
-    """
-    require_known_tasks(settings.tasks)
-    obstacles = {task: _obstacle(task, settings, train, test, has_views) for task in settings.tasks or TASKS}
-    if not settings.tasks and train is not None and test is not None:
-        obstacles = {task: obstacle or _too_slow(task, settings, train, test, width) for task, obstacle in obstacles.items()}
-    skipped = {task: obstacle for task, obstacle in obstacles.items() if obstacle}
-    if settings.tasks and skipped:
-        task, obstacle = next(iter(skipped.items()))
-        raise UsageError(f"Task {task}: {obstacle}")
-    return tuple(task for task in obstacles if task not in skipped), skipped
 
 
 def held_out_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -147,32 +119,6 @@ def held_out_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return hold_out(labels, HELD_OUT_FRACTION, torch.Generator().manual_seed(seed))
 
 
-def _obstacle(task: str, settings: EvaluateConfig, train: Tensor | None, test: Tensor | None, has_views: bool) -> str:
-    if task == "geometry":
-        return "" if has_views else "there is no loader of augmented views."
-    obstacle = unusable_labels(train, test)
-    if obstacle or train is None:
-        return obstacle
-    if task == "few_labels":
-        return too_few_labels(train, settings.labels_per_class)
-    return too_few_neighbours(len(train), settings.knn_k) if task == "knn" else ""
-
-
-def _too_slow(task: str, settings: EvaluateConfig, train: Tensor, test: Tensor, width: int) -> str:
-    classes = len(train.unique())
-    products = {
-        "linear": len(train) * width * classes,
-        "few_labels": settings.few_label_draws * settings.labels_per_class * classes * width * classes,
-        "knn": len(train) * len(test) * width,
-        "geometry": 0,
-    }
-    seconds = SECONDS_PER_PRODUCT.get(task, 0) * products["linear" if task == "sigma" else task]
-    if seconds <= SECONDS_UNASKED:
-        return ""
-    size = f"{len(train)} images, {classes} classes and {width} features"
-    return f"{size} would take up to {seconds / 3600:.1f} h. Ask for it: --evaluate.tasks {task}."
-
-
 def _extract(
     encoder: nn.Module | Literal["pixels"],
     data: EvaluationData,
@@ -181,7 +127,7 @@ def _extract(
     device: torch.device | str,
     precision: str,
     progress: bool,
-) -> _Extracted:
+) -> Extracted:
     if encoder == "pixels":
         encoder, device, precision = Pixels(), "cpu", "fp32"
     assert isinstance(encoder, nn.Module)
@@ -189,30 +135,63 @@ def _extract(
     if data.test is not None:
         test = extract_features(encoder, data.test, device, precision, progress)
     else:
-        train, test = _hold_out_features(train, seed)
-    wants_geometry = "geometry" in (settings.tasks or TASKS)
+        train, test = hold_out_features(train, seed)
+    wants_geometry = wants_views(settings)
     views = extract_views(encoder, data.views, device, precision, progress) if data.views is not None and wants_geometry else None
-    return _Extracted(train, test, views)
+    return Extracted(train, test, views)
 
 
-def _hold_out_features(features: Features, seed: int) -> tuple[Features, Features]:
+def wants_views(settings: EvaluateConfig) -> bool:
+    """Whether some task looks at augmented views."""
+    return bool({"geometry", "conditions"} & set(named_tasks(settings.tasks) or DEFAULT_TASKS))
+
+
+def hold_out_features(features: Features, seed: int) -> tuple[Features, Features]:
+    """(kept, held out) of training features for which there is no test split; without labels nothing is held out."""
     if features.labels is None:
         return features, features.subset(torch.empty(0, dtype=torch.int64))
     kept, held = held_out_test(features.labels, seed)
     return features.subset(kept), features.subset(held)
 
 
-def _measure(extracted: dict[str, _Extracted], held_out: bool, settings: EvaluateConfig, seed: int, progress: bool) -> Report:
+def measure(
+    extracted: Mapping[str, Extracted],
+    held_out: bool,
+    settings: EvaluateConfig,
+    seed: int = 0,
+    progress: bool = False,
+    lenient: bool = False,
+) -> Report:
+    """The tasks on features that were extracted before, rank 0 at work and the same report on every rank.
+
+    `held_out`: the test images were taken from the training images. Tasks that need the encoder are left to their own functions.
+    `lenient` skips a task asked for by name that the data does not allow. Raises UsageError as `evaluate` does.
+    """
+    return on_first_rank(lambda: _measure(extracted, held_out, settings, seed, progress, lenient))
+
+
+def _require_feature_tasks(settings: EvaluateConfig) -> None:
+    """Raises ValueError for tasks that features are not enough for, UsageError for unknown ones."""
+    beyond = [task for task in named_tasks(settings.tasks) if task in IMAGE_TASKS and "all" not in settings.tasks]
+    if beyond:
+        raise ValueError(f"Task {beyond[0]} takes the encoder and its images, not loaders. Use `fastgessl evaluate --tasks {beyond[0]}`.")
+
+
+def _measure(
+    extracted: Mapping[str, Extracted], held_out: bool, settings: EvaluateConfig, seed: int, progress: bool, lenient: bool
+) -> Report:
     for name, features in extracted.items():
         for part in (features.train, features.test, *(features.views or ())):
             part.require_finite(f"Row '{name}'")
     sample = next(iter(extracted.values()))
     width = max(features.train.features.shape[1] for features in extracted.values())
-    tasks, skipped = plan_tasks(settings, sample.train.labels, sample.test.labels, sample.views is not None, width)
+    pool = sample.test if sample.pool is None else sample.pool
+    tasks, skipped = plan_tasks(settings, sample.train.labels, sample.test.labels, sample.views is not None, width, pool.labels, lenient)
     classes = 0 if sample.train.labels is None else len(sample.train.labels.unique())
     images = {"train": len(sample.train), "test": len(sample.test), "classes": classes, "held_out": int(held_out)}
     rows: dict[str, Measurements] = {name: {"features": {"width": part.train.features.shape[1]}} for name, part in extracted.items()}
     probes: dict[str, LinearProbe] = {}
+    tasks = tuple(task for task in tasks if task not in IMAGE_TASKS)
     for name, task in shown([(name, task) for name in rows for task in tasks], "measurements", progress):
         if task in ("linear", "sigma") and name not in probes:
             probes[name] = fit_probe(extracted[name].train, seed)
@@ -220,7 +199,7 @@ def _measure(extracted: dict[str, _Extracted], held_out: bool, settings: Evaluat
     return Report(rows, tasks, skipped, images, settings)
 
 
-def _measure_task(task: str, features: _Extracted, probe: LinearProbe | None, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+def _measure_task(task: str, features: Extracted, probe: LinearProbe | None, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
     train, test = features.train, features.test
     match task:
         case "linear":
@@ -234,23 +213,52 @@ def _measure_task(task: str, features: _Extracted, probe: LinearProbe | None, se
         case "knn":
             accuracy = knn_classify(train, test, settings.knn_k, settings.knn_temperature)
             return {"accuracy": accuracy, "k": settings.knn_k, "temperature": settings.knn_temperature, "metric": "cosine"}
+        case "knn_protocols":
+            return {"protocols": [asdict(each) | {"accuracy": found} for each, found in knn_protocols(train, test).items()]}
+        case "linear_sgd" | "mlp":
+            hidden = settings.mlp_hidden if task == "mlp" else 0
+            return asdict(gradient_probe(train, test, hidden=hidden, epochs=settings.probe_epochs, seed=seed))
+        case "label_fractions":
+            shares = settings.label_fractions
+            found = [label_fraction_probe(train, test, share, draws=settings.fraction_draws, seed=seed) for share in shares]
+            return {"fractions": [asdict(each) for each in found]}
+        case "few_shot":
+            pool = test if features.pool is None else features.pool
+            return {"episodes": [asdict(_few_shot(pool, settings, shots, seed)) for shots in settings.shots]}
+        case "conditions":
+            first, second = _view_sample(features, seed)
+            return asdict(measure_conditions(first, second, 0 if train.labels is None else len(train.labels.unique()), seed))
     return _geometry(features, seed)
 
 
-def _geometry(features: _Extracted, seed: int) -> dict[str, Any]:
+def _few_shot(test: Features, settings: EvaluateConfig, shots: int, seed: int) -> FewShotResult:
+    return few_shot(test, ways=settings.ways, shots=shots, queries=settings.queries, episodes=settings.episodes, seed=seed)
+
+
+def _view_sample(features: Extracted, seed: int) -> tuple[Tensor, Tensor]:
+    """Both views of a seeded sample of the images, (N, F) each."""
     assert features.views is not None
     if len(features.views) != 2:
         raise ValueError(f"The loader of augmented views yields {len(features.views)} views an image; geometry takes two.")
     first, second = features.views
-    rows = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))[:GEOMETRY_IMAGES].sort().values
-    geometry = asdict(measure_geometry(first.features[rows], second.features[rows]))
+    rows = view_sample(len(first), seed)
+    return first.features[rows], second.features[rows]
+
+
+def view_sample(count: int, seed: int) -> Tensor:
+    """Which of `count` images augmented views are looked at: at most 4,096, increasing."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:GEOMETRY_IMAGES].sort().values
+
+
+def _geometry(features: Extracted, seed: int) -> dict[str, Any]:
+    geometry = asdict(measure_geometry(*_view_sample(features, seed)))
     labels = features.train.labels
     if labels is not None and len(labels.unique()) > 1:
         geometry["crowding"] = crowding_ratio(features.train.features, labels)
     return geometry
 
 
-def _on_first_rank(measure: Callable[[], Measured]) -> Measured:
+def on_first_rank(measure: Callable[[], Measured]) -> Measured:
     """Measure on rank 0; every rank returns what it found or raises its error."""
     if not (dist.is_available() and dist.is_initialized()):
         return measure()

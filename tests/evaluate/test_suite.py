@@ -12,9 +12,9 @@ from torch import nn
 from fastgessl import pipelines
 from fastgessl.config import EvaluateConfig, UsageError
 from fastgessl.evaluate import (
-    TASKS,
     EvaluationData,
     OnlineProbe,
+    effective_rank,
     evaluate,
     extract_features,
     few_label_probe,
@@ -30,6 +30,10 @@ from fastgessl.evaluate import (
     sigma_to_labels,
     suite,
 )
+from fastgessl.evaluate import (
+    tasks as task_plan,
+)
+from fastgessl.evaluate.tasks import DEFAULT_TASKS
 
 SETTINGS = EvaluateConfig(knn_k=3, labels_per_class=4, few_label_draws=3)
 
@@ -63,7 +67,7 @@ def printed(report, width: int = 120) -> str:
 def test_the_report_holds_what_each_measurement_gives_alone(data):
     report = evaluate({"raw pixels": "pixels", "this run": encoder()}, data, SETTINGS, seed=2)
 
-    assert report.tasks == TASKS and not report.skipped
+    assert report.tasks == DEFAULT_TASKS and not report.skipped
     for name, take in (("raw pixels", raw_pixels), ("this run", lambda part: extract_features(encoder(), part, "cpu"))):
         train, test, row = take(data.train), take(data.test), report.rows[name]
         assert row["linear"]["accuracy"] == linear_probe(train, test, seed=2).accuracy
@@ -145,7 +149,7 @@ def test_data_without_labels_is_measured_by_geometry_alone_and_the_table_says_wh
     text = " ".join(printed(report).split())
     assert "30 images without labels" in text
     assert "not run: linear, few_labels, knn, sigma: the training images have no labels" in text
-    assert monitor(encoder(), unlabelled, SETTINGS) == {}
+    assert set(monitor(encoder(), unlabelled, SETTINGS)) == {"effective_rank"}
 
 
 def test_without_a_test_split_a_seeded_stratified_fifth_is_held_out(loader):
@@ -220,7 +224,7 @@ def test_what_the_data_does_not_allow_is_an_error_if_asked_for_and_skipped_with_
         plan_tasks(EvaluateConfig(tasks=(task,), knn_k=3, labels_per_class=4), train, test, has_views=False)
     tasks, skipped = plan_tasks(SETTINGS, train, test, has_views=False)
     assert task not in tasks and message.split(".")[0] in skipped[task]
-    assert set(tasks) | set(skipped) == set(TASKS)
+    assert set(tasks) | set(skipped) == set(DEFAULT_TASKS)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +236,13 @@ def test_what_would_take_hours_waits_to_be_asked_for(images, classes, width, slo
     tasks, skipped = plan_tasks(EvaluateConfig(), train, test, has_views=True, width=width)
     asked, _ = plan_tasks(EvaluateConfig(tasks=("linear",)), train, test, has_views=True, width=width)
 
-    assert set(skipped) == slow and set(tasks) == set(TASKS) - slow
+    assert set(skipped) == slow and set(tasks) == set(DEFAULT_TASKS) - slow
     assert asked == ("linear",)
     assert all(reason.endswith(f"Ask for it: --evaluate.tasks {task}.") for task, reason in skipped.items())
 
 
 def test_the_suite_knows_the_width_of_its_rows(data, monkeypatch):
-    monkeypatch.setattr(suite, "SECONDS_UNASKED", 90 * 50 * 3 * 8e-8)
+    monkeypatch.setattr(task_plan, "SECONDS_UNASKED", 90 * 50 * 3 * 8e-8)
 
     assert "linear" in evaluate({"x": encoder()}, data, SETTINGS).tasks
     assert "linear" in evaluate({"x": encoder(), "y": "pixels"}, data, SETTINGS).skipped
@@ -274,8 +278,9 @@ def test_monitor_is_k_nn_and_the_online_probe_on_the_same_images(data):
 
     measured = monitor(net, data, SETTINGS, probe=probe)
 
-    assert measured == {"knn": knn_classify(train, test, 3, 0.07), "online_probe": probe.accuracy(test)}
-    assert set(monitor(net, data, EvaluateConfig(knn_k=91))) == set()
+    rank = effective_rank(train.features)
+    assert measured == {"effective_rank": rank, "knn": knn_classify(train, test, 3, 0.07), "online_probe": probe.accuracy(test)}
+    assert set(monitor(net, data, EvaluateConfig(knn_k=91))) == {"effective_rank"}
 
 
 def test_the_pipelines_loaders_are_taken_as_they_are():
@@ -288,7 +293,7 @@ def test_the_pipelines_loaders_are_taken_as_they_are():
 
     report = evaluate({"raw pixels": "pixels"}, data, SETTINGS)
 
-    assert report.tasks == TASKS
+    assert report.tasks == DEFAULT_TASKS
     torch.testing.assert_close(
         raw_pixels(data.train).features, torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1) / 127.5 - 1, rtol=1e-5, atol=1e-5
     )

@@ -1,6 +1,7 @@
 """The command line: parse, build, run, close. Nothing else.
 
-Exit codes: 0 done; 2 a mistake that the message tells how to mend; 130 / 143 stopped by Ctrl-C / SIGTERM with a checkpoint written.
+Exit codes: 0 done; 2 a mistake that the message tells how to mend; 130 / 138 / 143 stopped by Ctrl-C / SIGUSR1 / SIGTERM with a checkpoint
+written; 75 another process of the job has died.
 Nothing heavy is imported before it is known that there is work to do.
 """
 
@@ -14,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fastgessl.config import Config, UsageError
@@ -23,9 +25,14 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "train a recipe, evaluate it and write the run's folder",
-    "evaluate": "measure what a finished run has learned",
+    "evaluate": "measure what a run, a timm model or a file of weights has learned",
+    "embed": "write the features of a folder of images as .npz",
+    "report": "write one HTML page on a run, or on several with a comparison",
+    "export": "write a run's encoder for timm, torchvision or the hub",
     "recipes": "list the recipes, or show one with the source of each number",
     "doctor": "what this machine has, and which engine and kernels will be used",
+    "prepare": "make a folder of pictures into tar shards or an .npz, or fetch a data set by name",
+    "views": "write a picture of a recipe's images and their views, by one engine or by two side by side",
 }
 
 
@@ -40,7 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below; COMMAND --help explains it")
     command = parser.parse_args(arguments[:1]).command
-    run = {"train": _train, "evaluate": _evaluate, "recipes": _recipes, "doctor": _doctor}[command]
+    run = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "embed": _embed,
+        "report": _report,
+        "export": _export,
+        "recipes": _recipes,
+        "doctor": _doctor,
+        "prepare": _prepare,
+        "views": _views,
+    }[command]
     try:
         run(arguments[1:])
     except ValueError as error:
@@ -74,14 +91,50 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    run, options = _positional(arguments, "evaluate", "RUN", "the folder of a run")
-    from fastgessl.runs import read_config
+    target, options = _positional(arguments, "evaluate", "TARGET", "the folder of a run, timm:NAME, or a .safetensors file")
+    from fastgessl.evaluate.subject import base_config, open_subject
 
-    options = ["--evaluate.tasks" if word == "--tasks" else word for word in options]
-    config = _override(read_config(run), options, f"fastgessl evaluate {run}")
-    from fastgessl.evaluate.run import evaluate_run
+    options = [{"--tasks": "--evaluate.tasks", "--transfer": "--evaluate.transfer"}.get(word, word) for word in options]
+    config = _override(base_config(target), options, f"fastgessl evaluate {target}")
+    from fastgessl.evaluate.run import evaluate_subject
 
-    evaluate_run(config, run)
+    evaluate_subject(open_subject(target, config))
+
+
+def _embed(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fastgessl embed", description=COMMANDS["embed"], epilog="Further options as of `evaluate`.")
+    parser.add_argument("target", help="the folder of a run, timm:NAME, or a .safetensors file")
+    parser.add_argument("path", type=Path, help="folder of images, or an .npz")
+    parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), help="file to write (default: embeddings.npz)")
+    given, options = parser.parse_known_args(arguments)
+    from fastgessl.evaluate.subject import base_config, open_subject
+
+    config = _override(base_config(given.target), options, f"fastgessl embed {given.target}")
+    from fastgessl.evaluate.embed import embed
+
+    count = embed(open_subject(given.target, config), given.path, given.out)
+    print(f"{count} images: {given.out}")
+
+
+def _report(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fastgessl report", description=COMMANDS["report"])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the folder of the first run)")
+    given = parser.parse_args(arguments)
+    from fastgessl.report import write_report
+
+    print(write_report(given.runs, given.out))
+
+
+def _export(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fastgessl export", description=COMMANDS["export"])
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("--to", required=True, metavar="KIND", help="safetensors, torchvision, timm or hub-folder")
+    parser.add_argument("--out", type=Path, help="folder to write (default: export-KIND in the run's folder)")
+    given = parser.parse_args(arguments)
+    from fastgessl.export import export_run
+
+    print(export_run(given.run, given.to, given.out))
 
 
 def _recipes(arguments: list[str]) -> None:
@@ -101,6 +154,28 @@ def _doctor(arguments: list[str]) -> None:
     print_findings()
 
 
+def _prepare(arguments: list[str]) -> None:
+    from fastgessl.prepare import prepare
+
+    prepare(arguments, COMMANDS["prepare"])
+
+
+def _views(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fastgessl views", description=COMMANDS["views"], epilog="Further options as of `train`.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a composed name such as digits-simclr-gessl, or a YAML file")
+    parser.add_argument("--out", type=Path, default=Path("views.png"), help="file to write (default: views.png)")
+    parser.add_argument("--images", type=int, default=8, help="images to show, one a row (default: 8)")
+    parser.add_argument("--against", default="", metavar="ENGINE", help="second engine, which shows the same draw below the first one")
+    given, options = parser.parse_known_args(arguments)
+    config = _override(_load(given.recipe).config, options, f"fastgessl views {given.recipe}")
+    from fastgessl.view_grid import write_view_grid
+
+    grid = write_view_grid(config, given.out, count=given.images, against=given.against)
+    print(f"{grid.path}: {grid.views} views an image by {' and '.join(grid.engines)}")
+    if given.against:
+        print(f"they differ by {grid.mean_difference:.2f} of 255 on average, {grid.largest_difference:.1f} at most")
+
+
 def _load(recipe: str) -> Recipe:
     from fastgessl.recipes import load
 
@@ -113,9 +188,10 @@ def _positional(arguments: list[str], command: str, name: str, meaning: str) -> 
         return arguments[0], arguments[1:]
     if not {"-h", "--help"} & set(arguments):
         raise UsageError(f"{name} is missing: {meaning}. `fastgessl {command} --help` lists the options, `fastgessl recipes` the recipes.")
-    extra = (
-        "--print_config prints the complete configuration and stops." if command == "train" else "--tasks is short for --evaluate.tasks."
-    )
+    extra = {
+        "train": "--print_config prints the complete configuration and stops.",
+        "evaluate": "--tasks and --transfer are short for --evaluate.tasks and --evaluate.transfer.",
+    }[command]
     _override(Config(), ["--help"], f"fastgessl {command} {name}", f"{COMMANDS[command]}. {name}: {meaning}. {extra}")
     raise SystemExit(0)
 
@@ -182,15 +258,14 @@ def _print_matrix() -> None:
 
     from fastgessl.recipes import parts
 
-    table = Table(title="<data>-<method>[-<backbone>][-gessl[-<preset>]]", title_justify="left")
-    for column in ("data", "backbones", *parts("methods")):
+    table = Table(title="<data>-<method>[-<backbone>][-<n>ep][-dsa][-gessl[-<preset>]]", title_justify="left")
+    for column in ("recipes", "backbones"):
         table.add_column(column)
     for data, part in parts("data").items():
-        cells = [f"{data}-{method}" for method in parts("methods")]
-        table.add_row(data, ", ".join(part["backbones"]), *cells)
+        table.add_row(" ".join(f"{data}-{method}" for method in parts("methods")), ", ".join(part["backbones"]))
     console = Console()
     console.print(table)
-    for kind, title in (("data", "data sets"), ("methods", "methods"), ("gessl", "GeSSL presets")):
+    for kind, title in (("data", "data sets"), ("methods", "methods"), ("regulators", "regulators"), ("gessl", "GeSSL presets")):
         console.print(f"\n{title}")
         for name, part in parts(kind).items():
             console.print(f"  {name:12} {part['about']}", highlight=False, soft_wrap=True)
@@ -217,5 +292,7 @@ def _scalar(value: object) -> str:
 def _fail(command: str, message: str) -> NoReturn:
     """One line on standard error from the first process of a machine, and exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"fastgessl {command}: {message}", file=sys.stderr)
+        # A file's or folder's name may hold words that a terminal would obey.
+        shown = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in message)
+        print(f"fastgessl {command}: {shown}", file=sys.stderr)
     sys.exit(2)

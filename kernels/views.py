@@ -8,11 +8,13 @@ batch of them is four batched matrix products. `views_reference.py` holds the de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from fastgessl.kernels.dispatch import implementation_for
 
 Colour = tuple[float, float, float]
 
@@ -80,6 +82,7 @@ def augment_views(
     interpolation: str = "bilinear",
     blur_kernel: int = 23,
     solarize_threshold: float = 128.0,
+    implementation: str | None = None,
 ) -> Tensor:
     """One view of every image, as torchvision's v2 transforms make it from float tensors with the same parameters.
 
@@ -87,7 +90,8 @@ def augment_views(
     about the image's own mean luma, saturation and HSV hue in each sample's own order, clipped to [0, 1] after each; grayscale;
     Gaussian blur of `blur_kernel` taps with reflected borders; solarize at `solarize_threshold` (0 to 255); (x - mean) / std.
 
-    images: (B, H, W, 3) uint8 on any device. Returns (B, 3, size, size) float32, channels_last, on the same device.
+    images: (B, H, W, 3) uint8 on any device. Returns (B, 3, size, size) float32, channels_last, on the same device. A CUDA device that can
+    run them takes the Triton kernels, everything else batched PyTorch; `implementation` "triton" or "chunked" says otherwise.
     Raises ValueError if shapes or dtypes do not fit, or if the blur kernel is even or does not fit a view of this size.
 
     >>> images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
@@ -96,6 +100,8 @@ def augment_views(
     (torch.Size([2, 3, 16, 16]), -2.0, -2.0)
     """
     _check(images, parameters, size, interpolation, blur_kernel)
+    if implementation_for(images, implementation)[0] == "triton":
+        return _in_triton(images, parameters, size, mean, std, interpolation, blur_kernel, solarize_threshold, resize=True)
     with _exact(images.device):
         out = torch.empty((len(images), 3, size, size), dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
         for rows in _chunks(images, max(size * size, images.shape[1] * images.shape[2])):
@@ -114,6 +120,7 @@ def colour_views(
     std: Colour,
     blur_kernel: int = 23,
     solarize_threshold: float = 128.0,
+    implementation: str | None = None,
 ) -> Tensor:
     """The part of `augment_views` after the flip, for images that are cropped, resized and flipped already.
 
@@ -126,6 +133,9 @@ def colour_views(
     _check(images, parameters, images.shape[1], "bilinear", blur_kernel)
     if images.shape[1] != images.shape[2]:
         raise ValueError(f"images must be square views (B, S, S, 3), found {tuple(images.shape)}. Crop and resize them first.")
+    if implementation_for(images, implementation)[0] == "triton":
+        size = images.shape[1]
+        return _in_triton(images, parameters, size, mean, std, "bilinear", blur_kernel, solarize_threshold, resize=False)
     with _exact(images.device):
         out = torch.empty(
             (len(images), 3, *images.shape[1:3]), dtype=torch.float32, device=images.device, memory_format=torch.channels_last
@@ -135,6 +145,27 @@ def colour_views(
             _colour(pixels, parameters[rows], blur_kernel, solarize_threshold / 255)
             _normalise(pixels, mean, std, out[rows])
     return out
+
+
+def _in_triton(
+    images: Tensor,
+    parameters: ViewParameters,
+    size: int,
+    mean: Colour,
+    std: Colour,
+    interpolation: str,
+    blur_kernel: int,
+    solarize_threshold: float,
+    *,
+    resize: bool,
+) -> Tensor:
+    from fastgessl.kernels.views_triton import augment
+
+    with torch.no_grad(), torch.cuda.device(images.device) if images.is_cuda else nullcontext():
+        return augment(
+            images, parameters, size=size, mean=mean, std=std, interpolation=interpolation, blur_kernel=blur_kernel,
+            solarize_threshold=solarize_threshold, resize=resize,
+        )  # fmt: skip
 
 
 def _check(images: Tensor, parameters: ViewParameters, size: int, interpolation: str, blur_kernel: int) -> None:

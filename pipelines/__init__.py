@@ -10,20 +10,24 @@ if __name__ != "fastgessl.pipelines":
     )
 
 from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.images import ArrayImages, FileImages
+from fastgessl.pipelines.images import ArrayImages, FileImages, ShardImages
 from fastgessl.pipelines.loader import Batch, Loader, build, choose_engine
-from fastgessl.pipelines.named import open_images
-from fastgessl.pipelines.specs import ViewSpec, evaluation_view, view_preset
+from fastgessl.pipelines.named import NAMES, open_images
+from fastgessl.pipelines.presets import view_preset
+from fastgessl.pipelines.specs import ViewSpec, count_views, evaluation_view
 
 __all__ = [
+    "NAMES",
     "ArrayImages",
     "Batch",
     "DataError",
     "FileImages",
     "Loader",
+    "ShardImages",
     "ViewSpec",
     "build",
     "choose_engine",
+    "count_views",
     "evaluation_view",
     "open_images",
     "view_preset",

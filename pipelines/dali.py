@@ -6,9 +6,11 @@ everything after it runs there: one word of difference.
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Generator, Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,16 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+from PIL import Image
 from torch import Tensor
 
 from fastgessl.kernels.views import ViewParameters, colour_views
+from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engine import Request
+from fastgessl.pipelines.engine import Request, Shown
 from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.header import blame, image_size, read_encoded
-from fastgessl.pipelines.images import ArrayImages, FileImages, Images
+from fastgessl.pipelines.header import decode, image_size
+from fastgessl.pipelines.images import ArrayImages, Images
 
 _INTERPOLATION = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
 _PREFETCH = 2
@@ -31,44 +35,60 @@ _PREFETCH = 2
 _VIEW_DTYPES = (DALIDataType.INT32, DALIDataType.INT32, DALIDataType.FLOAT, DALIDataType.FLOAT, DALIDataType.INT32)
 
 
-class DaliEngine:
-    """One DALI pipeline a rank, fed by `requests`; built at the first epoch and kept while epochs run to their end."""
+@dataclass(frozen=True)
+class _Fed:
+    """A batch on its way through the graph."""
 
-    def __init__(self, images: Images, draws: Draws, batch_size: int, device: torch.device, workers: int) -> None:
-        self._images, self._draws, self._device = images, draws, device
+    request: Request
+    index: NDArray[np.int64]
+    """The images in it, (B,)."""
+    drawn: list[ViewParameters]
+
+
+class DaliEngine:
+    """One DALI pipeline for each stream of requests."""
+
+    def __init__(self, images: Images, draws: Draws, bad_files: BadFiles, batch_size: int, device: torch.device, workers: int) -> None:
+        self._images, self._draws, self._bad_files, self._device = images, draws, bad_files, device
         self._batch_size, self._workers = batch_size, workers
         self._sizes = np.zeros((len(images), 2), dtype=np.int64)
+        # Images that DALI cannot read but Pillow can: PNGs without their end, for instance. The graph is fed Pillow's picture of them.
+        self._by_pillow: set[int] = set()
         self._requests: Iterator[Request] = iter(())
-        self._in_flight: deque[tuple[Request, list[ViewParameters]]] = deque()
-        self._pipeline: Any = None
+        self._in_flight: deque[_Fed] = deque()
 
-    def views(self, requests: Iterator[Request]) -> Generator[list[Tensor]]:
+    def views(self, requests: Iterator[Request]) -> Generator[Shown]:
         self._requests = requests
         self._in_flight.clear()
-        pipeline, self._pipeline = self._pipeline or self._build(), None
+        pipeline = self._build()
         while True:
             try:
-                outputs = pipeline.run()
+                *views, shapes = pipeline.run()
             except StopIteration:
                 break
             except RuntimeError as failure:
-                raise self._explain(failure) from failure
-            request, drawn = self._in_flight.popleft()
-            self._check_shapes(request, outputs[-1])
-            yield [self._colour(view, number, drawn[number]) for number, view in enumerate(outputs[:-1])]
-        # Only a pipeline that has run dry is kept: one that was left in mid-epoch still holds images decoded ahead.
-        pipeline.reset()
-        self._pipeline = pipeline
+                self._find_culprit(failure)
+                pipeline = self._restart()
+                continue
+            yield from self._left_out()
+            fed = self._in_flight[0]
+            if misread := self._misread(fed, shapes):
+                self._by_pillow |= misread
+                pipeline = self._restart()
+                continue
+            self._in_flight.popleft()
+            yield Shown([self._colour(view, number, fed.drawn[number]) for number, view in enumerate(views)], fed.index)
+        yield from self._left_out()
 
     def close(self) -> None:
-        self._pipeline = None
+        """Nothing outlives a stream."""
 
     def _build(self) -> Any:
         on_gpu = self._device.type == "cuda"
         pipeline = _graph(
             self._feed,
             self._draws.specs,
-            isinstance(self._images, FileImages),
+            not isinstance(self._images, ArrayImages),
             "gpu" if on_gpu else "cpu",
             batch_size=self._batch_size,
             num_threads=self._workers,
@@ -78,33 +98,49 @@ class DaliEngine:
         pipeline.build()
         return pipeline
 
+    def _restart(self) -> Any:
+        """A failure takes the whole pipeline with it: a new one begins with the batches that were on their way."""
+        self._requests = chain([fed.request for fed in self._in_flight], self._requests)
+        self._in_flight.clear()
+        return self._build()
+
     def _feed(self) -> tuple[Any, ...]:
         """The next batch for the graph: pixels or encoded bytes, then `_VIEW_DTYPES` for each view. StopIteration ends the epoch."""
-        request = next(self._requests)
-        pixels = [self._source(int(image)) for image in request.index]
-        height, width = self._sizes[request.index].T
-        drawn = self._draws(request.index, height, width, request.epoch)
-        self._in_flight.append((request, drawn))
-        return pixels, *(array for parameters in drawn for array in _graph_arguments(parameters))
+        while True:
+            request = next(self._requests)
+            obtained = [self._bad_files.obtain(int(image), self._source) for image in request.index]
+            kept = [row for row, found in enumerate(obtained) if found is not None]
+            index = np.array([found[0] for found in obtained if found is not None], dtype=np.int64)
+            height, width = self._sizes[index].T
+            drawn = self._draws(request.index[kept], height, width, request.epoch)
+            self._in_flight.append(_Fed(request, index, drawn))
+            if kept:
+                pixels = [found[1] for found in obtained if found is not None]
+                return pixels, *(array for parameters in drawn for array in _graph_arguments(parameters))
+
+    def _left_out(self) -> Generator[Shown]:
+        """Batches of which no image was left did not go through the graph."""
+        while self._in_flight and len(self._in_flight[0].index) == 0:
+            yield Shown([], self._in_flight.popleft().index)
 
     def _source(self, image: int) -> NDArray[np.uint8]:
         if isinstance(self._images, ArrayImages):
             self._sizes[image] = self._images.images.shape[1:3]
             return self._images.images[image]
-        encoded = read_encoded(self._images.paths[image])
+        encoded, name = self._images.read(image), self._images.name(image)
+        if image in self._by_pillow:
+            return _as_bitmap(decode(encoded, name))
         if self._sizes[image, 0] == 0:
-            self._sizes[image] = image_size(encoded, self._images.paths[image])
+            self._sizes[image] = image_size(encoded, name)
         return encoded
 
-    def _check_shapes(self, request: Request, shapes: Any) -> None:
-        """A crop drawn for another size than the decoder found would be wrong without a word."""
+    def _misread(self, fed: _Fed, shapes: Any) -> set[int]:
+        """Images that DALI decoded to another size than their header says: a crop drawn for the one would be wrong in the other."""
         decoded = np.asarray(shapes.as_tensor())[:, :2]
-        for image, found, expected in zip(request.index, decoded, self._sizes[request.index], strict=True):
-            if (found != expected).any():
-                raise DataError(
-                    f"image {str(self._paths([image])[0])!r} decodes to {found[0]} x {found[1]} pixels, but its header says "
-                    f"{expected[0]} x {expected[1]}. Convert it, or remove it from the data set."
-                )
+        misread = set(fed.index[(decoded != self._sizes[fed.index]).any(axis=1)].tolist())
+        if beyond := sorted(misread & self._by_pillow):
+            raise DataError(f"image {self._name(beyond[0])!r} decodes to another size than its header says. Convert it, or remove it.")
+        return misread
 
     def _colour(self, view: Any, number: int, parameters: ViewParameters) -> Tensor:
         spec = self._draws.specs[number]
@@ -117,12 +153,49 @@ class DaliEngine:
             solarize_threshold=spec.solarize_threshold,
         )
 
-    def _explain(self, failure: RuntimeError) -> Exception:
-        """DALI names no file, and fails batches ahead of the one that is being waited for."""
-        return blame(self._paths([image for request, _ in self._in_flight for image in request.index]), failure)
+    def _find_culprit(self, failure: RuntimeError) -> None:
+        """DALI names no file, and fails batches ahead of the one that is waited for: look for it among all that are on their way."""
+        if isinstance(self._images, ArrayImages):
+            raise failure
+        images = sorted({int(image) for fed in self._in_flight for image in fed.index} - self._by_pillow)
+        known = len(self._bad_files.found)
+        for image in images:
+            try:
+                decode(self._images.read(image), self._images.name(image))
+            except DataError as error:
+                self._bad_files.add(image, error)
+        if len(self._bad_files.found) > known:
+            return
+        undecodable = {image for image in images if not _dali_decodes(self._images.read(image))}
+        if not undecodable:
+            raise failure
+        self._by_pillow |= undecodable
 
-    def _paths(self, numbers: list[int]) -> list[Path]:
-        return [self._images.paths[number] for number in numbers] if isinstance(self._images, FileImages) else []
+    def _name(self, image: int) -> str:
+        return str(image) if isinstance(self._images, ArrayImages) else self._images.name(image)
+
+
+def _as_bitmap(picture: Image.Image) -> NDArray[np.uint8]:
+    """A picture, encoded without loss as DALI can read it: (n,) uint8."""
+    out = io.BytesIO()
+    picture.save(out, "BMP")
+    return np.frombuffer(out.getvalue(), dtype=np.uint8)
+
+
+def _dali_decodes(encoded: NDArray[np.uint8]) -> bool:
+    pipeline = _decoder(encoded, batch_size=1, num_threads=1, device_id=None)
+    try:
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
+
+
+@pipeline_def
+def _decoder(encoded: NDArray[np.uint8]) -> Any:
+    source = fn.external_source(source=lambda: encoded, batch=False, dtype=DALIDataType.UINT8, ndim=1)
+    return fn.decoders.image(source, device="cpu", output_type=DALIImageType.RGB)
 
 
 @pipeline_def
@@ -165,6 +238,6 @@ def _graph_arguments(parameters: ViewParameters) -> tuple[NDArray[Any], ...]:
     )
 
 
-def make_engine(images: Images, draws: Draws, *, batch_size: int, device: torch.device, workers: int) -> DaliEngine:
+def make_engine(images: Images, draws: Draws, bad_files: BadFiles, *, batch_size: int, device: torch.device, workers: int) -> DaliEngine:
     """Batches of at most `batch_size` images, decoded by `workers` threads."""
-    return DaliEngine(images, draws, batch_size, device, workers)
+    return DaliEngine(images, draws, bad_files, batch_size, device, workers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,20 @@ class Request:
     epoch: int
 
 
-class Engine(Protocol):
-    """Each engine's module has `make_engine(images, draws, *, batch_size, device, workers) -> Engine`."""
+class Shown(NamedTuple):
+    """One batch as an engine made it."""
 
-    def views(self, requests: Iterator[Request]) -> Generator[list[Tensor]]:
-        """The views of each request, in order: V tensors (B, 3, S, S) float32, channels_last, on the device. May read ahead."""
+    views: list[Tensor]
+    """V tensors (B, 3, S, S) float32, channels_last, on the device; none if every image was left out."""
+    images: NDArray[np.int64]
+    """(B,): those asked for, but for bad ones, which are left out or have another in their place."""
+
+
+class Engine(Protocol):
+    """Each engine's module has `make_engine(images, draws, bad_files, *, batch_size, device, workers) -> Engine`."""
+
+    def views(self, requests: Iterator[Request]) -> Generator[Shown]:
+        """What each request gets, in order. May read ahead."""
 
     def close(self) -> None:
         """Let go of threads, processes and device memory."""

@@ -12,34 +12,43 @@ from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.images import FileImages
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+# What phones, scanners and old collections hold besides, and `fastgessl prepare` converts.
+CONVERTIBLE = ("heic", "heif", "avif", "tif", "tiff", "gif", "jp2", "jxl", "ppm", "tga")
+_ENDINGS = tuple("." + ending for ending in (*EXTENSIONS, *CONVERTIBLE))
 
 
-def read_folder(root: Path, split: str) -> FileImages | None:
+def read_folder(root: Path, split: str, endings: tuple[str, ...] = EXTENSIONS) -> FileImages | None:
     """The `split` ("train" or "test") of a folder; None without test images.
 
     Training images are those under root/train, or under root itself if there is no such folder; test images those under root/val or
-    root/test beside root/train. Raises DataError if the folder is missing, unreadable or holds no images.
+    root/test beside root/train. Files of other `endings` are no images; a warning counts those that could be converted. Raises
+    DataError if the folder is missing, unreadable or holds no images.
     """
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise DataError(f"data.root {str(root)!r} {what}. Point --data.root at the folder that holds the images.")
     if not (root / "train").is_dir():
-        return _read(root) if split == "train" else None
-    train = _read(root / "train")
+        return _read(root, endings) if split == "train" else None
+    train = _read(root / "train", endings)
     if split == "train":
         return train
     held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    return None if held_out is None else _read(held_out, train.classes)
+    return None if held_out is None else _read(held_out, endings, train.classes)
 
 
-def _read(root: Path, classes: tuple[str, ...] | None = None) -> FileImages:
+def _read(root: Path, endings: tuple[str, ...], classes: tuple[str, ...] | None = None) -> FileImages:
     """Every image under `root`; labels are the first-level folders, numbered by `classes` (their sorted names if None)."""
-    paths, searched = _find(root)
+    files, searched = _find(root)
+    paths = [path for path in files if path.suffix[1:].lower() in endings]
+    others = sum(path.suffix[1:].lower() in CONVERTIBLE for path in files) - sum(path.suffix[1:].lower() in CONVERTIBLE for path in paths)
+    convert = f"Files that `fastgessl prepare` can convert ({', '.join(CONVERTIBLE[:5])} …): {others}."
     if not paths:
         raise DataError(
-            f"data.root {str(root)!r} holds no images (searched {searched} folders for {', '.join(EXTENSIONS)}). "
-            "Put images there or point --data.root at the folder that has them."
+            f"data.root {str(root)!r} holds no images (searched {searched} folders for {', '.join(endings)}). "
+            f"{convert if others else 'Put images there or point --data.root at the folder that has them.'}"
         )
+    if others:
+        warnings.warn(f"{root}: {convert}", stacklevel=2)
     parts = [path.relative_to(root).parts for path in paths]
     names = tuple(sorted({part[0] for part in parts if len(part) > 1}))
     loose = sum(len(part) == 1 for part in parts)
@@ -59,7 +68,7 @@ def _read(root: Path, classes: tuple[str, ...] | None = None) -> FileImages:
 
 
 def _find(root: Path) -> tuple[list[Path], int]:
-    """Sorted image files under `root`, links followed but no folder entered twice, and the number of folders searched."""
+    """Sorted files under `root` that end like pictures, links followed but no folder entered twice, and the number of folders searched."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"data.root: {error.filename!r} cannot be read ({error.strerror}). Check its permissions.") from error
@@ -74,5 +83,5 @@ def _find(root: Path) -> tuple[list[Path], int]:
         seen.add(place)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         # macOS leaves "._photo.jpg" beside "photo.jpg": not an image.
-        paths += [Path(folder, name) for name in files if name.lower().endswith(tuple("." + end for end in EXTENSIONS)) and name[0] != "."]
+        paths += [Path(folder, name) for name in files if name.lower().endswith(_ENDINGS) and name[0] != "."]
     return sorted(paths), len(seen)

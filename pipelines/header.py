@@ -1,11 +1,9 @@
-"""What an image file says of itself before it is decoded, and which file it was when decoding failed."""
+"""What an encoded image says of itself before it is decoded, and its picture by Pillow."""
 
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,42 +23,34 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_BROKEN = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
-def read_encoded(path: Path) -> NDArray[np.uint8]:
-    """The bytes of a file: (n,) uint8. Raises DataError if it cannot be read or is empty."""
-    try:
-        encoded = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise DataError(f"image {str(path)!r} cannot be read ({error.strerror}). Remove it from the data set, or restore it.") from error
-    if len(encoded) == 0:
-        raise DataError(f"image {str(path)!r} is an empty file. Remove it from the data set, or restore it.")
-    return encoded
-
-
-def image_size(encoded: NDArray[np.uint8], path: Path) -> tuple[int, int]:
+def image_size(encoded: NDArray[np.uint8], name: str) -> tuple[int, int]:
     """Height and width of the upright picture, EXIF orientation applied. Raises DataError if it is not one of the formats read here."""
-    image, orientation = _open(encoded, path)
+    image, orientation = _open(encoded, name)
     width, height = image.size
     return (width, height) if orientation >= 5 else (height, width)
 
 
-def decode(path: Path) -> Image.Image:
+def decode(encoded: NDArray[np.uint8], name: str) -> Image.Image:
     """The upright RGB picture, decoded by Pillow. Raises DataError, naming the file, if it cannot be."""
-    image, orientation = _open(read_encoded(path), path)
+    image, orientation = _open(encoded, name)
     try:
-        if image.mode.startswith("I;16"):
-            # Pillow's own conversion clips 16-bit grey at 255; the high byte is the picture.
-            pixels = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        else:
-            pixels = image.convert("RGB")
-    except _BROKEN as error:
-        raise DataError(f"image {str(path)!r} is damaged ({error}). Remove it from the data set, or replace it.") from error
+        pixels = as_rgb(image)
+    except BROKEN as error:
+        raise DataError(f"image {name!r} is damaged ({error}). Remove it from the data set, or replace it.") from error
     return pixels.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else pixels
 
 
-def _open(encoded: NDArray[np.uint8], path: Path) -> tuple[Image.Image, int]:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB. Pillow's own conversion clips 16-bit grey at 255; its high byte is the picture."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _open(encoded: NDArray[np.uint8], name: str) -> tuple[Image.Image, int]:
     """The picture, not decoded yet, and its EXIF orientation."""
     content = encoded.tobytes()
     try:
@@ -68,15 +58,13 @@ def _open(encoded: NDArray[np.uint8], path: Path) -> tuple[Image.Image, int]:
         if image.format == "PNG" and "exif" not in image.info and b"eXIf" in content:
             # A PNG may say which side is up after its pixels; Pillow finds that by decoding them.
             image.load()
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataError(
-            f"image {str(path)!r} is not an image that can be read ({type(error).__name__}; it begins with {content[:8]!r}). "
+            f"image {name!r} is not an image that can be read ({type(error).__name__}; it begins with {content[:8]!r}). "
             "Remove it from the data set, or replace it."
         ) from error
     if image.format not in _FORMATS:
-        raise DataError(
-            f"image {str(path)!r} is a {image.format} file, not JPEG, PNG, WebP or BMP. Convert it, or remove it from the data set."
-        )
+        raise DataError(f"image {name!r} is a {image.format} file, not JPEG, PNG, WebP or BMP. Convert it, or remove it from the data set.")
     return image, _orientation(image.info.get("exif", b""))
 
 
@@ -88,15 +76,3 @@ def _orientation(block: bytes) -> int:
         return int(exif.get(_EXIF_ORIENTATION, 1))
     except (SyntaxError, ValueError, TypeError, struct.error):
         return 1
-
-
-def blame(paths: Iterable[Path], failure: Exception) -> DataError:
-    """The error that names the file among `paths` on which a decoder failed without saying which; looks for it by decoding each."""
-    count = 0
-    for path in paths:
-        count += 1
-        try:
-            decode(path)
-        except DataError as error:
-            return error
-    return DataError(f"decoding failed on one of {count} images, each of which Pillow can decode: {failure}. Try data.engine torchvision.")

@@ -1,12 +1,16 @@
-"""A data set as the engines see it: arrays in memory, or files to decode."""
+"""A data set as the engines see it: arrays in memory, or encoded images to decode, each in a file of its own or in tar shards."""
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastgessl.pipelines.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,5 +39,61 @@ class FileImages:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, image: int) -> str:
+        """Where image number `image` lies, for messages."""
+        return str(self.paths[image])
 
-Images = ArrayImages | FileImages
+    def read(self, image: int) -> NDArray[np.uint8]:
+        """The bytes of a file: (n,) uint8. Raises DataError if it cannot be read, is empty or no file."""
+        return _read(self.paths[image], 0, -1, self.name(image))
+
+
+@dataclass(frozen=True, eq=False)
+class ShardImages:
+    """N encoded images inside tar files, read from their place there when they are needed."""
+
+    shards: tuple[Path, ...]
+    names: tuple[str, ...]
+    """(N,) names within the shard."""
+    shard: NDArray[np.int64]
+    """(N,) numbers of the shards."""
+    offset: NDArray[np.int64]
+    """(N,) first byte within the shard."""
+    length: NDArray[np.int64]
+    """(N,) bytes."""
+    labels: NDArray[np.int64] | None = None
+    """(N,), indices into `classes`; None without labels."""
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, image: int) -> str:
+        """Shard and name within it, for messages."""
+        return f"{self.shards[self.shard[image]]}:{self.names[image]}"
+
+    def read(self, image: int) -> NDArray[np.uint8]:
+        """The bytes of an image: (n,) uint8. Raises DataError if they cannot be read or there are none."""
+        return _read(self.shards[self.shard[image]], int(self.offset[image]), int(self.length[image]), self.name(image))
+
+
+EncodedImages = FileImages | ShardImages
+Images = ArrayImages | FileImages | ShardImages
+
+
+def _read(path: Path, offset: int, length: int, name: str) -> NDArray[np.uint8]:
+    """`length` bytes from `offset` on; -1: all of them."""
+    try:
+        # A pipe would otherwise be waited for without end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise DataError(f"image {name!r} is no regular file. Remove it from the data set.")
+            encoded = np.fromfile(file, dtype=np.uint8, count=length, offset=offset)
+    except OSError as error:
+        raise DataError(f"image {name!r} cannot be read ({error.strerror}). Remove it from the data set, or restore it.") from error
+    if len(encoded) == 0:
+        raise DataError(f"image {name!r} is an empty file. Remove it from the data set, or restore it.")
+    if len(encoded) < length:
+        raise DataError(f"image {name!r} has {len(encoded)} of its {length} bytes: the shard was cut. Make it again.")
+    return encoded

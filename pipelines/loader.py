@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+import itertools
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engine import Engine, Request
+from fastgessl.pipelines.engine import Engine, Request, Shown
 from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.images import ArrayImages, Images
 from fastgessl.pipelines.sampler import Sampling
@@ -30,7 +34,7 @@ class Batch:
     views: list[Tensor]
     """V tensors (B, 3, S, S) float32, channels_last, normalised; S is a view's own size."""
     index: Tensor
-    """(B,) int64, places in the data set."""
+    """(B,) int64, places in the data set. Where a bad file was skipped, the image that stands in for it."""
     label: Tensor | None
     """(B,) int64; None without labels."""
 
@@ -39,13 +43,17 @@ class Loader:
     """Batches of views, one epoch for each `for` loop.
 
     In training the images come in a new order each epoch and the last partial global batch is dropped; a loop that is left early is
-    continued by the next one, as after a resume. In evaluation every loop shows every image once, in order, with the same draws.
+    continued by the next one, as after a resume, and the engine reads ahead from one epoch into the next. In evaluation every loop shows
+    every image once, in order, with the same draws.
     """
 
-    def __init__(self, images: Images, engine: Engine, sampling: Sampling, device: torch.device, engine_name: str) -> None:
-        self._images, self._engine, self._sampling, self._device = images, engine, sampling, device
+    def __init__(
+        self, images: Images, engine: Engine, sampling: Sampling, bad_files: BadFiles, device: torch.device, engine_name: str
+    ) -> None:
+        self._engine, self._sampling, self._bad_files, self._device = engine, sampling, bad_files, device
         self._labels = None if images.labels is None else torch.from_numpy(images.labels)
         self._epoch, self._iteration = 0, 0
+        self._stream: Generator[Shown] | None = None
         self.engine_name = engine_name
 
     def __len__(self) -> int:
@@ -60,21 +68,43 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._sampling.training:
-            self._epoch = self._iteration = 0
+            self._go_to(0, 0)
         elif self._iteration == len(self):
             self._epoch, self._iteration = self._epoch + 1, 0
-        epoch, steps = self._epoch, range(self._iteration, len(self))
-        stream = self._engine.views(Request(self._sampling.indices(epoch, step), epoch) for step in steps)
-        try:
-            for step in steps:
-                views = next(stream)
-                self._iteration = step + 1
-                index = torch.from_numpy(self._sampling.indices(epoch, step).copy())
+        while self._iteration < len(self):
+            shown = self._next()
+            self._iteration += 1
+            self._bad_files.announce()
+            if shown.views:
+                index = torch.from_numpy(shown.images.copy())
                 label = None if self._labels is None else self._labels[index].to(self._device)
-                yield Batch(views, index.to(self._device), label)
-        finally:
-            stream.close()
-        self._epoch, self._iteration = epoch + 1, 0
+                yield Batch(shown.views, index.to(self._device), label)
+        if self._sampling.training:
+            self._epoch, self._iteration = self._epoch + 1, 0
+        else:
+            self._go_to(1, 0)
+
+    def _next(self) -> Shown:
+        """The batch that the loader stands before."""
+        if self._stream is None:
+            self._stream = self._engine.views(_requests(self._sampling, len(self), self._epoch, self._iteration))
+            # Also at the interpreter's exit, before torch takes apart what its workers are told to stop with: it would wait 5 s for them.
+            self._stop_stream = weakref.finalize(self, self._stream.close)
+        try:
+            return next(self._stream)
+        except BaseException:
+            self._go_to(self._epoch, self._iteration)
+            raise
+
+    def _go_to(self, epoch: int, iteration: int) -> None:
+        if self._stream is not None:
+            self._stop_stream()
+        self._epoch, self._iteration, self._stream = epoch, iteration, None
+
+    @property
+    def bad_files(self) -> list[str]:
+        """Names of the bad files that this rank has skipped so far."""
+        return self._bad_files.names()
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands: the batches yielded so far are done. It fits a loader on any number of ranks."""
@@ -94,11 +124,19 @@ class Loader:
                 raise DataError(
                     f"the saved loader had {name} {state[name]}, this one has {here}. Resume with the same data, batch size and seed."
                 )
-        self._epoch, self._iteration = state["epoch"], state["iteration"]
+        self._go_to(state["epoch"], state["iteration"])
 
     def close(self) -> None:
         """Let go of the engine's threads, processes and device memory."""
+        self._go_to(self._epoch, self._iteration)
         self._engine.close()
+
+
+def _requests(sampling: Sampling, steps: int, epoch: int, iteration: int) -> Iterator[Request]:
+    """What is asked of the engine from there on: in training without an end, so that it is never idle between two epochs."""
+    for later in itertools.count(epoch) if sampling.training else (epoch,):
+        for step in range(iteration if later == epoch else 0, steps):
+            yield Request(sampling.indices(later, step), later)
 
 
 def choose_engine(
@@ -144,13 +182,16 @@ def build(
     training: bool = True,
     workers: int = 2,
     resident_limit: float = 16.0,
+    bad_files: str = "error",
+    bad_list: Path | None = None,
 ) -> Loader:
     """A loader of `views` of `images`.
 
     `batch_size` counts the images of all `world_size` ranks; rank r gets the r-th part of every global batch. `workers` threads (dali)
     or processes (torchvision) decode; arrays of up to `resident_limit` GiB are kept on `device`. What is drawn depends on `seed`, epoch,
-    image and view alone. Raises DataError if the batch cannot be dealt out or filled, if the views do not fit the images, or if the
-    engine cannot be had.
+    image and view alone. An image that cannot be decoded raises DataError in its batch ("error"), or is left out of evaluation and has the
+    next one in its place in training ("skip"), and is listed in the file `bad_list`. Raises DataError if the batch cannot be dealt out or
+    filled, if the views do not fit the images, or if the engine cannot be had.
 
     >>> import numpy as np
     >>> images = ArrayImages(np.zeros((10, 8, 8, 3), dtype=np.uint8))
@@ -158,6 +199,8 @@ def build(
     >>> [len(batch.views) for batch in loader]
     [2, 2]
     """
+    if bad_files not in ("error", "skip"):
+        raise DataError(f"data.bad_files must be error or skip, found {bad_files!r}.")
     sampling = Sampling(len(images), batch_size, seed, rank, world_size, training)
     specs = tuple(spec for spec in views for _ in range(spec.repeat))
     _check_views(images, specs)
@@ -166,8 +209,9 @@ def build(
         raise DataError(f"data.engine {name} does not import ({missing}). Install fastgessl[train], or use data.engine auto.")
     device = torch.device(device)
     module = importlib.import_module(f"fastgessl.pipelines.{ENGINES[name]}")
-    made = module.make_engine(images, Draws(specs, seed), batch_size=batch_size // world_size, device=device, workers=workers)
-    return Loader(images, made, sampling, device, name)
+    bad = BadFiles(images, skip=bad_files == "skip", training=training, listing=bad_list)
+    made = module.make_engine(images, Draws(specs, seed), bad, batch_size=batch_size // world_size, device=device, workers=workers)
+    return Loader(images, made, sampling, bad, device, name)
 
 
 def _check_views(images: Images, specs: Sequence[ViewSpec]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tokenize
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,12 @@ from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.images import ArrayImages
 
 _HOW = "Write it with np.savez(path, train_x=images)."
-_BROKEN = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError)
+# What numpy and zipfile raise for damaged or hostile files, found by fuzzing.
+_BROKEN = (
+    OSError, ValueError, EOFError, OverflowError, MemoryError, SystemError, NotImplementedError,
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
+)  # fmt: skip
+_MOST_CLASSES = 1 << 20
 
 
 def read_npz(path: Path, split: str) -> ArrayImages | None:
@@ -41,13 +49,34 @@ def _arrays(path: Path, split: str) -> dict[str, NDArray[Any]]:
             raise DataError(f"{path} holds one array, not an archive of named ones. {_HOW}")
         with opened as archive:
             if "train_x" not in archive.files:
-                found = ", ".join(archive.files) or "nothing"
+                found = " ".join(", ".join(archive.files).split()) or "nothing"
                 raise DataError(f"{path} holds no images: train_x is missing (found {found}). {_HOW}")
-            return {name: archive[name] for name in (f"{split}_x", "train_y", "test_y", "classes") if name in archive.files}
+            wanted = [name for name in (f"{split}_x", "train_y", "test_y", "classes") if name in archive.files]
+            _require_fits(archive.zip, wanted, path)
+            arrays = {name: archive[name] for name in wanted}
     except DataError:
         raise
     except _BROKEN as error:
-        raise DataError(f"{path} cannot be read as an .npz of plain arrays ({error}). {_HOW}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{path} cannot be read as an .npz of plain arrays ({reason}). {_HOW}") from error
+    if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise DataError(f"{path}: {other[0]} is no array. {_HOW}")
+    return arrays
+
+
+def _require_fits(archive: zipfile.ZipFile, wanted: Sequence[str], path: Path) -> None:
+    """Before anything is unpacked, since small files can state and hold huge arrays; zipfile reads no more than a member states."""
+    sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
+    unpacked = sum(sizes.get(name, 0) for name in wanted)
+    if unpacked > _memory():
+        raise DataError(
+            f"{path} would unpack to {unpacked / 2**30:,.1f} GiB, more than this machine's memory. Give the images as files in a folder."
+        )
+
+
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _images(array: NDArray[Any], name: str, path: Path) -> NDArray[np.uint8]:
@@ -69,6 +98,8 @@ def _labels(array: NDArray[Any], name: str, path: Path) -> NDArray[np.int64]:
     labels = array.reshape(-1).astype(np.int64)
     if len(labels) and labels.min() < 0:
         raise DataError(f"{path}: {name} holds the label {labels.min()}. Number the classes from 0, or leave {name} out.")
+    if len(labels) and labels.max() >= _MOST_CLASSES:
+        raise DataError(f"{path}: {name} holds the label {labels.max()}, and labels number the classes from 0. Number them closely.")
     return labels
 
 
@@ -77,4 +108,7 @@ def _class_names(names: NDArray[Any] | None, count: int, path: Path) -> tuple[st
         return tuple(str(label) for label in range(count))
     if names.ndim != 1 or len(names) < count:
         raise DataError(f"{path}: classes has shape {names.shape}, but the labels go up to {count - 1}. Give one name a class.")
-    return tuple(str(name) for name in names)
+    try:
+        return tuple(str(name) for name in names)
+    except _BROKEN as error:  # characters that Unicode does not have
+        raise DataError(f"{path}: classes holds what is no text ({error}). Give one name a class.") from error

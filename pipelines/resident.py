@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgessl.kernels.views import augment_views
+from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engine import Request
+from fastgessl.pipelines.engine import Request, Shown
 from fastgessl.pipelines.images import ArrayImages
 
 
@@ -22,13 +23,13 @@ class ResidentEngine:
         self._images = torch.from_numpy(images.images).to(device)
         self._draws = draws
 
-    def views(self, requests: Iterator[Request]) -> Generator[list[Tensor]]:
+    def views(self, requests: Iterator[Request]) -> Generator[Shown]:
         height, width = self._images.shape[1:3]
         for request in requests:
             images = self._gather(request.index)
             sizes = np.full(len(images), height), np.full(len(images), width)
             drawn = self._draws(request.index, *sizes, request.epoch)
-            yield [
+            views = [
                 augment_views(
                     images,
                     parameters,
@@ -41,6 +42,7 @@ class ResidentEngine:
                 )
                 for spec, parameters in zip(self._draws.specs, drawn, strict=True)
             ]
+            yield Shown(views, request.index)
 
     def _gather(self, index: NDArray[np.int64]) -> Tensor:
         if self._images.device.type == "cpu":
@@ -52,6 +54,8 @@ class ResidentEngine:
         self._images = self._images[:0]
 
 
-def make_engine(images: ArrayImages, draws: Draws, *, batch_size: int, device: torch.device, workers: int) -> ResidentEngine:
-    """`batch_size` and `workers` play no part: there is nothing to decode."""
+def make_engine(
+    images: ArrayImages, draws: Draws, bad_files: BadFiles, *, batch_size: int, device: torch.device, workers: int
+) -> ResidentEngine:
+    """`bad_files`, `batch_size` and `workers` play no part: there is nothing to decode."""
     return ResidentEngine(images, draws, device)

@@ -5,17 +5,21 @@ It is shown the same draws as the other engines, so that it is also what they ar
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as functional
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastgessl.kernels.views import ViewParameters
+from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engine import Request
+from fastgessl.pipelines.engine import Request, Shown
 from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.header import decode
 from fastgessl.pipelines.images import ArrayImages, Images
@@ -48,24 +52,37 @@ def torchvision_view(picture: Tensor, spec: ViewSpec, drawn: ViewParameters) -> 
     return functional.normalize(view, list(spec.mean), list(spec.std))
 
 
-class _Views(Dataset[list[Tensor] | DataError]):
+class _Answer(NamedTuple):
+    """What a DataLoader's worker made of a request. A tuple, because the DataLoader pins the memory of tuples only."""
+
+    shown: Shown
+    bad: dict[int, str]
+
+
+class _Views(Dataset[_Answer | DataError]):
     """Answers whole requests: what a DataLoader's worker does for one batch.
 
     A mistake in the data is answered too: raised in a worker, it would reach the user wrapped in the worker's traceback.
     """
 
-    def __init__(self, images: Images, draws: Draws) -> None:
-        self._images, self._draws = images, draws
+    def __init__(self, images: Images, draws: Draws, bad_files: BadFiles) -> None:
+        self._images, self._draws, self._bad_files = images, draws, bad_files
 
-    def __getitem__(self, request: Request) -> list[Tensor] | DataError:
+    def __getitem__(self, request: Request) -> _Answer | DataError:
         try:
-            pictures = [self._picture(int(image)) for image in request.index]
+            obtained = [self._bad_files.obtain(int(image), self._picture) for image in request.index]
         except DataError as error:
             return error
+        kept = [row for row, found in enumerate(obtained) if found is not None]
+        index = np.array([found[0] for found in obtained if found is not None], dtype=np.int64)
+        pictures = [found[1] for found in obtained if found is not None]
+        views = self._views(pictures, request.index[kept], request.epoch) if pictures else []
+        return _Answer(Shown(views, index), dict(self._bad_files.found))
+
+    def _views(self, pictures: list[Tensor], index: NDArray[np.int64], epoch: int) -> list[Tensor]:
         height, width = np.array([picture.shape[1:] for picture in pictures]).T
-        drawn = self._draws(request.index, height, width, request.epoch)
         views = []
-        for spec, parameters in zip(self._draws.specs, drawn, strict=True):
+        for spec, parameters in zip(self._draws.specs, self._draws(index, height, width, epoch), strict=True):
             made = [torchvision_view(picture, spec, parameters[row : row + 1]) for row, picture in enumerate(pictures)]
             views.append(torch.stack(made).contiguous(memory_format=torch.channels_last))
         return views
@@ -73,26 +90,49 @@ class _Views(Dataset[list[Tensor] | DataError]):
     def _picture(self, image: int) -> Tensor:
         if isinstance(self._images, ArrayImages):
             return torch.from_numpy(self._images.images[image]).permute(2, 0, 1)
-        return torch.from_numpy(np.array(decode(self._images.paths[image]))).permute(2, 0, 1)
+        picture = decode(self._images.read(image), self._images.name(image))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 class TorchvisionEngine:
-    """A DataLoader with `workers` processes, started for each epoch."""
+    """A DataLoader with `workers` processes for each stream of requests."""
 
-    def __init__(self, images: Images, draws: Draws, device: torch.device, workers: int) -> None:
-        self._views, self._device, self._workers = _Views(images, draws), device, workers
+    def __init__(self, images: Images, draws: Draws, bad_files: BadFiles, device: torch.device, workers: int) -> None:
+        self._views, self._bad_files, self._device, self._workers = _Views(images, draws, bad_files), bad_files, device, workers
 
-    def views(self, requests: Iterator[Request]) -> Generator[list[Tensor]]:
+    def views(self, requests: Iterator[Request]) -> Generator[Shown]:
         on_gpu = self._device.type == "cuda"
         # batch_size=None: an item is a whole batch already.
-        loader = DataLoader(self._views, batch_size=None, sampler=_InOrder(requests), num_workers=self._workers, pin_memory=on_gpu)
-        for views in loader:
-            if isinstance(views, DataError):
-                raise views
-            yield [view.to(self._device, non_blocking=on_gpu) for view in views]
+        loader = DataLoader(
+            self._views,
+            batch_size=None,
+            sampler=_InOrder(requests),
+            collate_fn=_unchanged,
+            num_workers=self._workers,
+            pin_memory=on_gpu,
+        )
+        # A forked worker that collected garbage of its parent, such as a DALI pipeline, would wait for threads that it does not have.
+        gc.freeze()
+        try:
+            answers = iter(loader)
+        finally:
+            gc.unfreeze()
+        try:
+            for answer in answers:
+                if isinstance(answer, DataError):
+                    raise answer
+                self._bad_files.found.update(answer.bad)
+                yield Shown([view.to(self._device, non_blocking=on_gpu) for view in answer.shown.views], answer.shown.images)
+        finally:
+            # Workers that wait for the garbage collection of an error's traceback are not told to stop, and torch waits 5 s for each.
+            del answers
 
     def close(self) -> None:
-        """Nothing outlives an epoch."""
+        """Nothing outlives a stream."""
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
 
 
 class _InOrder:
@@ -105,6 +145,8 @@ class _InOrder:
         return self._requests
 
 
-def make_engine(images: Images, draws: Draws, *, batch_size: int, device: torch.device, workers: int) -> TorchvisionEngine:
+def make_engine(
+    images: Images, draws: Draws, bad_files: BadFiles, *, batch_size: int, device: torch.device, workers: int
+) -> TorchvisionEngine:
     """`batch_size` plays no part: a request says how many images it wants."""
-    return TorchvisionEngine(images, draws, device, workers)
+    return TorchvisionEngine(images, draws, bad_files, device, workers)

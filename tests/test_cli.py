@@ -26,7 +26,7 @@ def _run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["train"], "RECIPE is missing"),
         (["train", "digits-simclr-gesl"], "Perhaps you meant gessl"),
         (["train", "digits-simclr", "--train.batch_siz", "3"], "--train.batch_size"),
-        (["train", "digits-simclr", "--train.batch_size", "0"], "--train.batch_size: input should be greater than or equal to 1, found 0"),
+        (["train", "digits-simclr", "--train.accumulate", "0"], "--train.accumulate: input should be greater than or equal to 1, found 0"),
         (["train", "digits-simclr", "--train.batch_size", "many"], "'many'"),
         (["train", "digits-simclr", "--train.batch_size"], "Missing value"),
         (["train", "digits-simclr", "--gessl.inner_lr", "nan"], "finite number, found nan"),

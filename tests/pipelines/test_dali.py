@@ -40,14 +40,24 @@ def difference(images, views, **options):
     ]
 
 
+STILL = {"size": 24, "mean": HALF, "std": HALF, "flip_probability": 0.0, "jitter_probability": 0.0}
+ALWAYS = STILL | {"jitter_probability": 1.0}
 RECIPES = {
     "bilinear crop": (ViewSpec(size=24, **GEOMETRY),),
     "bicubic crop": (ViewSpec(size=24, interpolation="bicubic", **GEOMETRY),),
     "evaluation": (evaluation_view(24, mean=HALF, std=HALF),),
-    "simclr": view_preset("simclr", 24, mean=HALF, std=HALF),
-    "byol": view_preset("byol", 24, mean=HALF, std=HALF),
-    "dino": view_preset("dino", 24, mean=HALF, std=HALF),
+    "flip": (ViewSpec(**STILL | {"flip_probability": 1.0}),),
+    "brightness": (ViewSpec(**ALWAYS, brightness=0.8),),
+    "contrast": (ViewSpec(**ALWAYS, contrast=0.8),),
+    "saturation": (ViewSpec(**ALWAYS, saturation=0.8),),
+    "hue": (ViewSpec(**ALWAYS, hue=0.5),),
+    "grayscale": (ViewSpec(**STILL, grayscale_probability=1.0),),
+    "blur": (ViewSpec(**STILL, blur_probability=1.0, blur_kernel=5),),
+    "solarize": (ViewSpec(**STILL, solarize_probability=1.0),),
+    **{name: view_preset(name, 24, mean=HALF, std=HALF) for name in ("simclr", "moco", "byol", "swav", "dino", "dissl")},
 }
+# Grey levels of 255, on average: of a small view the outermost pixels are a larger share.
+LARGEST_MEAN = {"swav": 0.7, "dino": 0.7}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -59,7 +69,7 @@ def test_views_of_files_equal_torchvisions(photos, recipe):
         )
         # Both round the crop to bytes, which colour may enlarge. In the outermost pixels DALI repeats the crop's border where
         # torchvision takes fewer taps.
-        assert found.mean() < 1.0
+        assert found.mean() < LARGEST_MEAN.get(recipe, 0.4)
         if recipe in ("bilinear crop", "evaluation"):
             assert inner.max() <= 1.01
         assert inner.median() <= 0.51
@@ -127,24 +137,6 @@ def test_pictures_stand_upright(tmp_path, picture, encode, kind, orientation):
     path.write_bytes(behind_the_pixels(content) if kind == "PNG, late" else content)
     (found,) = difference(FileImages((path,)), (ViewSpec(size=16, **GEOMETRY),), batch_size=1)
     assert found[:, :, 1:-1, 1:-1].max() <= 2.01
-
-
-@pytest.mark.parametrize("kind", ["empty", "text", "gif", "header", "truncated", "truncated-png", "absent"])
-@pytest.mark.parametrize("place", [0, 13])
-def test_a_bad_file_is_named_and_nothing_hangs(photos, encode, picture, kind, place):
-    images = open_images("folder", photos)
-    bad = images.paths[place]
-    jpeg, png = encode(picture, "JPEG"), encode(picture, "PNG")
-    content = {
-        "empty": b"", "text": b"no image at all", "gif": encode(picture, "GIF"), "header": jpeg[:200],
-        "truncated": jpeg[: len(jpeg) // 2], "truncated-png": png[: len(png) // 2], "absent": b"",
-    }[kind]  # fmt: skip
-    bad.write_bytes(content)
-    if kind == "absent":
-        bad.unlink()
-    with pytest.raises(DataError) as caught:
-        batches(images, RECIPES["evaluation"], "dali", training=False)
-    assert repr(str(bad)) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_loader_works_again_after_the_bad_file_is_mended(photos):

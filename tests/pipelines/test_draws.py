@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgessl.pipelines import DataError, ViewSpec, evaluation_view, view_preset
+from fastgessl.pipelines import ViewSpec, evaluation_view, view_preset
 from fastgessl.pipelines.draws import Draws, draw_views
 
 HALF = (0.5, 0.5, 0.5)
@@ -111,51 +111,3 @@ def test_the_evaluation_view_is_resize_and_centre_crop(size, view):
     ours = augment_views(image, drawn(spec, [0], *size), size=view, mean=spec.mean, std=spec.std)
     resized = functional.resize(image.permute(0, 3, 1, 2).float() / 255, [110 if view == 96 else 32])
     assert (ours - functional.center_crop(resized, [view])).abs().max() < 1e-4
-
-
-def test_presets_are_those_of_the_papers():
-    simclr, byol = view_preset("simclr", 224, mean=HALF, std=HALF), view_preset("byol", 224, mean=HALF, std=HALF)
-    assert len(simclr) == 1 and simclr[0].repeat == 2
-    assert (simclr[0].brightness, simclr[0].contrast, simclr[0].saturation, simclr[0].hue) == (0.8, 0.8, 0.8, 0.2)
-    assert (simclr[0].blur_probability, simclr[0].blur_kernel, simclr[0].crop_scale) == (0.5, 23, (0.08, 1.0))
-    assert [view.blur_probability for view in byol] == [1.0, 0.1] and [view.solarize_probability for view in byol] == [0.0, 0.2]
-    assert (byol[0].brightness, byol[0].contrast, byol[0].saturation, byol[0].hue) == (0.4, 0.4, 0.2, 0.1)
-    swav, dino = view_preset("swav", 224, mean=HALF, std=HALF), view_preset("dino", 224, mean=HALF, std=HALF)
-    assert [(view.size, view.repeat) for view in swav] == [(224, 2), (96, 6)]
-    assert [(view.size, view.repeat) for view in dino] == [(224, 1), (224, 1), (96, 8)]
-
-
-def test_what_is_given_replaces_the_presets_value():
-    views = view_preset(
-        "byol", 32, mean=HALF, std=HALF, crop_scale=(0.2, 0.9), flip_probability=0.0, jitter_probability=0.1, jitter_strength=0.5,
-        grayscale_probability=0.0, blur_probability=0.0, solarize_probability=0.0,
-    )  # fmt: skip
-    for view in views:
-        assert (view.crop_scale, view.flip_probability, view.jitter_probability, view.brightness, view.hue) == (
-            (0.2, 0.9),
-            0,
-            0.1,
-            0.2,
-            0.05,
-        )
-        assert (view.grayscale_probability, view.blur_probability, view.solarize_probability) == (0, 0, 0)
-    local = view_preset("dino", 224, mean=HALF, std=HALF, crop_scale=(0.3, 1.0))[-1]
-    assert local.crop_scale == (0.05, 0.4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "simclear"}, "views.preset 'simclear' is unknown. Choose one of simclr"),
-        ({"crop_scale": (0.9, 0.2)}, "crop_scale must be two ordered shares"),
-        ({"crop_scale": (0.2, 1.5)}, "crop_scale must be two ordered shares"),
-        ({"flip_probability": 1.2}, "flip_probability must be in"),
-        ({"jitter_strength": -1.0}, "jitter_strength must be 0 or more"),
-        ({"jitter_strength": 4.0}, "hue must be in"),
-        ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
-        ({"size": 0}, "size and repeat must be at least 1"),
-    ],
-)
-def test_values_out_of_range_are_refused(options, message):
-    with pytest.raises(DataError, match=message):
-        view_preset(**({"name": "simclr", "size": 32, "mean": HALF, "std": HALF} | options))

@@ -10,6 +10,7 @@ import torch
 
 import fastgessl.pipelines
 from fastgessl.pipelines import ArrayImages, DataError, FileImages, build, choose_engine, evaluation_view, view_preset
+from fastgessl.pipelines.resident import ResidentEngine
 
 HALF = (0.5, 0.5, 0.5)
 VIEWS = view_preset("byol", 8, mean=HALF, std=HALF)
@@ -112,6 +113,37 @@ def test_a_run_resumes_on_another_number_of_ranks():
     for whole, *parts in zip(one, *ranks, strict=True):
         assert torch.cat([part.index for part in parts]).tolist() == whole.index.tolist()
         torch.testing.assert_close(torch.cat([part.views[1] for part in parts]), whole.views[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (1, 8), (8, 1), (2, 4)])
+def test_a_run_resumes_at_every_step_on_another_number_of_ranks(before, after, step):
+    whole = [index for epoch in epochs(loader(), 2) for batch in epoch for index in batch[1]]
+    seen, state = [], loader().state_dict()
+    if step:
+        sources = [loader(rank=rank, world_size=before) for rank in range(before)]
+        first = [iter(source) for source in sources]
+        seen = [index for _ in range(min(step, 3)) for rank in first for index in next(rank).index.tolist()]
+        state = sources[0].state_dict()
+        assert all(source.state_dict() == state for source in sources)
+    resumed = [loader(rank=rank, world_size=after) for rank in range(after)]
+    for rank in resumed:
+        rank.load_state_dict(state)
+    while resumed[0].epoch < 2:
+        seen += [index for parts in zip(*resumed, strict=True) for part in parts for index in part.index.tolist()]
+    assert seen == whole
+
+
+def test_an_engine_reads_ahead_from_one_epoch_into_the_next(monkeypatch):
+    streams = []
+    views = ResidentEngine.views
+    monkeypatch.setattr(ResidentEngine, "views", lambda engine, requests: streams.append(1) or views(engine, requests))
+    source = loader()
+    assert [epochs(source, 1)[0] for _ in range(3)] == epochs(loader(), 3)
+    assert len(streams) == 2
+    evaluation = loader(training=False)
+    epochs(evaluation, 3)
+    assert len(streams) == 5
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])

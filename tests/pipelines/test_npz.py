@@ -1,9 +1,11 @@
 """Images from an .npz: every shape that is accepted, every mistake that is named."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
-from fastgessl.pipelines import DataError, open_images
+from fastgessl.pipelines import DataError, npz, open_images
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
 
@@ -51,6 +53,7 @@ def test_a_file_without_test_images_has_no_test_split(tmp_path):
         ({"train_x": RGB, "train_y": np.array(0)}, r"train_y must be \(N,\) integers"),
         ({"train_x": RGB, "train_y": np.full(6, -1)}, "train_y holds the label -1"),
         ({"train_x": np.array([None, RGB], dtype=object)}, "cannot be read as an .npz of plain arrays"),
+        ({"train_x": RGB, "train_y": np.full(6, 2**62)}, "train_y holds the label 4611686018427387904"),
         ({"train_x": RGB, "train_y": np.full(6, 3), "classes": np.array(["a"])}, "labels go up to 3"),
     ],
 )
@@ -75,3 +78,21 @@ def test_files_that_are_no_npz_are_named(tmp_path):
     np.save(tmp_path / "one.npy", RGB)
     with pytest.raises(DataError, match="holds one array"):
         open_images("npz", tmp_path / "one.npy")
+
+
+def test_a_member_that_is_no_array_is_named(tmp_path):
+    path = saved(tmp_path, train_x=RGB)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train_y.npy", b"no array at all")
+    with pytest.raises(DataError, match="train_y is no array"):
+        open_images("npz", path)
+
+
+def test_an_archive_larger_than_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "zeros.npz"
+    np.savez_compressed(path, train_x=np.zeros((64, 64, 64), np.uint8))
+    assert path.stat().st_size < 64**3 / 100
+    monkeypatch.setattr(npz, "_memory", lambda: 64**3 - 1)
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: pytest.fail("was unpacked"))
+    with pytest.raises(DataError, match="more than this machine's memory"):
+        open_images("npz", path)

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from fastgessl.pipelines import ArrayImages, DataError, build, open_images, view_preset
+from fastgessl.pipelines import ArrayImages, build, open_images, view_preset
 
 HALF = (0.5, 0.5, 0.5)
 VIEWS = view_preset("byol", 16, mean=HALF, std=HALF)
@@ -34,11 +34,3 @@ def test_epochs_resume_and_workers_do_not_change_what_is_shown(photos):
     assert len(seen) == 5
     for found, expected in zip(seen, whole[1:], strict=True):
         assert torch.equal(found.index, expected.index) and all(map(torch.equal, found.views, expected.views))
-
-
-def test_a_bad_file_is_named(photos):
-    images = open_images("folder", photos)
-    images.paths[3].write_bytes(b"no image")
-    with pytest.raises(DataError, match=images.paths[3].name) as caught:
-        list(build(images, VIEWS, batch_size=4, engine="torchvision", training=False))
-    assert "\n" not in str(caught.value)

@@ -1,0 +1,80 @@
+"""The kernels of views, compiled for cards that are not here: no register spilled, shared memory within limits."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastgessl.kernels import views_triton
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)
+
+_spec = importlib.util.spec_from_file_location("ahead_of_time_of_views", Path(__file__).with_name("ahead_of_time.py"))
+ahead_of_time = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ahead_of_time)
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+BYTES = {"p_images"}
+INTEGERS = {"H", "W", "S"}
+BLOCKS = {"small": 256, "cifar": 1024, "tinyimagenet": 4096}
+CASES = {
+    **{
+        f"whole_view[{name}-{'bicubic' if bicubic else 'bilinear' if resize else 'colour'}]": (
+            views_triton.whole_view_kernel, {"RESIZE": resize, "BICUBIC": bicubic, "BLOCK": block}
+        )
+        for name, block in BLOCKS.items() for resize, bicubic in ((True, False), (True, True), (False, False))
+    },
+    "crop[bilinear]": (views_triton.crop_kernel, {"RESIZE": True, "BICUBIC": False, "BLOCK": 1024}),
+    "crop[bicubic]": (views_triton.crop_kernel, {"RESIZE": True, "BICUBIC": True, "BLOCK": 1024}),
+    "crop[of views]": (views_triton.crop_kernel, {"RESIZE": False, "BICUBIC": False, "BLOCK": 1024}),
+    "colour[of bytes]": (views_triton.colour_kernel, {"BYTES": True, "BLOCK": 1024, "BLOCKS": 64}),
+    "colour[of crops]": (views_triton.colour_kernel, {"BYTES": False, "BLOCK": 1024, "BLOCKS": 64}),
+    "blur[rows]": (views_triton.blur_kernel, {"ROWS": True, "TAPS": 23, "BLOCK": 1024}),
+    "blur[columns]": (views_triton.blur_kernel, {"ROWS": False, "TAPS": 23, "BLOCK": 1024}),
+}  # fmt: skip
+# A second each; the rest runs with `make soak`.
+QUICK = [
+    ("whole_view[cifar-bilinear]", 80), ("whole_view[cifar-bilinear]", 90), ("whole_view[tinyimagenet-bicubic]", 90),
+    ("crop[bicubic]", 90), ("colour[of bytes]", 90), ("blur[columns]", 90), ("whole_view[cifar-bilinear]", 100),
+]  # fmt: skip
+EVERY = [(name, architecture) for name in CASES for architecture in ARCHITECTURES]
+
+
+def check(name, architecture):
+    kernel, flags = CASES[name]
+    signature, constants, attributes = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in flags:
+            signature[argument], constants[argument] = "constexpr", flags[argument]
+        elif argument in INTEGERS:
+            signature[argument] = "i32"
+        elif argument == "threshold":
+            signature[argument] = "fp32"
+        else:
+            signature[argument] = "*u8" if argument in BYTES else "*i64" if argument == "p_chosen" else "*fp32"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    warps = views_triton.CROP_WARPS if kernel is views_triton.crop_kernel else views_triton.warps_for(flags["BLOCK"])
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    found = ahead_of_time._read(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
+    print(f"{name:36} sm_{architecture} -> {found}")
+    assert found.stack == 0 and found.shared <= ahead_of_time.SHARED_LIMIT[architecture]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_kernel_compiles_without_spill(case):
+    check(*case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in EVERY if case not in QUICK], ids=str)
+def test_every_kernel_compiles_without_spill_for_every_card(case):
+    check(*case)

@@ -1,0 +1,140 @@
+"""`prepare`: folders into shards and arrays, resumed, converted, and what could not be read named."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL.Image")
+from PIL import Image
+
+from fastgessl.pipelines import DataError, open_images
+from fastgessl.pipelines.fetch import fetch
+from fastgessl.pipelines.header import decode
+from fastgessl.pipelines.prepare import picture, prepare_folder, untracked
+
+
+def prepare(folder, out, *, size=0, per_shard=4, track=untracked):
+    return prepare_folder(folder, out, size=size, per_shard=per_shard, track=track)
+
+
+def test_shards_hold_the_files_as_they_are_with_their_labels(photos, tmp_path):
+    report = prepare(photos, tmp_path / "out")
+    files, images = open_images("folder", photos), open_images("shards", tmp_path / "out")
+    assert (report.written, report.converted, report.left_out) == (14, [], {}) and len(images.shards) == 4
+    assert images.classes == files.classes == ("cat", "dog") and (images.labels == files.labels).all()
+    assert all((images.read(number) == files.read(number)).all() for number in range(14))
+
+
+def test_held_out_images_go_into_shards_of_their_own(photos, tmp_path):
+    photos.rename(tmp_path / "train")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "train").rename(tmp_path / "all" / "train")
+    (tmp_path / "all" / "test" / "dog").mkdir(parents=True)
+    sample = next((tmp_path / "all" / "train" / "dog").iterdir())
+    (tmp_path / "all" / "test" / "dog" / sample.name).write_bytes(sample.read_bytes())
+    prepare(tmp_path / "all", tmp_path / "out")
+    test = open_images("shards", tmp_path / "out", "test")
+    assert len(open_images("shards", tmp_path / "out")) == 14 and test.labels.tolist() == [1]
+    assert test.read(0).tobytes() == sample.read_bytes()
+
+
+def test_an_interrupted_call_goes_on_where_it_was(photos, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def until_the_third(work, _):
+        for number, start in enumerate(work):
+            if number == 2:
+                raise Interrupted
+            yield start
+
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        prepare(photos, out, track=until_the_third)
+    (out / "train-000002.tar.part").write_bytes(b"half a shard")
+    first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert sorted(first) == ["train-000000.tar", "train-000001.tar"]
+    assert prepare(photos, out).written == 6
+    assert {name: (out / name).stat().st_mtime_ns for name in first} == first and len(open_images("shards", out)) == 14
+    assert prepare(photos, out).written == 0
+
+
+def test_shards_of_other_pictures_are_not_mixed_in(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    with pytest.raises(DataError, match="has shards of other pictures, or of another size"):
+        prepare(photos, tmp_path / "out", per_shard=5)
+    next(photos.rglob("*.png")).unlink()
+    with pytest.raises(DataError, match="Choose an empty folder"):
+        prepare(photos, tmp_path / "out")
+
+
+def test_formats_that_dali_does_not_read_are_converted_and_bad_files_named(photos, picture_of, encode, tmp_path):
+    for name, kind in (("a.tiff", "TIFF"), ("b.gif", "GIF"), ("c.avif", "AVIF")):
+        (photos / "cat" / name).write_bytes(encode(picture_of(100), kind))
+    (photos / "cat" / "z.heic").write_bytes(b"not decodable without pillow-heif")
+    (photos / "dog" / "z.jpg").write_bytes(b"")
+    report = prepare(photos, tmp_path / "out")
+    assert (report.written, len(report.converted)) == (17, 3)
+    assert sorted(name.rsplit("/", 1)[1] for name in report.left_out) == ["z.heic", "z.jpg"]
+    assert "Install pillow-heif" in report.left_out[str(photos / "cat" / "z.heic")]
+    assert len((tmp_path / "out" / "left_out.txt").read_text().splitlines()) == 2
+    images = open_images("shards", tmp_path / "out")
+    assert len(images) == 17 and (images.labels == 0).sum() == 10
+    level = np.asarray(decode(images.read(7), images.name(7)))
+    assert images.names[7] == "000000007.jpg" and np.abs(level.astype(int) - 100).max() <= 2
+
+
+@pytest.fixture
+def picture_of():
+    return lambda level: np.full((20, 30, 3), level, np.uint8)
+
+
+def test_a_folder_says_what_prepare_could_convert(photos, encode, picture_of):
+    (photos / "cat" / "a.tiff").write_bytes(encode(picture_of(1), "TIFF"))
+    with pytest.warns(UserWarning, match=r"Files that `fastgessl prepare` can convert \(heic, heif, avif, tif, tiff …\): 1"):
+        assert len(open_images("folder", photos)) == 14
+    for path in photos.rglob("*.jpeg"):
+        path.unlink()
+    for path in photos.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"holds no images .* Files that `fastgessl prepare` can convert .*: 1"):
+        open_images("folder", photos)
+
+
+def test_arrays_are_cropped_to_one_size(photos, tmp_path):
+    report = prepare(photos, tmp_path / "out.npz", size=24)
+    images, files = open_images("npz", tmp_path / "out.npz"), open_images("folder", photos)
+    assert report.written == 14 and images.images.shape == (14, 24, 24, 3)
+    assert (images.labels == files.labels).all() and images.classes == ("cat", "dog")
+    whole = decode(files.read(3), "3")
+    side = min(whole.size)
+    left, top = (whole.width - side) / 2, (whole.height - side) / 2
+    expected = whole.resize((24, 24), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    assert np.abs(images.images[3].astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_arrays_of_several_sizes_want_a_size(photos, tmp_path):
+    with pytest.raises(DataError, match=r"the train pictures are of \d+ sizes, .* Give one with --size"):
+        prepare(photos, tmp_path / "out.npz")
+    assert list(tmp_path.glob("*.npz")) == []
+
+
+def test_a_picture_stands_upright_and_keeps_sixteen_bits(encode, picture_of):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    rotated = np.frombuffer(encode(picture_of(1), "TIFF", exif=tags), np.uint8)
+    assert picture(rotated, "a").size == (20, 30)
+    deep = np.frombuffer(encode(np.full((4, 4), 200 * 257, np.uint16), "TIFF"), np.uint8)
+    assert np.asarray(picture(deep, "a")).max() == 200
+
+
+def test_a_download_that_fails_says_what_to_put_where(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+
+    def refuse(*_, **__):
+        raise OSError("the network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(DataError, match=r"cifar10 could not be downloaded .* Put cifar-10-python.tar.gz of https://.* into '.*' and run"):
+        fetch("cifar10", tmp_path)
+    with pytest.raises(DataError, match=r"tinyimagenet could not be downloaded .* Put http://cs231n.*zip into"):
+        fetch("tinyimagenet", tmp_path)

@@ -7,7 +7,7 @@ import sys
 
 from bench import results
 
-SUITES = ("kernels", "gessl", "pipelines")
+SUITES = ("kernels", "gessl", "steps", "pipelines", "evaluate", "report")
 
 
 def main() -> None:

@@ -1,98 +1,98 @@
-"""Everything a GPU can tell, in order of value: `python -m bench.gpu [--stage ceilings tests] [--seconds 300] [--out DIR] [--dry-run]`.
+"""Everything a GPU can tell, in order of value: `python -m bench.gpu [--stage ceilings tests ...] [--seconds 300] [--out DIR] [--dry-run]`.
 
-Each stage has its own time limit and writes its JSON under bench/results/<gpu>/ as soon as it ends, so that a cut run still leaves
-evidence. `--dry-run` takes tiny sizes, on a CPU if need be.
+Each stage runs in a process of its own under its own time limit and writes its JSON under bench/results/<gpu>/ after every row, so that a
+crash or a cut run leaves what was found until then. What the machine lacks (a peer, DALI, a second GPU, CIFAR-10) becomes a row "absent".
+`--dry-run` takes tiny sizes, on a CPU if need be. `--profile` adds a trace of a training step and Nsight Compute's view of the slowest
+kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import results
+from bench.stages import STAGES, Conditions
+
+SECONDS = {"ceilings": 60, "tests": 420, "kernels": 300, "steps": 420, "engines": 120, "quality": 900, "scaling": 300, "gessl": 200}
+START_AND_LAST_ROW = 60
+"""Seconds beyond its limit after which a stage is killed: it looks at the clock between rows, and a row may compile."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="stages to run, in this order")
-    parser.add_argument("--seconds", type=float, default=300, help="time limit of a stage")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=[stage for stage in STAGES if stage != "profile"])
+    parser.add_argument("--seconds", type=float, help="time limit of a stage, instead of its own")
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
+    parser.add_argument("--cifar10", type=Path, help="an .npz with CIFAR-10 (train_x, train_y, test_x, test_y), for the stage quality")
+    parser.add_argument("--photos", type=Path, help="a folder of photos, for the engines that read files")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU if there is no GPU")
-    arguments = parser.parse_args()
+    parser.add_argument("--profile", action="store_true", help="the stage profile too: a torch profiler trace, Nsight Compute's summary")
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(words)
     if not torch.cuda.is_available() and not arguments.dry_run:
         sys.exit("bench.gpu: torch finds no GPU here. Run it on a machine that has one, or with --dry-run.")
-    for name in arguments.stage:
-        started = time.perf_counter()
-        measured = STAGES[name](arguments.seconds, arguments.dry_run)
-        path = results.write(
-            f"gpu-{name}", measured | {"seconds": time.perf_counter() - started, "dry_run": arguments.dry_run}, arguments.out
-        )
-        print(f"{name}: {measured}\n  {path}", flush=True)
+    if arguments.in_this_process:
+        run(arguments.stage[0], arguments)
+        return
+    stages = list(dict.fromkeys([*arguments.stage, *(["profile"] if arguments.profile else [])]))
+    failed = [stage for stage in stages if not run_apart(stage, words, limit(stage, arguments))]
+    if failed:
+        sys.exit(f"bench.gpu: {', '.join(failed)} did not end well; what was found until then is in the files above.")
 
 
-def ceilings(seconds: float, dry_run: bool) -> dict[str, Any]:
-    """What the device can do at best: bf16 matmul TFLOP/s, copy bandwidth in GB/s, exponentials a second."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    side, count = (256, 1 << 16) if dry_run else (8192, 1 << 28)
-    left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    source = torch.randn(count, device=device)
-    target = torch.empty_like(source)
-    budget = min(seconds / 3, 5.0)
-    return {
-        "matmul_bf16_tflops": 2 * side**3 / _median_seconds(lambda: left @ right, budget) / 1e12,
-        "copy_gb_per_second": 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), budget) / 1e9,
-        "exp_per_second": count / _median_seconds(lambda: torch.exp(source, out=target), budget),
-    }
+def limit(stage: str, arguments: argparse.Namespace) -> float:
+    return arguments.seconds or SECONDS.get(stage, 120)
 
 
-def tests(seconds: float, dry_run: bool) -> dict[str, Any]:
-    """`pytest -m gpu`: every kernel on the device against float64, first and second order. A dry run only collects them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *(["--collect-only"] if dry_run else [])]
+def run_apart(stage: str, words: Sequence[str], seconds: float) -> bool:
+    """The stage in a process of its own; returns whether it ended by itself without an error."""
+    command = [sys.executable, "-m", "bench.gpu", *words, "--in-this-process", "--stage", stage]
     try:
-        outcome = subprocess.run(command, cwd=results.ROOT.parent, capture_output=True, text=True, check=False, timeout=seconds)
-    except subprocess.TimeoutExpired as cut:
-        return {"exit_code": None, "cut_after_seconds": seconds, "output": (cut.stdout or b"").decode()[-4000:]}
-    return {"exit_code": outcome.returncode, "output": outcome.stdout[-4000:]}
+        return subprocess.run(command, cwd=results.ROOT.parent, timeout=seconds + START_AND_LAST_ROW, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{stage}: killed {START_AND_LAST_ROW} s beyond its limit of {seconds:g} s", file=sys.stderr, flush=True)
+        return False
 
 
-def gessl(seconds: float, dry_run: bool) -> dict[str, Any]:
-    """Operations, seconds and peak bytes of GeSSL's modes x a plain step: ResNet-18 at 32 px, ResNet-50 at 224 px, batch 256, float32."""
-    from bench.gessl import SMALL, cost
-    from fastgessl.config import ModelConfig
-
-    if dry_run:
-        return {"resnet18": cost(4, 1, SMALL.model_copy(update={"width": 0.125}), 16)}
-    return {
-        "resnet18": cost(256, 10, ModelConfig(name="resnet18", stem="small"), 32),
-        "resnet50": cost(256, 5, ModelConfig(name="resnet50"), 224),
-    }
-
-
-def _median_seconds(work: Callable[[], object], budget: float) -> float:
-    """Median time of one call, after three warm-up calls, over at least five and until the budget is spent."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for _ in range(3):
-        work()
-    wait()
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 5 or (time.perf_counter() - begin < budget and len(times) < 200):
-        started = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def run(stage: str, arguments: argparse.Namespace) -> None:
+    """Write the stage's record after each of its rows."""
+    started = time.perf_counter()
+    conditions = Conditions(started + limit(stage, arguments), arguments.dry_run, arguments.cifar10, arguments.photos, arguments.out)
+    record: dict[str, Any] = {"dry_run": arguments.dry_run, "limit_seconds": limit(stage, arguments), "complete": False, "rows": {}}
+    record["state_before"] = gpu_state()
+    path = results.write(f"gpu-{stage}", record, arguments.out)
+    for name, row in STAGES[stage](conditions):
+        record["rows"][name] = row
+        record["seconds"] = time.perf_counter() - started
+        path = results.write(f"gpu-{stage}", record, arguments.out)
+        print(f"{stage}: {name}: {_short(row)}", flush=True)
+    results.write(f"gpu-{stage}", record | {"complete": True, "state_after": gpu_state()}, arguments.out)
+    print(f"  {path}", flush=True)
 
 
-STAGES: dict[str, Callable[[float, bool], dict[str, Any]]] = {"ceilings": ceilings, "tests": tests, "gessl": gessl}
+def gpu_state() -> str:
+    """Driver, clocks, power and temperature as nvidia-smi gives them; they are read, never set."""
+    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
+    try:
+        said = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "absent: nvidia-smi"
+    return said.stdout.strip()
+
+
+def _short(row: Any) -> str:
+    text = str({key: value for key, value in row.items() if key not in ("samples", "output")}) if isinstance(row, dict) else str(row)
+    return text if len(text) < 400 else text[:400] + " ..."
+
 
 if __name__ == "__main__":
     main()

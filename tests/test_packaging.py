@@ -49,7 +49,7 @@ def test_the_wheel_offers_every_public_name_in_a_clean_environment(wheel, tmp_pa
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
         "import importlib, fastgessl\n"
         f"assert fastgessl.__file__.startswith({site!r}), fastgessl.__file__\n"
-        "for room in ('kernels', 'pipelines', 'methods', 'models', 'objective', 'evaluate'):\n"
+        "for room in ('kernels', 'pipelines', 'methods', 'models', 'objective', 'evaluate', 'report'):\n"
         "    module = importlib.import_module('fastgessl.' + room)\n"
         "    assert module.__all__, room\n"
         "    for name in module.__all__: getattr(module, name)\n"

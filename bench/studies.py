@@ -1,0 +1,193 @@
+"""Training runs of the real command, one a cell of a study: a cell that is done is not run again, a cell that was cut goes on.
+
+Cells run in processes of their own, so that what is measured is what a user gets. Choices (alpha, w_sigma) are made on a validation split
+of the training images, never on test images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from bench.timing import ratio, wait
+from fastgessl import pipelines
+from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
+from fastgessl.config import Config
+from fastgessl.pipelines.images import ArrayImages
+from fastgessl.recipes import load
+
+VALIDATION_SHARE = 0.2
+
+
+class OutOfTime(Exception):
+    """The study's time is over; what is done stays, and the next call goes on."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a recipe and the options that differ from it, on one .npz."""
+
+    folder: Path
+    recipe: str
+    data: Path
+    seed: int
+    options: Mapping[str, object]
+
+
+def measured(cell: Cell, common: Sequence[str], deadline: float) -> dict[str, float]:
+    """Every accuracy and sigma of the cell's evaluation, by `task.key`; trains it first if need be. Raises OutOfTime at the deadline."""
+    return leaves(evaluation(cell, common, deadline)["rows"]["this run"])
+
+
+def evaluation(cell: Cell, common: Sequence[str], deadline: float) -> dict[str, Any]:
+    """evaluation.json of the cell."""
+    finished = cell.folder / "evaluation.json"
+    if not finished.is_file():
+        _train(cell, common, deadline)
+    return json.loads(finished.read_text())
+
+
+def _train(cell: Cell, common: Sequence[str], deadline: float) -> None:
+    options = {
+        "data.name": "npz",
+        "data.root": cell.data,
+        "train.seed": cell.seed,
+        "train.run_dir": cell.folder,
+        "train.resume": "if_any",
+        "log.trackers": "",
+        **cell.options,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value)) if word]
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastgessl", "train", cell.recipe, *words, *common], stdout=subprocess.DEVNULL, stderr=said
+        )
+        try:
+            code = process.wait(max(deadline - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise OutOfTime from None
+        if code:
+            said.seek(0)
+            raise RuntimeError(f"{cell.folder.name} ended with code {code}: {said.read()[-2000:]}")
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, float]:
+    """The accuracies and sigmas of a nested result, by their dotted place.
+
+    >>> leaves({"knn": {"accuracy": 0.5, "k": 20}, "few_shot": [{"accuracy": 0.25}]})
+    {'knn.accuracy': 0.5, 'few_shot.0.accuracy': 0.25}
+    """
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    found: dict[str, float] = {}
+    for key, value in pairs:
+        if isinstance(value, int | float) and str(key) in ("accuracy", "sigma"):
+            found[f"{prefix}{key}"] = float(value)
+        found |= leaves(value, f"{prefix}{key}.")
+    return found
+
+
+def arrays_of(name: str, root: Path | None = None) -> dict[str, np.ndarray]:
+    """train_x, train_y, test_x, test_y of a labelled data set that lives in memory."""
+    arrays: dict[str, np.ndarray] = {}
+    for split in ("train", "test"):
+        images = pipelines.open_images(name, root, split)
+        if not isinstance(images, ArrayImages) or images.labels is None:
+            raise SystemExit(f"bench: {name} has no labelled {split} arrays. Give an .npz with train_x, train_y, test_x and test_y.")
+        arrays |= {f"{split}_x": images.images, f"{split}_y": images.labels}
+    return arrays
+
+
+def write_parts(folder: Path, arrays: Mapping[str, np.ndarray], share: float, seed: int = 0) -> tuple[Path, Path]:
+    """(all, choice): `share` of the training images with the test images, and the same training images with a fifth of them as the
+    test split, on which choices are made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(seed).permutation(len(arrays["train_y"]))[: max(round(share * len(arrays["train_y"])), 1)]
+    x, y = arrays["train_x"][order], arrays["train_y"][order]
+    held = round(VALIDATION_SHARE * len(y))
+    whole, choice = folder / f"all-{share:g}.npz", folder / f"choice-{share:g}.npz"
+    _write_once(whole, {"train_x": x, "train_y": y, "test_x": arrays["test_x"], "test_y": arrays["test_y"]})
+    _write_once(choice, {"train_x": x[held:], "train_y": y[held:], "test_x": x[:held], "test_y": y[:held]})
+    return whole, choice
+
+
+def _write_once(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    if not path.exists():
+        partial = path.with_suffix(".part.npz")
+        np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
+        partial.rename(path)
+
+
+def step_time_ratio(config: Config, steps: int = 20) -> float:
+    """Time of `every` GeSSL steps over that of as many plain ones, taken in turns on the same views: the median of the rounds."""
+    plain = config.model_copy(update={"gessl": config.gessl.model_copy(update={"w_sigma": 0.0})})
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = build_accelerator(config, Path(folder))
+    images = pipelines.open_images(config.data.name, config.data.root)
+    assert images is not None
+    loader = build_loader(config, images, accelerator)
+    plan = make_plan(config, images, loader, accelerator)
+    contenders = [build_objective(each, plan).to(accelerator.device) for each in (config, plain)]
+    views = next(iter(loader)).views
+    taken: list[list[float]] = [[], []]
+    for start in range(0, steps, config.gessl.every):
+        for objective, spent in zip(contenders, taken, strict=True):
+            wait()
+            started = time.perf_counter()
+            for step in range(start, start + config.gessl.every):
+                objective(views, step).loss.backward()
+                objective.zero_grad(set_to_none=True)
+            wait()
+            spent.append(time.perf_counter() - started)
+    return ratio(taken[0][1:], taken[1][1:])
+
+
+def with_options(recipe: str, options: Mapping[str, object]) -> Config:
+    """The recipe with `section.field` options over it."""
+    changed: dict[str, dict[str, object]] = {}
+    for name, value in options.items():
+        section, field = name.split(".")
+        changed.setdefault(section, {})[field] = value
+    base = load(recipe).config.model_dump()
+    return Config.model_validate(base | {section: base[section] | values for section, values in changed.items()})
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation over seeds."""
+    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else math.nan}
+
+
+def paired(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Mean of own - other, pair by pair, with its 95 % interval (Student's t).
+
+    >>> {key: round(value, 3) for key, value in paired([0.9, 0.8, 0.9], [0.8, 0.8, 0.7]).items()}
+    {'mean': 0.1, 'low': -0.148, 'high': 0.348}
+    """
+    differences = [first - second for first, second in zip(own, other, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return {"mean": mean, "low": math.nan, "high": math.nan}
+    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def grid(alphas: Sequence[float], weights: Sequence[float]) -> Iterator[dict[str, object]]:
+    """Every pair of alpha and w_sigma as options."""
+    for alpha in alphas:
+        for weight in weights:
+            yield {"gessl.inner_lr": alpha, "gessl.w_sigma": weight}

@@ -1,0 +1,74 @@
+"""A study's choices see no test image, its cells are run once, and its differences are paired."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bench import does_gessl_help, studies
+
+
+def test_choices_are_made_on_training_images_alone(tmp_path):
+    arrays = studies.arrays_of("digits")
+    whole, choice = (np.load(path) for path in studies.write_parts(tmp_path, arrays, 0.5))
+    assert sorted(image.tobytes() for part in ("train_x", "test_x") for image in choice[part]) == sorted(
+        image.tobytes() for image in whole["train_x"]
+    )
+    assert {image.tobytes() for image in whole["train_x"]} <= {image.tobytes() for image in arrays["train_x"]}
+    assert len(whole["train_x"]) == round(len(arrays["train_x"]) / 2) and len(choice["test_x"]) == round(0.2 * len(whole["train_x"]))
+    assert np.array_equal(whole["test_x"], arrays["test_x"]) and np.array_equal(whole["test_y"], arrays["test_y"])
+
+
+def test_paired_differences_have_students_interval():
+    own, other = (0.6, 0.9, 1.0), (0.5, 0.7, 0.6)
+    differences = [0.1, 0.2, 0.4]
+    low, high = stats.t.interval(0.95, 2, loc=statistics.mean(differences), scale=stats.sem(differences))
+    found = studies.paired(own, other)
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.7 / 3, low, high))
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
+    cell = studies.Cell(tmp_path / "cell", "digits-simclr", tmp_path / "absent.npz", 0, {})
+    cell.folder.mkdir()
+    (cell.folder / "evaluation.json").write_text(json.dumps({"rows": {"this run": {"knn": {"accuracy": 0.75}}}}))
+    monkeypatch.setattr(studies, "_train", lambda *_: pytest.fail("was trained"))
+    assert studies.measured(cell, (), 0.0) == {"knn.accuracy": 0.75}
+
+
+def test_a_cell_that_fails_says_why(tmp_path):
+    cell = studies.Cell(tmp_path / "cell", "digits-simclr", tmp_path / "absent.npz", 0, {})
+    with pytest.raises(RuntimeError, match=r"absent\.npz"):
+        studies.measured(cell, (), time.monotonic() + 60)
+
+
+def test_a_longer_gessl_step_gives_plain_training_more_epochs_at_equal_seconds(tmp_path, monkeypatch):
+    trained = {}
+
+    def evaluation(cell, judging, deadline):
+        trained[cell.folder.name] = dict(cell.options)
+        accuracy = 0.5 + 0.1 * ("gessl" in cell.folder.name) + 0.01 * cell.seed
+        return {"rows": {"this run": {"linear": {"accuracy": accuracy}}, "raw pixels": {"linear": {"accuracy": 0.25}}}}
+
+    monkeypatch.setattr(studies, "evaluation", evaluation)
+    monkeypatch.setattr(studies, "step_time_ratio", lambda config: 1.5)
+    asker = does_gessl_help.Asker(does_gessl_help.STUDIES["digits"], tmp_path, (), time.monotonic() + 1)
+    answer = asker.answer("simclr", 1.0, tmp_path / "all.npz", tmp_path / "choice.npz")
+    assert trained["plain-seed0"]["train.epochs"] == 50 and trained["plain-equal-seconds-seed0"]["train.epochs"] == 75
+    assert answer["paired"]["GeSSL, fast"]["plain"]["linear.accuracy"]["mean"] == pytest.approx(0.1)
+    assert answer["mean"]["raw pixels"]["linear.accuracy"] == {"mean": 0.25, "deviation": 0.0}
+    assert "GeSSL, head" in str(does_gessl_help.table("digits", answer).columns[0]._cells)
+
+
+@pytest.mark.slow
+def test_a_study_is_cut_by_its_time_and_goes_on_from_there(tmp_path):
+    words = ["--study", "tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    does_gessl_help.main([*words, "--minutes", "0.2"])
+    (path,) = tmp_path.glob("*/*does-gessl-help-tiny.json")
+    assert not json.loads(path.read_text())["complete"]
+    does_gessl_help.main(words)
+    assert json.loads(path.read_text())["complete"]

@@ -172,7 +172,7 @@ def _measured(objective: GeSSL, tasks: list[list[Tensor]], step: int) -> dict[st
     method = objective.method
     sigma = statistics.mean(measure_sigma(method, MEASURING, views) for views in tasks)
     with torch.no_grad():
-        held_out = [rank_local_task(method, views, "all") for views in tasks]
+        held_out = [rank_local_task(method, views, None, "all") for views in tasks]
         loss = statistics.mean(task.loss(task.outputs({})).item() for task in held_out)
         method.eval()
         features = torch.cat([method.backbone(views[0]) for views in tasks])

@@ -40,6 +40,8 @@ class Absent:
 
 def measure(rows: list[int], seconds: float) -> list[dict[str, Any]]:
     """Rows of the result file. Raises RuntimeError if a case failed."""
+    # Benchmarks would be switched off in a worker of a parallel test run.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
     os.environ |= {"FASTGESSL_BENCH_ROWS": ",".join(map(str, rows)), "FASTGESSL_BENCH_SECONDS": str(seconds)}
     absent = Absent()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,6 +49,8 @@ def measure(rows: list[int], seconds: float) -> list[dict[str, Any]]:
         timer = f"time.{kernel_cases.clock().__name__}"
         options = [
             "-q",
+            "-p",
+            "no:xdist",
             "--benchmark-timer",
             timer,
             "-p",

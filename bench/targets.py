@@ -51,7 +51,7 @@ def rows(conditions: Conditions) -> Iterator[tuple[str, dict[str, Any]]]:
         if conditions.left <= 0:
             return
         size = min(target.rows, 64) if conditions.dry_run else target.rows
-        yield target.name, _measured(target, size, rates, min(conditions.left, 20.0))
+        yield target.name, _measured(target, size, rates, 0.0 if conditions.dry_run else min(conditions.left, 20.0))
 
 
 def _measured(target: Target, size: int, rates: dict[str, float], budget: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def directions_of(projections: Tensor) -> Tensor:
     >>> line = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]])
     >>> plane = torch.eye(3)[None]
     >>> round(directions_of(line).item(), 1), round(directions_of(plane).item(), 4)
-    (1.2, 2.0)
+    (1.1, 2.0)
     """
     rows = normalize(projections.detach().float(), dim=-1)
     rows = rows - rows.mean(1, keepdim=True)

@@ -26,6 +26,7 @@ class CISSL(Method):
     A linear student, because the representation will be probed linearly; the view itself among its positives, because a probe must give
     all views of an image one answer.
 
+    >>> import torch
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> method = CISSL(MethodConfig(name="cissl", projector_hidden=16, projector_out=4), backbone, RunFacts())

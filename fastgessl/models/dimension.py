@@ -16,6 +16,7 @@ class Widening(nn.Module):
 
     Where outputs are a multiple of inputs, the input is repeated and added, as a residual block does.
 
+    >>> import torch
     >>> Widening(16, 8, 64)(torch.randn(2, 16, 4, 4)).shape
     torch.Size([2, 64, 4, 4])
     """

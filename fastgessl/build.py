@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, LoggerType, set_seed
 
 from fastgessl import pipelines
 from fastgessl.config import Config, UsageError
@@ -49,6 +49,11 @@ def build_accelerator(config: Config, folder: Path) -> Accelerator:
         raise UsageError("train.device is cuda, but torch finds no GPU here. Train with --train.device cpu, or see `fastgessl doctor`.")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     precision = _precision(config, on_cpu)
+    if unknown := [name for name in config.log.trackers if name not in LoggerType.list()]:
+        raise UsageError(
+            f"log.trackers '{unknown[0]}' is no tracker that Accelerate knows. Choose from {', '.join(sorted(LoggerType.list()))}, or give "
+            "--log.trackers without a name for none."
+        )
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,

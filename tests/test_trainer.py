@@ -289,3 +289,9 @@ def test_a_checkpoint_of_another_model_is_refused(fastgessl, tmp_path):
     outcome = fastgessl("train", *GESSL, "--model.width", 0.25, "--train.max_steps", 8, "--train.run_dir", run, "--train.resume", "auto")
     assert outcome.code == 2
     assert "belongs to another model" in outcome.err
+
+
+def test_an_unknown_tracker_is_named_before_anything_is_written(fastgessl, tmp_path):
+    outcome = fastgessl("train", *GESSL, "--train.run_dir", tmp_path / "run", "--log.trackers", "tensorbored")
+    assert outcome.code == 2 and "log.trackers 'tensorbored' is no tracker" in outcome.err
+    assert not (tmp_path / "run").exists()

@@ -45,15 +45,8 @@ def knn_classify(train: Features, test: Features, k: int, temperature: float) ->
     >>> knn_classify(features, features, k=2, temperature=0.07)
     1.0
     """
-    labels, test_labels = require_labels("knn", train.labels, test.labels)
-    train.require_finite("training images")
-    test.require_finite("test images")
-    obstacle = too_few_neighbours(len(train), k)
-    if obstacle:
-        raise UsageError(obstacle)
-    classes, columns = labels.unique(return_inverse=True)
-    votes = knn_votes(train.features, columns, test.features, k, temperature, len(classes))
-    return (classes[votes.argmax(dim=1)] == test_labels).double().mean().item()
+    protocol = Neighbours("cosine", k, temperature)
+    return _accuracies("knn", train, test, (protocol,), too_few_neighbours(len(train), k))[protocol]
 
 
 def knn_protocols(train: Features, test: Features, protocols: tuple[Neighbours, ...] = PUBLISHED) -> dict[Neighbours, float]:
@@ -65,10 +58,13 @@ def knn_protocols(train: Features, test: Features, protocols: tuple[Neighbours, 
     >>> knn_protocols(features, features, (Neighbours("euclidean", 5),))
     {Neighbours(metric='euclidean', k=5, temperature=0.0): 1.0}
     """
-    labels, test_labels = require_labels("knn_protocols", train.labels, test.labels)
+    return _accuracies("knn_protocols", train, test, protocols, too_few_for_protocols(len(train), protocols))
+
+
+def _accuracies(task: str, train: Features, test: Features, protocols: tuple[Neighbours, ...], obstacle: str) -> dict[Neighbours, float]:
+    labels, test_labels = require_labels(task, train.labels, test.labels)
     train.require_finite("training images")
     test.require_finite("test images")
-    obstacle = too_few_for_protocols(len(train), protocols)
     if obstacle:
         raise UsageError(obstacle)
     classes, columns = labels.unique(return_inverse=True)
@@ -93,11 +89,6 @@ def too_few_for_protocols(count: int, protocols: tuple[Neighbours, ...]) -> str:
     return (
         "" if most <= count else f"a protocol takes {most} neighbours, but there are only {count} training images. Leave knn_protocols out."
     )
-
-
-def knn_votes(train: Tensor, columns: Tensor, test: Tensor, k: int, temperature: float, classes: int) -> Tensor:
-    """Train (N, F) with class numbers `columns` (N,) and test (M, F) -> each class's share of the weighted vote, (M, C) float32."""
-    return _votes_of(train, columns, test, [Neighbours("cosine", k, temperature)], classes)[0]
 
 
 def _votes_of(train: Tensor, columns: Tensor, test: Tensor, protocols: list[Neighbours], classes: int) -> list[Tensor]:

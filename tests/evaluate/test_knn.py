@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from fastgessl.config import UsageError
@@ -19,17 +18,6 @@ def test_knn_equals_scikit_learns_weighted_cosine_neighbours(cluster_features, k
 
     assert 0.3 < expected < 0.999
     assert knn_classify(train, test, k, temperature) == pytest.approx(expected, abs=1e-12)
-
-
-def test_knn_votes_are_the_softmax_of_similarities_summed_by_class(cluster_features):
-    train, test = cluster_features(30, 6, 3, seed=0), cluster_features(4, 6, 3, seed=1)
-
-    votes = knn.knn_votes(train.features, train.labels, test.features, k=30, temperature=0.2, classes=3)
-
-    similarity = torch.nn.functional.cosine_similarity(test.features[:, None].double(), train.features[None].double(), dim=2)
-    weights = (similarity / 0.2).exp()
-    expected = torch.stack([weights[:, train.labels == label].sum(dim=1) for label in range(3)], dim=1) / weights.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(votes.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_knn_does_not_depend_on_the_chunk(cluster_features, monkeypatch):

@@ -1,7 +1,7 @@
 """Damaged and hostile files for every parser of a run: python tests/reliability/fuzz.py SECONDS [SEED [PARSER ...]]. Prints one JSON line.
 
 A parser may read a file or refuse it with a UsageError or DataError. Anything else, anything that starts a process or writes a file, and
-whatever takes longer than ten seconds is a finding; its input is kept in /tmp/fastgessl-fuzz.
+whatever takes longer than ten seconds is a finding; its input is kept in the folder fastgessl-fuzz of the temporary files.
 """
 
 from __future__ import annotations

@@ -64,9 +64,8 @@ def products(
 
 @triton.jit
 def load_log2(p_lse, o_rows, rows):
-    """lse in base 2; +inf for a row without columns, and outside, so that its softmax is 0."""
-    b_lse = tl.load(p_lse + o_rows, mask=o_rows < rows, other=float("inf")) * LOG2_E
-    return tl.where(b_lse == -float("inf"), float("inf"), b_lse)
+    """lse in base 2; +inf outside, so that the softmax is 0 there."""
+    return tl.load(p_lse + o_rows, mask=o_rows < rows, other=float("inf")) * LOG2_E
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def toy_method(name, *, negatives="local", dropout=0.0, dtype=torch.float64, mak
     torch.manual_seed(1)
     options = {"projector_hidden": 10, "projector_out": 5, "predictor_hidden": 8, "momentum_start": 0.9} | OPTIONS.get(name, {})
     config = MethodConfig(name=name, **options)
-    method = build_method(config, make_backbone(dropout), RunFacts(total_steps=10, negatives=negatives))
+    method = build_method(config, make_backbone(dropout), RunFacts(total_steps=10, negatives=negatives, classes=3))
     for module in list(method.modules()):
         if isinstance(module, BottleneckHead):
             # Its small first weights make outputs of norm 1e-4, on whose directions central differences see little but curvature.
@@ -67,6 +67,11 @@ def toy_views(seed=0, images=8, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randn(images, 3, 6, 6, generator=generator, dtype=torch.float64)
     return [(clean + 0.3 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
+
+
+def toy_labels(seed=0, images=8):
+    """Classes of the images of `toy_views`, of which only the supervised method learns."""
+    return torch.randint(3, (images,), generator=torch.Generator().manual_seed(seed))
 
 
 def trainable(method):
@@ -133,7 +138,8 @@ BI_LEVEL = {
 
 
 class Toys:
-    backbone, method, views, gradients, trainable = map(staticmethod, (toy_backbone, toy_method, toy_views, gradients, trainable))
+    backbone, method, views, labels = map(staticmethod, (toy_backbone, toy_method, toy_views, toy_labels))
+    gradients, trainable = staticmethod(gradients), staticmethod(trainable)
     Literal, bi_level = LiteralObjective, BI_LEVEL
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import BI_LEVEL, gradients, toy_method, toy_views
+from conftest import BI_LEVEL, gradients, toy_labels, toy_method, toy_views
 from method_cases import ALL, KINDS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgessl.config import GesslConfig, UsageError
 from fastgessl.distributed import rank_local, world_group, world_size
+from fastgessl.methods import METHODS
 from fastgessl.models import synchronise_batch_norm
 from fastgessl.objective import GeSSL
 
@@ -21,16 +22,15 @@ def wrapped(method, settings):
     return DistributedDataParallel(GeSSL(method, settings), broadcast_buffers=False)
 
 
-def two_steps(name, settings, views, *, negatives, synchronised):
-    """Gradient, metrics and state after the second of two optimiser steps under DDP; the second shows that its reducer is armed again."""
-    method = toy_method(name, negatives=negatives)
-    if synchronised:
-        synchronise_batch_norm(method)
-    objective = wrapped(method, settings)
+def two_steps(name, views, labels):
+    """Gradient, loss and state after the second of two plain steps under DDP; the second shows that its reducer is armed again."""
+    method = toy_method(name, negatives="global")
+    synchronise_batch_norm(method)
+    objective = wrapped(method, GesslConfig())
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     for step in range(2):
         optimizer.zero_grad(set_to_none=True)
-        result = objective(views, step)
+        result = objective(views, step, labels=labels)
         result.loss.backward()
         optimizer.step()
         method.update_state([(result.outputs, result.targets)], step)
@@ -81,9 +81,10 @@ def main(rank, size, folder):
         assert world_size() == 1 and world_group() is None
     views = toy_views(seed=10 + rank)
     report = {"world_size": dist.get_world_size()}
+    for name in METHODS:
+        report["plain", name] = two_steps(name, views, toy_labels(seed=10 + rank))
     for name in ALL:
         bi_level = BI_LEVEL if name in KINDS else {"exact": BI_LEVEL["exact"]}
-        report["plain", name] = two_steps(name, GesslConfig(), views, negatives="global", synchronised=True)
         for label, settings in bi_level.items():
             report["tasks", name, label] = first_gradient(name, settings, views)
             report["global negatives", name, label] = first_gradient(name, settings, views, negatives="global")

@@ -8,6 +8,7 @@ from method_cases import ALL, cases
 from rank_launch import launch
 
 from fastgessl.config import GesslConfig
+from fastgessl.methods import METHODS
 from fastgessl.objective import GeSSL
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -36,6 +37,10 @@ def mean_over_tasks(toys, name, settings, seeds):
 
 def concatenated(toys, ranks):
     return [torch.cat(same) for same in zip(*(toys.views(10 + rank) for rank in range(ranks)), strict=True)]
+
+
+def concatenated_labels(toys, ranks):
+    return torch.cat([toys.labels(10 + rank) for rank in range(ranks)])
 
 
 @pytest.mark.parametrize(("name", "label"), cases(["exact", "fast", "head", "first_order", "finite_difference", "sigma alone"]))
@@ -91,14 +96,14 @@ def test_with_global_negatives_the_ssl_loss_gathers_and_the_inner_loss_does_not(
         assert worst(report["global negatives", name, label], report["global negatives", name, "plain"] + sigma) <= tolerance
 
 
-@every_name
-def test_plain_ssl_equals_one_process_on_the_concatenated_batch(toys, reports, name):
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_plain_training_equals_one_process_on_the_concatenated_batch(toys, reports, name):
     method = toys.method(name)
     objective = GeSSL(method, GesslConfig())
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     for step in range(2):
         optimizer.zero_grad(set_to_none=True)
-        result = objective(concatenated(toys, len(reports)), step)
+        result = objective(concatenated(toys, len(reports)), step, labels=concatenated_labels(toys, len(reports)))
         result.loss.backward()
         optimizer.step()
         method.update_state([(result.outputs, result.targets)], step)

@@ -32,6 +32,12 @@ ABOUT = {
     "gpu-scaling": "Collectives on several ranks.",
     "steps": "Whole training steps, loader included, beside other trainers in the same run.",
     "gessl": "A step of GeSSL's modes, x a plain step.",
+    "does-gessl-help-digits": "Plain training against GeSSL's presets, mean ± s.d. over seeds; differences paired, with 95 % intervals.",
+    "does-gessl-help-cifar10-small": "The same on a tenth of CIFAR-10, 16-pixel views, a quarter of the width.",
+    "dsa-digits": "DSA against plain and supervised training, with outliers among the training images; mean ± s.d. over seeds.",
+    "evaluate": "Extraction, probe and k-NN beside scikit-learn and lightly, 50,000 + 10,000 images of 32 pixels, 512 features.",
+    "ladder-digits": "The levers of the idealised representations, one after the other; mean ± s.d. over seeds.",
+    "methods-digits": "Every method's digits recipe, beside raw pixels and the untrained encoder; mean ± s.d. over seeds.",
     "kernels": "The losses beside dense PyTorch and other packages.",
     "pipelines": "The engines that make views, side by side.",
 }
@@ -82,7 +88,7 @@ def newest(folder: Path) -> dict[tuple[str, str], Path]:
 
 def section(name: str, path: Path, beside: Path) -> list[str]:
     """One file: where it comes from, its tables, its plot."""
-    record = json.loads(path.read_text())
+    record = _with_spreads(json.loads(path.read_text()))
     link = os.path.relpath(path, beside)
     versions = record.get("versions", {})
     machine = ", ".join(record["gpus"]) or record["processor"]
@@ -90,8 +96,12 @@ def section(name: str, path: Path, beside: Path) -> list[str]:
     text = ["", f"### {name}", "", f"{ABOUT.get(name, '')} [{path.name}]({link}): {origin}, {record['threads']} threads.".strip()]
     if record.get("complete") is False:
         text += ["", "**Cut**: the run ended before its last row."]
-    for title, rows in tables(record):
+    found = list(tables(record))
+    for title, rows in found:
         text += ["", *([f"**{title}**", ""] if title else []), *markdown(rows)]
+    if not found:
+        numbers = {key: value for key, value in _plain(record).items() if key not in results.ORIGIN}
+        text += ["", *markdown([{"": key, "value": value} for key, value in numbers.items()])]
     plot = _plot(name, record, beside / f"benchmarks-{path.parent.name}-{name}.png")
     return text + (["", f"![{name}]({plot.name})"] if plot else [])
 
@@ -109,8 +119,11 @@ def tables(tree: Any, title: str = "") -> Iterator[tuple[str, list[dict[str, Any
             yield inner, rows
         nested = value.items() if isinstance(value, Mapping) else ()
         for name, row in nested:
-            if isinstance(row, Mapping):
-                yield from tables(row, f"{inner}, {name}".lstrip(", "))
+            deeper = f"{inner}, {name}".lstrip(", ")
+            if rows := _rows(row):
+                yield deeper, rows
+            else:
+                yield from tables(row, deeper)
 
 
 def _rows(value: Any) -> list[dict[str, Any]]:
@@ -126,6 +139,19 @@ def _rows(value: Any) -> list[dict[str, Any]]:
 
 def _plain(row: Row) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in HIDDEN and (value is None or isinstance(value, str | int | float))}
+
+
+def _with_spreads(tree: Any) -> Any:
+    """The record with statistics over seeds as one cell each."""
+    if isinstance(tree, list):
+        return [_with_spreads(part) for part in tree]
+    if not isinstance(tree, Mapping):
+        return tree
+    if set(tree) == {"mean", "deviation"}:
+        return f"{tree['mean']:.3f} ± {tree['deviation']:.3f}"
+    if set(tree) == {"mean", "low", "high"}:
+        return f"{tree['mean']:+.3f} [{tree['low']:+.3f}, {tree['high']:+.3f}]"
+    return {key: _with_spreads(part) for key, part in tree.items()}
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:

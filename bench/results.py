@@ -17,6 +17,8 @@ from fastgessl.runs import environment
 
 ROOT = Path(__file__).resolve().parent
 _KEPT = ("started", "python", "cpu_cores", "gpus", "cuda", "versions")
+ORIGIN = ("name", "commit", "processor", "threads", *_KEPT)
+"""What every file says of where it comes from."""
 
 
 def machine() -> str:

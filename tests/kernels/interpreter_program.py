@@ -5,8 +5,10 @@ A program of its own because TRITON_INTERPRET must be set before the kernels are
 
 import json
 import sys
+from tempfile import NamedTemporaryFile
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import normalize
 
 from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, similarity_launch, similarity_logsumexp, soft_cross_entropy
@@ -38,7 +40,8 @@ def loss_rows(case, leaves, temperature, masks, bias, implementation):
     """The case's losses, one number a row."""
     shared = {"temperature": temperature, "implementation": implementation, "exclude": masks.get("exclude")}
     if case["loss"] == "info_nce":
-        return (info_nce(*leaves[:2], positives=masks["positives"], reduction="none", **shared),)
+        ring = {"group": dist.group.WORLD, "mode": "ring"} if case.get("ring") and implementation == "triton" else {}
+        return (info_nce(*leaves[:2], positives=masks["positives"], reduction="none", **shared, **ring),)
     if case["loss"] == "clip":
         return (clip_loss(*leaves[:2], temperature=temperature, reduction="none", implementation=implementation),)
     if case["loss"] == "nt_xent":
@@ -53,18 +56,20 @@ def loss_rows(case, leaves, temperature, masks, bias, implementation):
 
 
 def everything(case, parts, masks, bias, temperature, implementation):
-    """Losses, gradients, and the gradient of ⟨student's gradient, a direction⟩: to the student, and the cross-term to the teacher."""
+    """Losses, gradients, and the gradient of ⟨student's gradient, a direction⟩: to the student, to the rows' weights, and the cross-term to
+    the teacher."""
     leaves = [part.clone().requires_grad_() for part in parts]
     temperature, bias = temperature.clone().requires_grad_(), bias.clone().requires_grad_()
     rows = loss_rows(case, leaves, temperature, masks, bias, implementation)
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(len(part), generator=generator).to(part.dtype) / len(part) for part in rows]
+    size = case.get("weight", 1.0)
+    weights = [(size * torch.randn(len(part), generator=generator).to(part.dtype) / len(part)).requires_grad_() for part in rows]
     total = sum((weight * part).sum() for weight, part in zip(weights, rows, strict=True))
-    inputs = [*leaves, temperature, bias]
+    inputs = [*leaves, temperature, bias, *weights]
     first = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
     along = sum((grad * torch.randn(grad.shape, generator=generator).to(grad.dtype)).sum() for grad in (*first[:2], first[4]))
     second = torch.autograd.grad(along * case["temperature"], inputs, allow_unused=True)
-    names = ("query", "key", "teacher_query", "teacher_key", "temperature", "bias")
+    names = ["query", "key", "teacher_query", "teacher_key", "temperature", "bias", *(f"weight{i}" for i in range(len(weights)))]
     found = {f"loss{i}": part for i, part in enumerate(rows)}
     found |= {f"d_{name}": part for name, part in zip(names, first, strict=True) if part is not None}
     return found | {f"dd_{name}": part for name, part in zip(names, second, strict=True) if part is not None}
@@ -90,4 +95,6 @@ def errors(case):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     similarity_launch.STRIPS = 2  # so that a program of the symmetric forward has more than one block of rows to take
+    with NamedTemporaryFile() as store:
+        dist.init_process_group("gloo", store=dist.FileStore(store.name, 1), rank=0, world_size=1)
     print(json.dumps([errors(case) for case in json.load(sys.stdin)]))

@@ -23,6 +23,16 @@ CASES = {
     "info_nce[bfloat16-cold]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "bfloat16", "temperature": 0.01},
     "info_nce[float16]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "float16", "temperature": 0.5},
     "info_nce[float16-cold]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "float16", "temperature": 0.01},
+    "info_nce[float16-small-weights]": {
+        "loss": "info_nce",
+        "M": 33,
+        "N": 50,
+        "D": 64,
+        "dtype": "float16",
+        "temperature": 0.01,
+        "weight": 3e-4,
+    },
+    "info_nce[ring-float16]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "float16", "temperature": 0.5, "ring": True},
     "nt_xent[queries-are-keys]": {"loss": "nt_xent", "M": 20, "N": 20, "D": 64},
     "nt_xent[queries-are-keys-float16]": {"loss": "nt_xent", "M": 20, "N": 20, "D": 96, "dtype": "float16"},
     "clip[both-directions]": {"loss": "clip", "M": 100, "N": 100, "D": 96},
@@ -62,7 +72,7 @@ def errors():
 def test_losses_first_and_second_derivatives_equal_dense_float64(name, errors):
     case = CASES[name]
     tolerance = 5e-5 if case["dtype"] == "float32" and case["temperature"] == 0.01 else RTOL[case["dtype"]]
-    expected = {"d_query", "d_key", "d_temperature", "dd_query", "dd_key", "dd_temperature"}
+    expected = {"d_query", "d_key", "d_temperature", "dd_query", "dd_key", "dd_temperature", "dd_weight0"}
     if case["loss"] in ("gessl", "cross_entropy"):
         expected |= {"d_teacher_query", "d_teacher_key", "dd_teacher_query", "dd_teacher_key"}
     assert expected <= errors[name].keys()

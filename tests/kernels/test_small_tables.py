@@ -7,9 +7,11 @@ from torch.func import grad, jvp, vmap
 from fastgessl.kernels import (
     clip_loss,
     dispatch,
+    distillation,
     gessl_loss,
     implementation_for,
     info_nce,
+    losses,
     nt_xent,
     reference,
     sigma_kl,
@@ -90,12 +92,20 @@ def test_what_blocks_serve_better_is_not_stored(why, operands, stored, monkeypat
     assert not stored
 
 
-@pytest.mark.parametrize("name, entries", [("info_nce", 35), ("sigma_kl", 35), ("clip_loss", 16 * 25), ("gessl_loss", 16 * 35)])
-def test_a_table_that_serves_two_statistics_in_blocks_is_stored_up_to_a_sixteenth_of_the_size(name, entries, operands, stored, monkeypatch):
-    monkeypatch.setattr(dispatch, "SMALL_TABLE", entries - 1)
+@pytest.mark.parametrize(
+    ("name", "module", "limit", "entries"),
+    [
+        ("info_nce", dispatch, "SMALL_TABLE", 35),
+        ("sigma_kl", dispatch, "SMALL_TABLE", 35),
+        ("clip_loss", losses, "LARGEST_STORED_CLIP", 25),
+        ("gessl_loss", distillation, "LARGEST_STORED_GESSL", 35),
+    ],
+)
+def test_a_table_is_stored_up_to_the_limit_that_was_measured_for_the_loss(name, module, limit, entries, operands, stored, monkeypatch):
+    monkeypatch.setattr(module, limit, entries - 1)
     LOSSES[name](*operands, None)
     assert not stored
-    monkeypatch.setattr(dispatch, "SMALL_TABLE", entries)
+    monkeypatch.setattr(module, limit, entries)
     LOSSES[name](*operands, None)
     assert stored
 

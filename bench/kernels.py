@@ -115,8 +115,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
-    figure, axes = pyplot.subplots(len(PASSES) + 1, len(PEERS), figsize=(5 * len(PEERS), 3.2 * (len(PASSES) + 1)), squeeze=False)
+    figure, axes = pyplot.subplots(len(PASSES) + 1, len(PEERS), figsize=(4.2 * len(PEERS), 2.8 * (len(PASSES) + 1)), squeeze=False)
     alone = [row for row in rows if row.get("ranks", 1) == 1]
     for column, loss in enumerate(PEERS):
         for line, (pass_, field, unit) in enumerate([*((pass_, "seconds", 1e-3) for pass_ in PASSES), ("backward", "peak_bytes", 2**20)]):
@@ -128,11 +129,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.set(
                 title=f"{loss}, {'memory of ' if field == 'peak_bytes' else ''}{pass_}", ylabel="MiB" if field == "peak_bytes" else "ms"
             )
+            axis.xaxis.set_minor_formatter(NullFormatter())
             if mine:
                 axis.legend(fontsize=7)
         axes[-1][column].set(xlabel=f"rows (pairs), D = {FEATURES}")
     figure.tight_layout()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, dpi=60, metadata={"Software": None})
     pyplot.close(figure)
 
 

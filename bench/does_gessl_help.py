@@ -51,7 +51,7 @@ STUDIES = {
         "digits", ("simclr",), ("fast", "head"), (0.01, 0.03), (0.3, 1.0), 5, 50, (1.0,), ("linear", "few_labels", "knn", "sigma"), {}
     ),
     "cifar10-small": Study(
-        "cifar10", ("simclr", "byol"), ("fast", "head"), (0.01, 0.03), (0.3, 1.0), 5, 15, (0.1,), ("linear", "few_labels", "knn", "sigma"),
+        "cifar10", ("simclr", "byol"), ("fast", "head"), (0.01, 0.03), (0.3, 1.0), 5, 10, (0.1,), ("linear", "few_labels", "knn", "sigma"),
         {"model.width": 0.25, "views.size": 16, "train.batch_size": 128, "schedule.warmup_epochs": 2},
     ),
     "cifar10": Study(

@@ -187,3 +187,19 @@ def test_a_named_table_that_is_missing_is_an_error(fresh, monkeypatch):
     monkeypatch.setenv(tuned_tiles.ENVIRONMENT, str(fresh / "absent.json"))
     with pytest.raises(ValueError, match=r"FASTGESSL_TILES names .*absent\.json, which is no file"):
         tuned_tiles.tile_for("moments_kernel", torch.zeros(1), 100, False)
+
+
+def test_a_table_whose_writing_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
+    path, entry = tmp_path / "tiles.json", Entry("moments_kernel", 256, False, True)
+    tuned_tiles.write(path, "interpreter", {entry: tuned_tiles.Measured(BEST, 1.0, None)})
+    whole = Path.write_text
+
+    def cut(file, text):
+        whole(file, text[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="no space"):
+        tuned_tiles.write(path, "interpreter", {entry: tuned_tiles.Measured(BEST, 2.0, None)})
+
+    assert tuned_tiles.read(path, "interpreter") == {entry: tuned_tiles.Measured(BEST, 1.0, None)}

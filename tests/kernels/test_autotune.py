@@ -37,7 +37,7 @@ def interpreter():
 
 @pytest.fixture(scope="module")
 def tuned(interpreter, tmp_path_factory):
-    """(table, kernels that each measurement launched) of a run that prefers a wrong tile and one that does not fit."""
+    """(table, what the program says) of a run that prefers a wrong tile and one that does not fit."""
     path = tmp_path_factory.mktemp("tuned") / "tiles.json"
     found = run(Path(__file__).with_name("tuning_program.py"), path)
     assert found.returncode == 0, found.stderr
@@ -76,13 +76,21 @@ def test_the_search_can_start_from_every_shipped_tile():
 
 
 def test_every_kernel_is_tuned_past_a_wrong_tile_and_one_without_room(tuned):
-    path, launched = tuned
+    path, said = tuned
     table = tuned_tiles.read(path, "interpreter")
     wanted = {Entry(kernel, 128, teacher, False) for kernel in KERNELS for teacher in (False, True)}
     assert set(table) == {entry for entry in wanted if not (entry.teacher and entry.kernel in WITHOUT_TEACHER)}
     assert set(table.values()) == {tuned_tiles.Measured(BEST, 2.0, 3.0)}
     # A measurement launches its own kernel and no other.
-    assert sorted(launched) == sorted([kernel] for kernel in KERNELS)
+    assert sorted(said["launched"]) == sorted([kernel] for kernel in KERNELS)
+
+
+def test_the_best_tiles_are_put_to_use_at_once(tuned):
+    assert [Tile(*tile) for tile in tuned[1]["in_use"]] == [BEST]
+
+
+def test_past_the_deadline_only_the_shipped_tile_is_measured(tuned):
+    assert Tile(*tuned[1]["late"]) == INTERPRETED
 
 
 def test_losses_read_the_table_and_give_the_same_numbers(tuned):

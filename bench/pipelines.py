@@ -2,8 +2,9 @@
 
 Each row is one data set, recipe and engine: source images a second, and CPU milliseconds an image over this process and its workers.
 Engines take turns, so that a busy machine slows all of them alike; the median of the rounds is printed. A second table says where the
-DALI engine's CPU time goes. A third has the mean and the largest difference of one batch of the same draws to the torchvision engine, grey
-levels of 255; at the edge are the outermost pixels. `gpu_rows` is what `bench.gpu` measures of the engines.
+DALI engine's CPU time goes, a third what other ways of decoding would cost (`bench/decoding.py`). Then the mean and the largest difference
+of one batch of the same draws, grey levels of 255: to the torchvision engine (at the edge are the outermost pixels), and of DALI's own
+colours (`dali yiq`) to exact ones, by channel. `gpu_rows` is what `bench.gpu` measures of the engines.
 """
 
 from __future__ import annotations
@@ -12,24 +13,26 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bench import results
+from bench import results, view_differences
 from bench.timing import wait
 from fastgessl import pipelines
 from fastgessl.kernels import augment_views, colour_views
-from fastgessl.pipelines import ArrayImages, Loader, ViewSpec
+from fastgessl.pipelines import ArrayImages, FileImages, Loader, ViewSpec
 from fastgessl.pipelines.draws import Draws
 from fastgessl.pipelines.header import image_size
 from fastgessl.pipelines.images import EncodedImages, Images
 
 HALF = (0.5, 0.5, 0.5)
+MOST_PHOTOS = 200
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Part:
     data: str
     views: str
-    engine: str
-    mean: float
-    largest_inside: float
-    largest_at_edge: float
+    part: str
+    cpu_ms_per_image: float
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,18 @@ class Case:
     images: Images
     specs: tuple[ViewSpec, ...]
     engines: tuple[str, ...]
+    """`dali yiq` is the dali engine with colours of its own."""
     batch_size: int
 
+    def loader(self, engine: str, device: str, workers: int = 2) -> Loader:
+        """Every image once."""
+        name, _, color = engine.partition(" ")
+        specs = [replace(spec, color=color or "torchvision") for spec in self.specs]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "device": device, "workers": workers, "training": False}
+        return pipelines.build(self.images, specs, engine=name, **options)
 
-def cases(photos: Path | None, cifar10: Path | None) -> Iterator[Case]:
+
+def cases(photos: Sequence[Path], cifar10: Path | None) -> Iterator[Case]:
     arrays = ("resident", "dali", "torchvision")
     digits = pipelines.open_images("digits")
     assert digits is not None
@@ -73,24 +82,24 @@ def cases(photos: Path | None, cifar10: Path | None) -> Iterator[Case]:
         images = pipelines.open_images("npz", cifar10)
         assert isinstance(images, ArrayImages)
         yield Case("cifar10", "simclr 2x32", ArrayImages(images.images[:2048]), _specs("simclr", 32), arrays, 256)
-    if photos is not None:
-        files = pipelines.open_images("folder", photos)
-        assert files is not None
+    for folder in photos:
+        files = _some(pipelines.open_images("folder", folder))
         for name, specs in (("simclr 2x224", _specs("simclr", 224)), ("dino 2x224 + 6x96", _specs("dino", 224, local_views=6))):
-            yield Case(photos.name, name, files, specs, ("dali", "torchvision"), 32)
+            yield Case(folder.name, name, files, specs, ("dali", "dali yiq", "torchvision"), 32)
 
 
 def _specs(preset: str, size: int, local_views: int = 0) -> tuple[ViewSpec, ...]:
     return pipelines.view_preset(preset, size, mean=HALF, std=HALF, local_views=local_views)
 
 
+def _some(files: Images | None) -> FileImages:
+    """Evenly spread over the folder, so that torchvision takes half a minute an epoch."""
+    assert isinstance(files, FileImages)
+    return FileImages(files.paths[:: -(-len(files) // MOST_PHOTOS)])
+
+
 def measure(case: Case, device: str, workers: int, rounds: int) -> list[Row]:
-    loaders = {
-        engine: pipelines.build(
-            case.images, case.specs, batch_size=case.batch_size, engine=engine, device=device, workers=workers, training=False
-        )
-        for engine in case.engines
-    }
+    loaders = {engine: case.loader(engine, device, workers) for engine in case.engines}
     # The first round is not counted: files come into the cache.
     turns = [{engine: epoch(loader, len(case.images)) for engine, loader in loaders.items()} for _ in range(rounds + 1)][1:]
     rows = []
@@ -110,7 +119,7 @@ def epoch(loader: Loader, count: int) -> tuple[float, float]:
     return clock / count, (sum(after[:4]) - sum(before[:4])) / count
 
 
-def breakdown(case: Case, workers: int) -> dict[str, float]:
+def breakdown(case: Case, workers: int) -> Iterator[Part]:
     """CPU milliseconds an image of the DALI engine's parts; what they leave of the whole is DALI's: decode, crop, resize, flip."""
     images = case.images
     assert not isinstance(images, ArrayImages)
@@ -126,11 +135,13 @@ def breakdown(case: Case, workers: int) -> dict[str, float]:
 
     bytes_of_views = [torch.randint(0, 256, (len(numbers), spec.size, spec.size, 3), dtype=torch.uint8) for spec in case.specs]
     colours, _ = _cpu(colour)
-    loader = pipelines.build(images, case.specs, batch_size=case.batch_size, engine="dali", workers=workers, training=False)
+    loader = case.loader("dali", "cpu", workers)
     whole = min(epoch(loader, len(images))[1] for _ in range(2)) * 1e3
     parts = {"read": read, "header": header, "draws": draw, "colour and blur": colours}
     parts = {name: seconds / len(numbers) * 1e3 for name, seconds in parts.items()}
-    return parts | {"decode, crop, resize, flip": whole - sum(parts.values()), "whole": whole}
+    parts |= {"decode, crop, resize, flip": whole - sum(parts.values()), "whole": whole}
+    for name, milliseconds in parts.items():
+        yield Part(case.data, case.views, name, milliseconds)
 
 
 def _cpu(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -214,26 +225,19 @@ def _engine_row(
     yield f"{name}, {engine}", {"images_per_second": 1 / clock, "cpu_ms_per_image": cpu * 1e3, "samples": [1 / turn[0] for turn in samples]}
 
 
-def differences(case: Case, device: str) -> list[Difference]:
-    """One batch by every engine against torchvision's: (V, B, 3, S, S) of the full-size views."""
+def first_batches(case: Case, device: str) -> dict[str, Tensor]:
+    """The same batch by every engine: (V, B, 3, S, S) of the full-size views."""
     shown = {}
     for engine in case.engines:
-        loader = pipelines.build(case.images, case.specs, batch_size=case.batch_size, engine=engine, device=device, training=False)
+        loader = case.loader(engine, device)
         shown[engine] = torch.stack([view.cpu() for view in next(iter(loader)).views if view.shape[-1] == case.specs[0].size])
         loader.close()
-    found = []
-    for engine, pixels in shown.items():
-        if engine != "torchvision":
-            gap = (pixels - shown["torchvision"]).abs() * 127.5
-            inside = gap[..., 1:-1, 1:-1].max().item()
-            edge = max(gap[..., [0, -1], :].max().item(), gap[..., [0, -1]].max().item())
-            found.append(Difference(case.data, case.views, engine, gap.mean().item(), inside, edge))
-    return found
+    return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="folder of photos for the rows that decode files")
+    parser.add_argument("--photos", type=Path, nargs="+", default=[], help="folders of photos for the rows that decode files")
     parser.add_argument("--cifar10", type=Path, help="an .npz with CIFAR-10 in train_x, instead of noise")
     parser.add_argument("--device", default="cpu", help="where views are made")
     parser.add_argument("--workers", type=int, default=2, help="threads (dali) or processes (torchvision)")
@@ -242,20 +246,33 @@ def main() -> None:
     options = parser.parse_args()
     load = os.getloadavg()
     measured = list(cases(options.photos, options.cifar10))
-    rows = [row for case in measured for row in measure(case, options.device, options.workers, options.rounds)]
-    gaps = [gap for case in measured for gap in differences(case, options.device)]
-    print(f"{'data':28s} {'views':20s} {'engine':12s} {'images/s':>10s} {'CPU ms/image':>13s}")
-    for row in rows:
-        print(f"{row.data:28s} {row.views:20s} {row.engine:12s} {row.images_per_second:10.0f} {row.cpu_ms_per_image:13.3f}")
-    parts = {case.views: breakdown(case, options.workers) for case in measured if isinstance(case.images, EncodedImages)}
-    for views, spent in parts.items():
-        print(f"\nCPU ms an image, dali, {views}: " + ", ".join(f"{name} {value:.2f}" for name, value in spent.items()))
-    print(f"\n{'data':28s} {'views':20s} {'engine':12s} {'mean':>8s} {'inside':>8s} {'edge':>8s}")
-    for gap in gaps:
-        print(f"{gap.data:28s} {gap.views:20s} {gap.engine:12s} {gap.mean:8.2f} {gap.largest_inside:8.1f} {gap.largest_at_edge:8.1f}")
+    tables: dict[str, list[Any]] = {name: [] for name in ("rows", "differences", "yiq_differences", "decoding", "dali_cpu_ms_per_image")}
+    for case in measured:
+        tables["rows"] += measure(case, options.device, options.workers, options.rounds)
+        shown = first_batches(case, options.device)
+        tables["differences"] += view_differences.to_torchvision(case.data, case.views, shown)
+        tables["yiq_differences"] += view_differences.of_yiq(case.data, case.views, shown)
+        if isinstance(case.images, EncodedImages):
+            from bench import decoding  # imports DALI, which the GPU program may do without
+
+            tables["decoding"] += decoding.rows(case.data, case.views, case.images, case.specs, options.rounds)
+            tables["dali_cpu_ms_per_image"] += breakdown(case, options.workers)
     settings = {"device": options.device, "workers": options.workers, "rounds": options.rounds, "load_average_at_start": load}
-    tables = {"rows": [asdict(row) for row in rows], "dali_cpu_ms_per_image": parts, "differences": [asdict(gap) for gap in gaps]}
-    print(results.write("pipelines", settings | tables, options.out))
+    written = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
+    for name, rows in written.items():
+        print_table(name, rows)
+    print(results.write("pipelines", settings | written, options.out))
+
+
+def print_table(name: str, rows: list[dict[str, Any]]) -> None:
+    """Columns are the fields of the rows."""
+    if not rows:
+        return
+    lines = [list(rows[0]), *([f"{value:.3f}" if isinstance(value, float) else value for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{name}")
+    for line in lines:
+        print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

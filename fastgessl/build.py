@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, LoggerType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, set_seed
 
 from fastgessl import pipelines
 from fastgessl.config import Config, UsageError
@@ -42,8 +42,11 @@ class Plan:
     precision: str
 
 
-def build_accelerator(config: Config, folder: Path) -> Accelerator:
-    """Device, precision, processes and trackers. UsageError for what this machine does not have."""
+def build_accelerator(config: Config, folder: Path, init_method: str | None = None) -> Accelerator:
+    """Device, precision, processes and trackers. UsageError for what this machine does not have.
+
+    `init_method` says where the processes meet, as in `torch.distributed.init_process_group`.
+    """
     device = config.train.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device is cuda, but torch finds no GPU here. Train with --train.device cpu, or see `fastgessl doctor`.")
@@ -61,7 +64,7 @@ def build_accelerator(config: Config, folder: Path) -> Accelerator:
         project_dir=folder,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulate, sync_with_dataloader=False),
         # Batch-norm statistics are synchronised by the norm itself or not at all; broadcasting rank 0's would be a third meaning.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(init_method=init_method)],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -97,6 +100,7 @@ def view_specs(config: Config) -> tuple[ViewSpec, ...]:
         flip_probability=views.flip_probability,
         jitter_probability=views.jitter_probability,
         jitter_strength=views.jitter_strength,
+        color=views.color,
         grayscale_probability=views.grayscale_probability,
         blur_probability=views.blur_probability,
         solarize_probability=views.solarize_probability,

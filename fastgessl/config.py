@@ -85,6 +85,9 @@ class ViewsConfig(Section):
     """Chance of colour jitter."""
     jitter_strength: NonNegativeFloat = 1.0
     """Multiplies the preset's brightness, contrast, saturation and hue ranges."""
+    color: Literal["torchvision", "yiq"] = "torchvision"
+    """How jitter and grayscale are done: torchvision's operations, whatever the engine; or DALI's own, faster on a CPU, with hue in YIQ
+    and in one order (the dali engine only)."""
     grayscale_probability: Fraction | None = None
     """Chance of losing the colour."""
     blur_probability: Fractions | None = None
@@ -311,6 +314,8 @@ class TrainConfig(Section):
     resume: str = "never"
     """never, auto (newest checkpoint in run_dir), if_any (the same, or from the start if there is none: for schedulers that requeue and
     launchers that restart), or a checkpoint's folder."""
+    join_seconds: PositiveFloat = 180.0
+    """Seconds that the processes of a job wait for the next one at the start; then all end and name those that are missing."""
     nonfinite_limit: Positive = 10
     """Stop after this many optimiser steps in a row whose loss or gradient is not finite; each is skipped and counted."""
     gradient_cache: Natural = 0

@@ -8,7 +8,7 @@ batch of them is four batched matrix products. `views_reference.py` holds the de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -101,7 +101,12 @@ def augment_views(
     """
     _check(images, parameters, size, interpolation, blur_kernel)
     if implementation_for(images, implementation)[0] == "triton":
-        return _in_triton(images, parameters, size, mean, std, interpolation, blur_kernel, solarize_threshold, resize=True)
+        from fastgessl.kernels.views_triton import augment
+
+        return augment(
+            images, parameters, size=size, mean=mean, std=std, interpolation=interpolation, blur_kernel=blur_kernel,
+            solarize_threshold=solarize_threshold, resize=True,
+        )  # fmt: skip
     with _exact(images.device):
         out = torch.empty((len(images), 3, size, size), dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
         for rows in _chunks(images, max(size * size, images.shape[1] * images.shape[2])):
@@ -134,8 +139,12 @@ def colour_views(
     if images.shape[1] != images.shape[2]:
         raise ValueError(f"images must be square views (B, S, S, 3), found {tuple(images.shape)}. Crop and resize them first.")
     if implementation_for(images, implementation)[0] == "triton":
-        size = images.shape[1]
-        return _in_triton(images, parameters, size, mean, std, "bilinear", blur_kernel, solarize_threshold, resize=False)
+        from fastgessl.kernels.views_triton import augment
+
+        return augment(
+            images, parameters, size=images.shape[1], mean=mean, std=std, interpolation="bilinear", blur_kernel=blur_kernel,
+            solarize_threshold=solarize_threshold, resize=False,
+        )  # fmt: skip
     with _exact(images.device):
         out = torch.empty(
             (len(images), 3, *images.shape[1:3]), dtype=torch.float32, device=images.device, memory_format=torch.channels_last
@@ -145,27 +154,6 @@ def colour_views(
             _colour(pixels, parameters[rows], blur_kernel, solarize_threshold / 255)
             _normalise(pixels, mean, std, out[rows])
     return out
-
-
-def _in_triton(
-    images: Tensor,
-    parameters: ViewParameters,
-    size: int,
-    mean: Colour,
-    std: Colour,
-    interpolation: str,
-    blur_kernel: int,
-    solarize_threshold: float,
-    *,
-    resize: bool,
-) -> Tensor:
-    from fastgessl.kernels.views_triton import augment
-
-    with torch.no_grad(), torch.cuda.device(images.device) if images.is_cuda else nullcontext():
-        return augment(
-            images, parameters, size=size, mean=mean, std=std, interpolation=interpolation, blur_kernel=blur_kernel,
-            solarize_threshold=solarize_threshold, resize=resize,
-        )  # fmt: skip
 
 
 def _check(images: Tensor, parameters: ViewParameters, size: int, interpolation: str, blur_kernel: int) -> None:

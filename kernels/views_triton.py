@@ -8,6 +8,8 @@ added atomically, so that results are deterministic.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -278,6 +280,7 @@ def parameter_rows(drawn: ViewParameters) -> Tensor:
     return torch.cat([part.reshape(len(drawn), -1).to(torch.float32) for part in parts], dim=1)
 
 
+@torch.no_grad()
 def augment(
     images: Tensor,
     drawn: ViewParameters,
@@ -300,22 +303,23 @@ def augment(
     colours = torch.tensor([*mean, *(1 / value for value in std)], dtype=torch.float32, device=device)
     height, width = images.shape[1:3]
     flags = {"RESIZE": resize, "BICUBIC": interpolation == "bicubic"}
-    if pixels <= WHOLE_PIXELS:
-        block = triton.next_power_of_2(pixels)
-        whole_view_kernel[(count,)](
-            images, rows, colours, out, height, width, size, threshold, **flags, BLOCK=block, num_warps=warps_for(block)
-        )
-    else:
-        blocks = triton.cdiv(pixels, BLOCK_PIXELS)
-        sums = torch.empty((count, blocks), dtype=torch.float32, device=device)
-        crop_kernel[(count, blocks)](
-            images, rows, colours, out, sums, height, width, size, threshold, **flags, BLOCK=BLOCK_PIXELS, num_warps=CROP_WARPS
-        )
-        colour_kernel[(count, blocks)](
-            images, rows, colours, out, sums, size, threshold,
-            BYTES=not resize, BLOCK=BLOCK_PIXELS, BLOCKS=triton.next_power_of_2(blocks), num_warps=warps_for(BLOCK_PIXELS),
-        )  # fmt: skip
-    _blur(out, drawn, rows, colours, threshold, blur_kernel)
+    with torch.cuda.device(device) if images.is_cuda else nullcontext():
+        if pixels <= WHOLE_PIXELS:
+            block = triton.next_power_of_2(pixels)
+            whole_view_kernel[(count,)](
+                images, rows, colours, out, height, width, size, threshold, **flags, BLOCK=block, num_warps=warps_for(block)
+            )
+        else:
+            blocks = triton.cdiv(pixels, BLOCK_PIXELS)
+            sums = torch.empty((count, blocks), dtype=torch.float32, device=device)
+            crop_kernel[(count, blocks)](
+                images, rows, colours, out, sums, height, width, size, threshold, **flags, BLOCK=BLOCK_PIXELS, num_warps=CROP_WARPS
+            )
+            colour_kernel[(count, blocks)](
+                images, rows, colours, out, sums, size, threshold,
+                BYTES=not resize, BLOCK=BLOCK_PIXELS, BLOCKS=triton.next_power_of_2(blocks), num_warps=warps_for(BLOCK_PIXELS),
+            )  # fmt: skip
+        _blur(out, drawn, rows, colours, threshold, blur_kernel)
     return out
 
 

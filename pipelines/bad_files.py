@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.images import ArrayImages, Images
+from fastgessl.pipelines.images import Images
 
 Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Obtained(Generic[Read]):
+    """A batch of b images after the bad ones were replaced or left out."""
+
+    asked: NDArray[np.int64]
+    """(b,) images that were asked for: what is drawn for a stand-in is drawn for these."""
+    images: NDArray[np.int64]
+    """(b,) images that are shown."""
+    contents: list[Read]
 
 
 class BadFiles:
@@ -26,7 +41,14 @@ class BadFiles:
         self._images, self._skip, self._training, self._listing = images, skip, training, listing
         self._announced: set[int] = set()
 
-    def obtain(self, image: int, read: Callable[[int], Read]) -> tuple[int, Read] | None:
+    def obtain(self, asked: NDArray[np.int64], read: Callable[[int], Read]) -> Obtained[Read]:
+        """What is shown for the images `asked` for, (B,) int64, with what `read` makes of each; raises as `obtain_one`."""
+        found = [self.obtain_one(int(image), read) for image in asked]
+        kept = [place for place, one in enumerate(found) if one is not None]
+        shown = [one for one in found if one is not None]
+        return Obtained(asked[kept], np.array([image for image, _ in shown], dtype=np.int64), [content for _, content in shown])
+
+    def obtain_one(self, image: int, read: Callable[[int], Read]) -> tuple[int, Read] | None:
         """The image that is shown for `image`, and what `read` makes of it; None if it is left out.
 
         Raises DataError for a bad image that is not to be skipped, or if no image can be read.
@@ -50,7 +72,7 @@ class BadFiles:
 
     def names(self) -> list[str]:
         """The bad images found so far, by name."""
-        return [self._name(image) for image in sorted(self.found)]
+        return [self._images.name(image) for image in sorted(self.found)]
 
     def announce(self) -> None:
         """Append the bad images that were found since the last call to the listing, and warn of the first."""
@@ -62,13 +84,10 @@ class BadFiles:
             warnings.warn(f"data.bad_files skip: {self.found[new[0]]}{listed}", stacklevel=2)
         self._announced.update(new)
         if self._listing is not None:
-            self._append([self._name(image) for image in new], self._listing)
+            self._append([self._images.name(image) for image in new], self._listing)
 
     def _append(self, names: Sequence[str], listing: Path) -> None:
         """Other ranks and loaders write to the same listing."""
         listed = set(listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines()) if listing.exists() else set()
         with listing.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write("".join(f"{name}\n" for name in names if name not in listed))
-
-    def _name(self, image: int) -> str:
-        return str(image) if isinstance(self._images, ArrayImages) else self._images.name(image)

@@ -1,7 +1,6 @@
-"""The DALI engine: read, decode, crop, resize and flip in one graph; colour by `colour_views` on its bytes.
+"""The DALI engine: read, decode, crop, resize and flip in one graph (`dali_graph.py`); colour by `colour_views` on its bytes.
 
-The graph is told what was drawn, so that it shows the same views as the other engines. On a GPU the decoder is nvJPEG ("mixed") and
-everything after it runs there: one word of difference.
+The graph is told what was drawn, so that it shows the same views as the other engines.
 """
 
 from __future__ import annotations
@@ -9,30 +8,26 @@ from __future__ import annotations
 import io
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def
-from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from PIL import Image
 from torch import Tensor
 
 from fastgessl.kernels.views import ViewParameters, colour_views
 from fastgessl.pipelines.bad_files import BadFiles
+from fastgessl.pipelines.dali_graph import decodes, view_arguments, view_graph
 from fastgessl.pipelines.draws import Draws
 from fastgessl.pipelines.engine import Request, Shown
 from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.header import decode, image_size
 from fastgessl.pipelines.images import ArrayImages, Images
 
-_INTERPOLATION = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
 _PREFETCH = 2
-# What the graph is fed for each view: where the crop may read (start, shape), the crop within that (start, end), the flip.
-_VIEW_DTYPES = (DALIDataType.INT32, DALIDataType.INT32, DALIDataType.FLOAT, DALIDataType.FLOAT, DALIDataType.INT32)
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class DaliEngine:
 
     def _build(self) -> Any:
         on_gpu = self._device.type == "cuda"
-        pipeline = _graph(
+        pipeline = view_graph(
             self._feed,
             self._draws.specs,
             not isinstance(self._images, ArrayImages),
@@ -105,18 +100,16 @@ class DaliEngine:
         return self._build()
 
     def _feed(self) -> tuple[Any, ...]:
-        """The next batch for the graph: pixels or encoded bytes, then `_VIEW_DTYPES` for each view. StopIteration ends the epoch."""
+        """The next batch for the graph: pixels or encoded bytes, then `view_arguments` of each view. StopIteration ends the epoch."""
         while True:
             request = next(self._requests)
-            obtained = [self._bad_files.obtain(int(image), self._source) for image in request.index]
-            kept = [row for row, found in enumerate(obtained) if found is not None]
-            index = np.array([found[0] for found in obtained if found is not None], dtype=np.int64)
-            height, width = self._sizes[index].T
-            drawn = self._draws(request.index[kept], height, width, request.epoch)
-            self._in_flight.append(_Fed(request, index, drawn))
-            if kept:
-                pixels = [found[1] for found in obtained if found is not None]
-                return pixels, *(array for parameters in drawn for array in _graph_arguments(parameters))
+            obtained = self._bad_files.obtain(request.index, self._source)
+            height, width = self._sizes[obtained.images].T
+            drawn = self._draws(obtained.asked, height, width, request.epoch)
+            self._in_flight.append(_Fed(request, obtained.images, drawn))
+            if obtained.contents:
+                fed = (view_arguments(spec, parameters) for spec, parameters in zip(self._draws.specs, drawn, strict=True))
+                return obtained.contents, *chain.from_iterable(fed)
 
     def _left_out(self) -> Generator[Shown]:
         """Batches of which no image was left did not go through the graph."""
@@ -139,11 +132,16 @@ class DaliEngine:
         decoded = np.asarray(shapes.as_tensor())[:, :2]
         misread = set(fed.index[(decoded != self._sizes[fed.index]).any(axis=1)].tolist())
         if beyond := sorted(misread & self._by_pillow):
-            raise DataError(f"image {self._name(beyond[0])!r} decodes to another size than its header says. Convert it, or remove it.")
+            raise DataError(
+                f"image {self._images.name(beyond[0])!r} decodes to another size than its header says. Convert it, or remove it."
+            )
         return misread
 
     def _colour(self, view: Any, number: int, parameters: ViewParameters) -> Tensor:
         spec = self._draws.specs[number]
+        if spec.color == "yiq":
+            never = torch.zeros(len(parameters), dtype=torch.bool)
+            parameters = replace(parameters, jitter=never, grayscale=never)
         return colour_views(
             torch.from_dlpack(view.as_tensor()),
             parameters,
@@ -166,13 +164,10 @@ class DaliEngine:
                 self._bad_files.add(image, error)
         if len(self._bad_files.found) > known:
             return
-        undecodable = {image for image in images if not _dali_decodes(self._images.read(image))}
+        undecodable = {image for image in images if not decodes(self._images.read(image))}
         if not undecodable:
             raise failure
         self._by_pillow |= undecodable
-
-    def _name(self, image: int) -> str:
-        return str(image) if isinstance(self._images, ArrayImages) else self._images.name(image)
 
 
 def _as_bitmap(picture: Image.Image) -> NDArray[np.uint8]:
@@ -180,62 +175,6 @@ def _as_bitmap(picture: Image.Image) -> NDArray[np.uint8]:
     out = io.BytesIO()
     picture.save(out, "BMP")
     return np.frombuffer(out.getvalue(), dtype=np.uint8)
-
-
-def _dali_decodes(encoded: NDArray[np.uint8]) -> bool:
-    pipeline = _decoder(encoded, batch_size=1, num_threads=1, device_id=None)
-    try:
-        pipeline.build()
-        pipeline.run()
-    except RuntimeError:
-        return False
-    return True
-
-
-@pipeline_def
-def _decoder(encoded: NDArray[np.uint8]) -> Any:
-    source = fn.external_source(source=lambda: encoded, batch=False, dtype=DALIDataType.UINT8, ndim=1)
-    return fn.decoders.image(source, device="cpu", output_type=DALIImageType.RGB)
-
-
-@pipeline_def
-def _graph(feed: Any, specs: Any, encoded: bool, device: str) -> Any:
-    """Feed -> one (B, S, S, 3) uint8 batch a view, and the shapes of the decoded images."""
-    dtypes = [DALIDataType.UINT8, *_VIEW_DTYPES * len(specs)]
-    dims = [1 if encoded else 3, *(1, 1, 1, 1, 0) * len(specs)]
-    layouts = ["" if encoded else "HWC", *[""] * (len(dtypes) - 1)]
-    source, *arguments = fn.external_source(source=feed, num_outputs=len(dtypes), batch=True, dtype=dtypes, ndim=dims, layout=layouts)
-    if encoded:
-        image = fn.decoders.image(source, device="mixed" if device == "gpu" else "cpu", output_type=DALIImageType.RGB)
-    else:
-        image = source.gpu() if device == "gpu" else source
-    views = []
-    for number, spec in enumerate(specs):
-        start, shape, crop_start, crop_end, flip = arguments[5 * number : 5 * number + 5]
-        area = fn.slice(image, start, shape, axes=[0, 1])
-        view: Any = fn.resize(
-            area,
-            size=[spec.size, spec.size],
-            roi_start=crop_start,
-            roi_end=crop_end,
-            interp_type=_INTERPOLATION[spec.interpolation],
-            antialias=True,
-        )
-        views.append(fn.flip(view, horizontal=flip))
-    return (*views, image.shape(dtype=DALIDataType.INT64))
-
-
-def _graph_arguments(parameters: ViewParameters) -> tuple[NDArray[Any], ...]:
-    """One view's `_VIEW_DTYPES`, (B, 2) or (B,) each; the crop is counted from the corner of its reach."""
-    crop, reach = parameters.crop.numpy(), parameters.reach.numpy()
-    start = crop[:, :2] - reach[:, :2]
-    return (
-        reach[:, :2].astype(np.int32),
-        reach[:, 2:].astype(np.int32),
-        start,
-        start + crop[:, 2:],
-        parameters.flip.numpy().astype(np.int32),
-    )
 
 
 def make_engine(images: Images, draws: Draws, bad_files: BadFiles, *, batch_size: int, device: torch.device, workers: int) -> DaliEngine:

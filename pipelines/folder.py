@@ -13,7 +13,8 @@ from fastgessl.pipelines.images import FileImages
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 # What phones, scanners and old collections hold besides, and `fastgessl prepare` converts.
-CONVERTIBLE = ("heic", "heif", "avif", "tif", "tiff", "gif", "jp2", "jxl", "ppm", "tga")
+CONVERTIBLE = ("heic", "heif", "avif", "tif", "tiff", "gif", "jp2", "jxl", "jfif", "mpo", "psd", "ppm", "tga")
+_NAMED = 3
 _ENDINGS = tuple("." + ending for ending in (*EXTENSIONS, *CONVERTIBLE))
 
 
@@ -21,7 +22,7 @@ def read_folder(root: Path, split: str, endings: tuple[str, ...] = EXTENSIONS) -
     """The `split` ("train" or "test") of a folder; None without test images.
 
     Training images are those under root/train, or under root itself if there is no such folder; test images those under root/val or
-    root/test beside root/train. Files of other `endings` are no images; a warning counts those that could be converted. Raises
+    root/test beside root/train. Files of other `endings` are no images; a warning names those that could be converted. Raises
     DataError if the folder is missing, unreadable or holds no images.
     """
     if not root.is_dir():
@@ -40,14 +41,13 @@ def _read(root: Path, endings: tuple[str, ...], classes: tuple[str, ...] | None 
     """Every image under `root`; labels are the first-level folders, numbered by `classes` (their sorted names if None)."""
     files, searched = _find(root)
     paths = [path for path in files if path.suffix[1:].lower() in endings]
-    others = sum(path.suffix[1:].lower() in CONVERTIBLE for path in files) - sum(path.suffix[1:].lower() in CONVERTIBLE for path in paths)
-    convert = f"Files that `fastgessl prepare` can convert ({', '.join(CONVERTIBLE[:5])} …): {others}."
+    convert = _other_formats([path for path in files if path.suffix[1:].lower() not in endings], root)
     if not paths:
         raise DataError(
             f"data.root {str(root)!r} holds no images (searched {searched} folders for {', '.join(endings)}). "
-            f"{convert if others else 'Put images there or point --data.root at the folder that has them.'}"
+            f"{convert or 'Put images there or point --data.root at the folder that has them.'}"
         )
-    if others:
+    if convert:
         warnings.warn(f"{root}: {convert}", stacklevel=2)
     parts = [path.relative_to(root).parts for path in paths]
     names = tuple(sorted({part[0] for part in parts if len(part) > 1}))
@@ -65,6 +65,15 @@ def _read(root: Path, endings: tuple[str, ...], classes: tuple[str, ...] | None 
         raise DataError(f"{root}: the folders {', '.join(unknown[:5])} name classes that the training images do not have. Rename them.")
     number = {name: label for label, name in enumerate(classes)}
     return FileImages(tuple(paths), np.array([number[part[0]] for part in parts], dtype=np.int64), classes)
+
+
+def _other_formats(paths: list[Path], root: Path) -> str:
+    """What is said of pictures that are not shown; empty if there are none."""
+    if not paths:
+        return ""
+    names = ", ".join(path.relative_to(root).as_posix() for path in paths[:_NAMED])
+    further = f" and {len(paths) - _NAMED} further" if len(paths) > _NAMED else ""
+    return f"Files of formats that are not read here: {names}{further}. `fastgessl prepare FOLDER OUT` converts them."
 
 
 def _find(root: Path) -> tuple[list[Path], int]:

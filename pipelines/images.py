@@ -26,6 +26,10 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def name(self, image: int) -> str:
+        """The image's number, for messages."""
+        return str(image)
+
 
 @dataclass(frozen=True, eq=False)
 class FileImages:

@@ -205,6 +205,8 @@ def build(
     specs = tuple(spec for spec in views for _ in range(spec.repeat))
     _check_views(images, specs)
     name, _ = choose_engine(images, engine, device, resident_limit)
+    if name != "dali" and any(spec.color == "yiq" for spec in specs):
+        raise DataError(f"views.color yiq is DALI's, and the engine is {name}. Use data.engine dali, or views.color torchvision.")
     if name != "resident" and (missing := _missing(REQUIRES[name])):
         raise DataError(f"data.engine {name} does not import ({missing}). Install fastgessl[train], or use data.engine auto.")
     device = torch.device(device)

@@ -19,7 +19,7 @@ from fastgessl.pipelines.images import ArrayImages
 _HOW = "Write it with np.savez(path, train_x=images)."
 # What numpy and zipfile raise for damaged or hostile files, found by fuzzing.
 _BROKEN = (
-    OSError, ValueError, EOFError, OverflowError, MemoryError, SystemError, NotImplementedError,
+    OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError, SystemError, SyntaxError, RuntimeError,
     zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
 _MOST_CLASSES = 1 << 20

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.folder import CONVERTIBLE, EXTENSIONS, read_folder
@@ -24,6 +26,8 @@ from fastgessl.pipelines.images import FileImages
 from fastgessl.pipelines.shards import CLASS_NAMES
 
 _JPEG_QUALITY = 95
+# Pictures that an interruption of the writing of an .npz may cost: some seconds of decoding.
+_BLOCK = 256
 LEFT_OUT = "left_out.txt"
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
@@ -43,9 +47,9 @@ def prepare_folder(folder: Path, out: Path, *, size: int, per_shard: int, track:
     """Write the images of `folder` (its splits and classes as `read_folder` finds them) to `out`.
 
     An `out` that ends in .npz gets arrays of `size` x `size` pixels (resized, then centre-cropped; 0 asks that all pictures are of one
-    size). Otherwise it is a folder of tar shards of `per_shard` images each, in which JPEG, PNG, WebP and BMP files lie unchanged. Shards
-    that are there already are kept, so that an interrupted call goes on where it was. `track` wraps the work of a split, to show progress.
-    Raises DataError if there is nothing to read, or `out` was made from other pictures.
+    size). Otherwise it is a folder of tar shards of `per_shard` images each, in which JPEG, PNG, WebP and BMP files lie unchanged. What
+    an interrupted call has done is kept: whole shards, and blocks of an .npz in a folder `out`.part. `track` wraps the work of a split, to
+    show progress. Raises DataError if there is nothing to read, or what is there was made from other pictures.
     """
     report = Report()
     splits = {
@@ -63,7 +67,7 @@ def prepare_folder(folder: Path, out: Path, *, size: int, per_shard: int, track:
 
 
 def _write_shards(images: FileImages, out: Path, split: str, per_shard: int, track: Track, report: Report) -> None:
-    _check_same_source(images, out / f"{split}.txt", per_shard)
+    _check_same_source(images, out / f"{split}.txt", f"{per_shard} images a shard")
     named = set(report.left_out)
     for start in track(range(0, len(images), per_shard), f"{split} shards"):
         shard = out / f"{split}-{start // per_shard:06d}.tar"
@@ -80,12 +84,14 @@ def _write_shards(images: FileImages, out: Path, split: str, per_shard: int, tra
         os.replace(unfinished, shard)
 
 
-def _check_same_source(images: FileImages, record: Path, per_shard: int) -> None:
-    """The order of the pictures stands beside the shards, so that a later call cannot go on with another folder."""
-    content = "".join(f"{name}\n" for name in (f"{per_shard} images a shard", *(images.name(image) for image in range(len(images)))))
+def _check_same_source(images: FileImages, record: Path, options: str) -> None:
+    """What the pictures are, and in which order, stands beside the work, so that a later call cannot go on with another folder."""
+    content = "".join(f"{name}\n" for name in (options, *(images.name(image) for image in range(len(images)))))
     encoded = content.encode("utf-8", "surrogateescape")
     if record.exists() and record.read_bytes() != encoded:
-        raise DataError(f"{str(record.parent)!r} has shards of other pictures, or of another size. Choose an empty folder.")
+        raise DataError(
+            f"{str(record.parent)!r} holds work on other pictures, or with other options, of a call before. Remove it, or write elsewhere."
+        )
     record.write_bytes(encoded)
 
 
@@ -127,8 +133,9 @@ def picture(encoded: NDArray[np.uint8], name: str) -> Image.Image:
         with Image.open(io.BytesIO(encoded.tobytes())) as opened:
             return as_rgb(ImageOps.exif_transpose(opened))
     except (*BROKEN, RuntimeError, EOFError) as error:
-        hint = " Install pillow-heif to convert it." if Path(name).suffix.lower() in (".heic", ".heif") else ""
-        raise DataError(f"image {name!r} cannot be converted ({error}).{hint}") from error
+        hint = " Install pillow-heif, and prepare into an empty place again." if Path(name).suffix.lower() in (".heic", ".heif") else ""
+        reason = "Pillow does not know its format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"image {name!r} cannot be converted ({reason}).{hint}") from error
 
 
 def _register_heif() -> None:
@@ -140,29 +147,96 @@ def _register_heif() -> None:
 
 
 def _write_npz(splits: dict[str, FileImages], out: Path, size: int, track: Track, report: Report) -> None:
-    arrays: dict[str, Any] = {}
-    for split, images in splits.items():
-        pixels, kept = [], []
-        for image in track(range(len(images)), f"{split} images"):
-            try:
-                pixels.append(_pixels(picture(images.read(image), images.name(image)), size, images.name(image)))
-            except DataError as error:
-                report.left_out[images.name(image)] = str(error)
-                continue
-            kept.append(image)
-        shapes = sorted({array.shape[:2] for array in pixels})
-        if len(shapes) != 1:
-            raise DataError(f"the {split} pictures are of {len(shapes)} sizes, from {shapes[:1]} to {shapes[-1:]}. Give one with --size.")
-        arrays[f"{split}_x"] = np.stack(pixels)
-        if images.labels is not None:
-            arrays[f"{split}_y"], arrays["classes"] = images.labels[kept], np.array(splits["train"].classes)
-        report.written += len(kept)
-    unfinished = out.with_suffix(".part.npz")
-    np.savez(unfinished, **arrays)
+    """By way of blocks in a folder beside `out`, which an interrupted call finds again. `out` appears when it is whole."""
+    parts = out.with_name(f"{out.name}.part")
+    parts.mkdir(parents=True, exist_ok=True)
+    blocks = {split: _written_blocks(images, parts, split, size, track) for split, images in splits.items()}
+    unfinished = parts / "whole.npz"
+    with zipfile.ZipFile(unfinished, "w") as archive:
+        for split, images in splits.items():
+            kept = _join_blocks(archive, blocks[split], split, parts, report)
+            if images.labels is not None:
+                _add_array(archive, f"{split}_y", images.labels[kept])
+        if splits["train"].labels is not None:
+            _add_array(archive, "classes", np.array(splits["train"].classes))
     os.replace(unfinished, out)
+    shutil.rmtree(parts)
 
 
-def _pixels(image: Image.Image, size: int, name: str) -> NDArray[np.uint8]:
+def _written_blocks(images: FileImages, parts: Path, split: str, size: int, track: Track) -> list[Path]:
+    """Files of `_BLOCK` pictures each, of which those that are there already are kept."""
+    _check_same_source(images, parts / f"{split}.txt", f"--size {size}")
+    blocks = []
+    for start in track(range(0, len(images), _BLOCK), f"{split} images, by {_BLOCK}"):
+        blocks.append(parts / f"{split}-{start // _BLOCK:06d}.npz")
+        if not blocks[-1].exists():
+            _write_block(images, range(start, min(start + _BLOCK, len(images))), blocks[-1], size)
+    return blocks
+
+
+def _write_block(images: FileImages, numbers: range, block: Path, size: int) -> None:
+    """Pixels of the pictures that can be read, their numbers, and the names of the others with the reasons."""
+    pixels, kept, left_out = [], [], {}
+    for image in numbers:
+        name = images.name(image)
+        try:
+            pixels.append(_pixels(picture(images.read(image), name), size))
+        except DataError as error:
+            left_out[name] = str(error)
+            continue
+        kept.append(image)
+    _require_one_size({array.shape[:2] for array in pixels}, block.parent)
+    unfinished = block.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        stacked = np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8)
+        np.savez(
+            file,
+            pixels=stacked,
+            kept=np.array(kept, np.int64),
+            names=np.array([*left_out], "U"),
+            reasons=np.array([*left_out.values()], "U"),
+        )
+    os.replace(unfinished, block)
+
+
+def _join_blocks(archive: zipfile.ZipFile, blocks: list[Path], split: str, parts: Path, report: Report) -> NDArray[np.int64]:
+    """Write the pixels of all blocks as one array, one block in memory at a time; returns the numbers of the pictures in it."""
+    kept, shapes = [], set()
+    for block in blocks:
+        with np.load(block) as content:
+            kept.append(content["kept"])
+            report.left_out |= dict(zip(content["names"].tolist(), content["reasons"].tolist(), strict=True))
+            if len(kept[-1]):
+                shapes.add(content["pixels"].shape[1:])
+    numbers = np.concatenate(kept)
+    if len(numbers) == 0:
+        shutil.rmtree(parts)
+        raise DataError(f"not one of the {split} pictures can be read; the last one: {[*report.left_out.values()][-1]}")
+    _require_one_size(shapes, parts)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(numbers), *shapes.pop())}
+    with archive.open(f"{split}_x.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            with np.load(block) as content:
+                file.write(content["pixels"].tobytes())
+    report.written += len(numbers)
+    return numbers
+
+
+def _add_array(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
+    with archive.open(f"{name}.npy", "w") as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _require_one_size(shapes: set[tuple[int, ...]], parts: Path) -> None:
+    if len(shapes) > 1:
+        # The same call could never be finished, and one with --size makes other blocks.
+        shutil.rmtree(parts)
+        first, *_, last = sorted(shapes)
+        raise DataError(f"the pictures are of several sizes, such as {first[1]}x{first[0]} and {last[1]}x{last[0]}. Give one with --size.")
+
+
+def _pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) if size else image)
 
 

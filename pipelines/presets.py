@@ -79,6 +79,7 @@ def view_preset(
     flip_probability: float | None = None,
     jitter_probability: float | None = None,
     jitter_strength: float = 1.0,
+    color: str = "torchvision",
     grayscale_probability: float | None = None,
     blur_probability: float | Sequence[float] | None = None,
     solarize_probability: float | Sequence[float] | None = None,
@@ -90,8 +91,8 @@ def view_preset(
     `crop_scale` is that of global views. `local_views` local ones of `local_size` pixels (96 where `size` is 224) and
     `local_crop_scale` may be asked of every preset; further `global_views` repeat the recipe's in turn. `blur_probability` and
     `solarize_probability` are one number for every view, or one a global view, and perhaps one more for all local ones.
-    `jitter_strength` multiplies the brightness, contrast, saturation and hue ranges. Raises DataError for an unknown name or a value out
-    of range.
+    `jitter_strength` multiplies the brightness, contrast, saturation and hue ranges; `color` is that of `ViewSpec`. Raises DataError for
+    an unknown name or a value out of range.
 
     >>> views = view_preset("byol", 32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), blur_probability=0.0, local_views=4)
     >>> [(view.size, view.local, view.solarize_probability) for view in views[:3]]
@@ -101,7 +102,7 @@ def view_preset(
         raise DataError(f"views.preset {name!r} is unknown. Choose one of {', '.join(_PRESETS)}.")
     require(jitter_strength >= 0, "jitter_strength", jitter_strength, "0 or more")
     require(size >= 1, "size", size, "at least 1")
-    preset = _PRESETS[name](ViewSpec(size=size, mean=mean, std=std, grayscale_probability=0.2, blur_kernel=_blur_kernel(size)))
+    preset = _PRESETS[name](ViewSpec(size=size, mean=mean, std=std, color=color, grayscale_probability=0.2, blur_kernel=_blur_kernel(size)))
     full = _global_views(preset.full, len(preset.full) if global_views is None else global_views, crop_scale)
     local = _local_views(preset, size, local_views, local_size, local_crop_scale)
     given = {"flip_probability": flip_probability, "jitter_probability": jitter_probability, "grayscale_probability": grayscale_probability}

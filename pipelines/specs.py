@@ -41,6 +41,9 @@ class ViewSpec:
     saturation: float = 0.0
     hue: float = 0.0
     """Shift in [-hue, hue], turns."""
+    color: str = "torchvision"
+    """How jitter and grayscale are done. torchvision: its operations, hue in HSV, in each sample's own order. yiq: DALI's, hue in YIQ, in
+    one order; the dali engine only."""
     grayscale_probability: float = 0.0
     blur_probability: float = 0.0
     blur_kernel: int = 23
@@ -70,6 +73,7 @@ class ViewSpec:
         require(self.size >= 1 and self.repeat >= 1, "size and repeat", (self.size, self.repeat), "at least 1")
         require(self.resize_short == 0 or self.resize_short >= self.size, "resize_short", self.resize_short, f"0 or at least {self.size}")
         require(self.interpolation in ("bilinear", "bicubic"), "interpolation", self.interpolation, "bilinear or bicubic")
+        require(self.color in ("torchvision", "yiq"), "color", self.color, "torchvision or yiq")
         require(all(value > 0 for value in self.std), "std", self.std, "positive")
         if self.blur_probability > 0:
             fits = self.blur_kernel % 2 == 1 and self.blur_kernel // 2 < self.size

@@ -70,14 +70,12 @@ class _Views(Dataset[_Answer | DataError]):
 
     def __getitem__(self, request: Request) -> _Answer | DataError:
         try:
-            obtained = [self._bad_files.obtain(int(image), self._picture) for image in request.index]
+            obtained = self._bad_files.obtain(request.index, self._picture)
         except DataError as error:
             return error
-        kept = [row for row, found in enumerate(obtained) if found is not None]
-        index = np.array([found[0] for found in obtained if found is not None], dtype=np.int64)
-        pictures = [found[1] for found in obtained if found is not None]
-        views = self._views(pictures, request.index[kept], request.epoch) if pictures else []
-        return _Answer(Shown(views, index), dict(self._bad_files.found))
+        pictures = obtained.contents
+        views = self._views(pictures, obtained.asked, request.epoch) if pictures else []
+        return _Answer(Shown(views, obtained.images), dict(self._bad_files.found))
 
     def _views(self, pictures: list[Tensor], index: NDArray[np.int64], epoch: int) -> list[Tensor]:
         height, width = np.array([picture.shape[1:] for picture in pictures]).T

@@ -1,6 +1,8 @@
 """Pictures as files of every kind that people have, made here."""
 
 import io
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +44,21 @@ def photos(tmp_path, encode) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(pixels, kind, **({"quality": 95} if kind == "JPEG" else {})))
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def real_photos(tmp_path):
+    """real_photos(*folders, count=...) -> that many files of a tar of real photos, which is not part of the project."""
+    shared = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_sample_fullsize.tar"
+    path = Path(os.environ.get("FASTGESSL_PHOTOS", shared))
+    if not path.is_file():
+        pytest.skip("no tar of real photos at FASTGESSL_PHOTOS")
+
+    def unpacked(*folders: str, count: int) -> tuple[Path, ...]:
+        with tarfile.open(path) as archive:
+            files = [member for member in archive.getmembers() if member.isfile()]
+            members = [member for member in files if any(f"/{folder}/" in member.name for folder in folders)][:count]
+            archive.extractall(tmp_path / "real", members, filter="data")
+        return tuple(sorted(path for path in (tmp_path / "real").rglob("*") if path.is_file()))
+
+    return unpacked

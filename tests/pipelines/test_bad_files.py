@@ -147,6 +147,21 @@ def test_a_bad_file_is_named_in_one_line(pictures, encode, kind, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_file_that_may_not_be_read_is_named(pictures, monkeypatch, engine):
+    bad, opened = pictures.paths[9], os.open
+
+    def refuse(path, *rest, **options):
+        # Permissions do not stop root, so the refusal is acted; forked workers act it too.
+        if path == bad:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DataError, match=r"image '.*9.jpg' cannot be read \(Permission denied\)"):
+        show(pictures, engine, training=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", (*BROKEN, *NO_FILES))
 def test_evaluation_leaves_a_bad_file_out(pictures, encode, kind, engine, tmp_path):
     spoil(pictures.paths[5], kind, encode, 0)

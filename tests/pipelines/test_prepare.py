@@ -1,10 +1,15 @@
 """`prepare`: folders into shards and arrays, resumed, converted, and what could not be read named."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 pytest.importorskip("PIL.Image")
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastgessl.pipelines import DataError, open_images
 from fastgessl.pipelines.fetch import fetch
@@ -60,14 +65,15 @@ def test_an_interrupted_call_goes_on_where_it_was(photos, tmp_path):
 
 def test_shards_of_other_pictures_are_not_mixed_in(photos, tmp_path):
     prepare(photos, tmp_path / "out")
-    with pytest.raises(DataError, match="has shards of other pictures, or of another size"):
+    with pytest.raises(DataError, match="holds work on other pictures, or with other options"):
         prepare(photos, tmp_path / "out", per_shard=5)
     next(photos.rglob("*.png")).unlink()
-    with pytest.raises(DataError, match="Choose an empty folder"):
+    with pytest.raises(DataError, match="Remove it, or write elsewhere"):
         prepare(photos, tmp_path / "out")
 
 
-def test_formats_that_dali_does_not_read_are_converted_and_bad_files_named(photos, picture_of, encode, tmp_path):
+def test_formats_that_dali_does_not_read_are_converted_and_bad_files_named(photos, picture_of, encode, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for name, kind in (("a.tiff", "TIFF"), ("b.gif", "GIF"), ("c.avif", "AVIF")):
         (photos / "cat" / name).write_bytes(encode(picture_of(100), kind))
     (photos / "cat" / "z.heic").write_bytes(b"not decodable without pillow-heif")
@@ -75,12 +81,46 @@ def test_formats_that_dali_does_not_read_are_converted_and_bad_files_named(photo
     report = prepare(photos, tmp_path / "out")
     assert (report.written, len(report.converted)) == (17, 3)
     assert sorted(name.rsplit("/", 1)[1] for name in report.left_out) == ["z.heic", "z.jpg"]
-    assert "Install pillow-heif" in report.left_out[str(photos / "cat" / "z.heic")]
+    reason = f"image {str(photos / 'cat' / 'z.heic')!r} cannot be converted (Pillow does not know its format). Install pillow-heif, and"
+    assert report.left_out[str(photos / "cat" / "z.heic")].startswith(reason)
     assert len((tmp_path / "out" / "left_out.txt").read_text().splitlines()) == 2
     images = open_images("shards", tmp_path / "out")
     assert len(images) == 17 and (images.labels == 0).sum() == 10
     level = np.asarray(decode(images.read(7), images.name(7)))
     assert images.names[7] == "000000007.jpg" and np.abs(level.astype(int) - 100).max() <= 2
+
+
+class Invented(ImageFile.ImageFile):
+    """A format that Pillow learns from a plugin, as it learns HEIC from pillow-heif: a word, height and width, then bytes."""
+
+    format = "INVENTED"
+
+    def _open(self):
+        head = self.fp.read(10)
+        self._size, self._mode = (head[9], head[8]), "RGB"
+        self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 10, ("RGB", 0, 1))]
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
+    monkeypatch.setattr(Image, "OPEN", {**Image.OPEN})
+    Image.register_open("INVENTED", Invented, lambda head: head.startswith(b"INVENTED"))
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_format_that_a_plugin_of_pillow_opens_is_converted(tmp_path, picture, encode):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.heic").write_bytes(b"INVENTED" + bytes(picture.shape[:2]) + picture.tobytes())
+    (tmp_path / "in" / "b.png").write_bytes(encode(picture, "PNG"))
+    report = prepare(tmp_path / "in", tmp_path / "out")
+    assert report.converted == [str(tmp_path / "in" / "a.heic")] and report.left_out == {}
+    shown = open_images("shards", tmp_path / "out")
+    converted = np.asarray(decode(shown.read(0), shown.name(0))).astype(int)
+    assert converted.shape == picture.shape and np.abs(converted - picture).mean() < 6
+    prepare(tmp_path / "in", tmp_path / "out.npz")
+    arrays = open_images("npz", tmp_path / "out.npz").images
+    assert (arrays == picture).all() and len(arrays) == 2
 
 
 @pytest.fixture
@@ -90,13 +130,19 @@ def picture_of():
 
 def test_a_folder_says_what_prepare_could_convert(photos, encode, picture_of):
     (photos / "cat" / "a.tiff").write_bytes(encode(picture_of(1), "TIFF"))
-    with pytest.warns(UserWarning, match=r"Files that `fastgessl prepare` can convert \(heic, heif, avif, tif, tiff …\): 1"):
+    with pytest.warns(
+        UserWarning, match=r"photos: Files of formats that are not read here: cat/a.tiff. `fastgessl prepare FOLDER OUT` converts"
+    ):
+        assert len(open_images("folder", photos)) == 14
+    for name in ("b.HEIC", "c.heif", "d.jxl"):
+        (photos / "dog" / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match="not read here: cat/a.tiff, dog/b.HEIC, dog/c.heif and 1 further"):
         assert len(open_images("folder", photos)) == 14
     for path in photos.rglob("*.jpeg"):
         path.unlink()
     for path in photos.rglob("*.png"):
         path.unlink()
-    with pytest.raises(DataError, match=r"holds no images .* Files that `fastgessl prepare` can convert .*: 1"):
+    with pytest.raises(DataError, match=r"holds no images .* not read here: cat/a.tiff, dog/b.HEIC, dog/c.heif and 1 further"):
         open_images("folder", photos)
 
 
@@ -113,9 +159,81 @@ def test_arrays_are_cropped_to_one_size(photos, tmp_path):
 
 
 def test_arrays_of_several_sizes_want_a_size(photos, tmp_path):
-    with pytest.raises(DataError, match=r"the train pictures are of \d+ sizes, .* Give one with --size"):
+    with pytest.raises(DataError, match=r"the pictures are of several sizes, such as \d+x\d+ and \d+x\d+. Give one with --size"):
         prepare(photos, tmp_path / "out.npz")
-    assert list(tmp_path.glob("*.npz")) == []
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_arrays_of_several_sizes_are_noticed_across_blocks_too(tmp_path, encode, picture_of, monkeypatch):
+    monkeypatch.setattr("fastgessl.pipelines.prepare._BLOCK", 1)
+    for number, side in enumerate((4, 5)):
+        (tmp_path / f"{number}.png").write_bytes(encode(np.zeros((4, side, 3), np.uint8), "PNG"))
+    with pytest.raises(DataError, match="several sizes, such as 4x4 and 5x4"):
+        prepare(tmp_path, tmp_path / "out.npz")
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_arrays_of_no_readable_picture_name_one(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"text")
+    with pytest.raises(DataError, match=r"not one of the train pictures can be read; the last one: image .*a.png"):
+        prepare(tmp_path, tmp_path / "out.npz", size=8)
+    assert list(tmp_path.glob("out*")) == []
+
+
+# A call in a process of its own, which is killed without warning: before its 7th picture, or when the whole file is to get its name.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastgessl.pipelines import prepare
+prepare._BLOCK = 3
+folder, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+picture, replace, seen = prepare.picture, os.replace, []
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(encoded, name):
+    seen.append(name)
+    return die() if moment == "picture" and len(seen) == 7 else picture(encoded, name)
+
+def replaced(source, target):
+    return die() if moment == "name" and Path(target) == out else replace(source, target)
+
+prepare.picture, os.replace = counted, replaced
+prepare.prepare_folder(folder, out, size=24, per_shard=4, track=prepare.untracked)
+"""
+
+
+@pytest.mark.parametrize(("moment", "decoded_again"), [("picture", 8), ("name", 0)])
+def test_a_killed_npz_goes_on_where_it_was(photos, tmp_path, monkeypatch, moment, decoded_again):
+    out = tmp_path / "out.npz"
+    (photos / "dog" / "00.png").write_bytes(b"no image")
+    killed = subprocess.run([sys.executable, "-c", KILLED, photos, out, moment], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    seen = []
+    monkeypatch.setattr("fastgessl.pipelines.prepare._BLOCK", 3)
+    monkeypatch.setattr("fastgessl.pipelines.prepare.picture", lambda encoded, name: seen.append(name) or picture(encoded, name))
+    report = prepare(photos, out, size=24)
+    assert len(seen) == decoded_again and report.written == 13 and list(report.left_out) == [str(photos / "dog" / "00.png")]
+    monkeypatch.undo()
+    prepare(photos, tmp_path / "whole.npz", size=24)
+    with np.load(out) as resumed, np.load(tmp_path / "whole.npz") as whole:
+        assert sorted(resumed.files) == sorted(whole.files) == ["classes", "train_x", "train_y"]
+        assert all((resumed[name] == whole[name]).all() for name in whole.files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "photos", "whole.npz"]
+
+
+def test_an_npz_of_other_pictures_is_not_mixed_in(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out.npz"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("fastgessl.pipelines.prepare.picture", interrupted)
+        prepare(photos, out, size=24)
+    with pytest.raises(DataError, match=r"out.npz.part' holds work on other pictures, or with other options"):
+        prepare(photos, out, size=25)
 
 
 def test_a_picture_stands_upright_and_keeps_sixteen_bits(encode, picture_of):

@@ -12,11 +12,10 @@ WORLDS = range(1, 9)
 
 
 @st.composite
-def cases(draw, training):
-    world_size = draw(st.integers(1, 8))
+def cases(draw, training, world_size):
     batch_size = world_size * draw(st.integers(1, 6))
     size = draw(st.integers(batch_size if training else 1, 150))
-    return size, batch_size, draw(st.integers(0, 2**40)), world_size
+    return size, batch_size, draw(st.integers(0, 2**40))
 
 
 def global_batches(size, batch_size, seed, world_size, training, epoch=0):
@@ -25,10 +24,11 @@ def global_batches(size, batch_size, seed, world_size, training, epoch=0):
     return [[sampling.indices(epoch, step) for sampling in ranks] for step in range(ranks[0].batches)]
 
 
-@settings(max_examples=60, deadline=None)
-@given(cases(training=True), st.integers(0, 5))
-def test_training_repeats_nothing_and_drops_only_the_last_partial_global_batch(case, epoch):
-    size, batch_size, seed, world_size = case
+@pytest.mark.parametrize("world_size", WORLDS)
+@settings(max_examples=15, deadline=None)
+@given(st.data(), st.integers(0, 5))
+def test_training_repeats_nothing_and_drops_only_the_last_partial_global_batch(world_size, data, epoch):
+    size, batch_size, seed = data.draw(cases(True, world_size))
     batches = global_batches(size, batch_size, seed, world_size, True, epoch)
     seen = np.concatenate([part for batch in batches for part in batch])
     assert all(len(part) == batch_size // world_size for batch in batches for part in batch)
@@ -36,30 +36,26 @@ def test_training_repeats_nothing_and_drops_only_the_last_partial_global_batch(c
     assert seen.min() >= 0 and seen.max() < size
 
 
-@settings(max_examples=60, deadline=None)
-@given(cases(training=False))
-def test_evaluation_covers_each_image_once_in_order(case):
-    size, batch_size, seed, world_size = case
+@pytest.mark.parametrize("world_size", WORLDS)
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_evaluation_covers_each_image_once_in_order(world_size, data):
+    size, batch_size, seed = data.draw(cases(False, world_size))
     batches = global_batches(size, batch_size, seed, world_size, False)
     assert [index for batch in batches for part in batch for index in part] == list(range(size))
     last = [len(part) for part in batches[-1]]
     assert max(last) - min(last) <= 1
 
 
-@settings(max_examples=30, deadline=None)
-@given(cases(training=True), st.integers(1, 8))
-def test_the_global_batch_does_not_depend_on_the_number_of_ranks(case, other):
-    size, batch_size, seed, world_size = case
-    one = [np.concatenate(batch) for batch in global_batches(size, batch_size, seed, 1, True)]
-    if batch_size % other == 0:
-        assert all(
-            (np.concatenate(many) == whole).all()
-            for many, whole in zip(global_batches(size, batch_size, seed, other, True), one, strict=True)
-        )
-    assert all(
-        (np.concatenate(many) == whole).all()
-        for many, whole in zip(global_batches(size, batch_size, seed, world_size, True), one, strict=True)
-    )
+@pytest.mark.parametrize("world_size", WORLDS)
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(world_size, data):
+    size, batch_size, seed = data.draw(cases(True, world_size))
+    ranks = global_batches(size, batch_size, seed, world_size, True)
+    alone = global_batches(size, batch_size, seed, 1, True)
+    for parts, (whole,) in zip(ranks, alone, strict=True):
+        assert np.concatenate(parts).tolist() == whole.tolist()
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

@@ -1,4 +1,4 @@
-"""Which process of a job has died, said by the ones that are left, within seconds instead of a collective's time limit.
+"""Which process of a job has died or never came, said by the ones that are there, within seconds instead of a collective's time limit.
 
 Every rank keeps one idle TCP connection to rank 0. The operating system closes it with the process, however that ends, and its
 keep-alive finds a host that is gone, so that a process that is merely busy is never taken for dead. Rank 0 tells the others.
@@ -10,18 +10,21 @@ import json
 import os
 import resource
 import secrets
+import select
 import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from accelerate.utils import broadcast_object_list
+from torch.distributed import Store
 
 from fastgessl.config import UsageError
+from fastgessl.rendezvous import init_method, open_store
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, try the job again."""
@@ -30,33 +33,46 @@ _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 10), (socket.TC
 # How long a process that stops of itself is given before its peers follow: they may be about to say the same.
 _GRACE_SECONDS = 3.0
 _LONGEST = 1 << 16
+_CONNECT_SECONDS = 10.0
+# Of ranks whose collectives fail at once, the first is often not the one that caused it.
+_MOST_NAMED = 3
+_OPEN = "the hosts of a job must let one another through on every port (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name their network)"
+# Where the store says how to reach rank 0. It may still say how to reach the one of before a restart.
+_CALL = "fastgessl/rank 0"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The processes that have come together. `init_method` is for `init_process_group`: None for a process alone."""
+
+    init_method: str | None
+    joined: Callable[[], None]
+    """Call it once this rank's process group has carried its first collective."""
 
 
 @contextmanager
-def watched(rank: int, world_size: int) -> Iterator[None]:
-    """Inside, the death of any process ends all the others with exit code 75 and a line on standard error that names it.
+def watched(seconds: float = 60.0) -> Iterator[Job]:
+    """Come together with the other ranks of WORLD_SIZE. Inside, the death of any process ends all the others, with exit code 75 and a line
+    on standard error that names it. So does a rank that does not come, or does not join, within `seconds` of the last one that did.
 
-    Collective: every rank enters. One process alone needs no watch. MASTER_ADDR, which every launcher sets, must be rank 0's address.
-    UsageError if rank 0 cannot be reached there.
+    Collective: every rank enters. MASTER_ADDR, which every launcher sets, must be rank 0's address. One process alone needs no watch.
     """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        yield
+        yield Job(None, lambda: None)
         return
-    listener = _listener() if rank == 0 else None
-    token, port = broadcast_object_list([(secrets.token_hex(16), listener.getsockname()[1]) if listener else None])[0]
-    watch = _Hub(listener, token) if listener else _Spoke(rank, token, port)
+    watch = _Hub(world_size, seconds) if rank == 0 else _Spoke(rank, seconds)
     thread = threading.Thread(target=watch.run, name="peers", daemon=True)
     thread.start()
-    watch.entered()
+    watch.all_here.wait()
     try:
-        yield
+        yield Job(init_method(watch.token), watch.joined)
     except BaseException as error:
-        if isinstance(error, RuntimeError):
-            # A collective fails like this because a peer has died, which the watch says better, ending the process.
-            thread.join(timeout=_GRACE_SECONDS)
-        watch.leave(" ".join(f"stopped: {type(error).__name__}: {error}".split())[:500])
-        if rank == 0:
-            thread.join(timeout=_GRACE_SECONDS)  # until all have been told
+        # A collective fails with a RuntimeError because a peer has died or failed, which the watch says better, ending the process.
+        doubtful = isinstance(error, RuntimeError)
+        watch.leave(" ".join(f"stopped: {type(error).__name__}: {error}".split())[:300], doubtful=doubtful)
+        if doubtful or rank == 0:
+            thread.join(timeout=3 * _GRACE_SECONDS)  # until all have been told
         raise
     watch.leave("")
     if rank == 0:
@@ -88,9 +104,10 @@ def _end(own: dict[str, Any], gone: dict[str, Any], how: str) -> NoReturn:
         time.sleep(_GRACE_SECONDS)
     elder = gone["host"] == own["host"] and gone["local_rank"] == 0 and own["local_rank"] == 1
     if own["local_rank"] == 0 or elder:
+        where = f" (host {gone['host']}, process {gone['process']})" if gone["host"] else ""
         print(
-            f"fastgessl train: rank {gone['rank']} (host {gone['host']}, process {gone['process']}) {how or 'has died'}. This job ends "
-            f"with exit code {EXIT_CODE}; its newest checkpoint is complete. Continue with --train.resume auto.",
+            f"fastgessl train: rank {gone['rank']}{where} {how or 'has died'}. This job ends with exit code {EXIT_CODE}; its newest "
+            "checkpoint, if there is one, is complete. Continue with --train.resume if_any.",
             file=sys.stderr,
             flush=True,
         )
@@ -124,59 +141,105 @@ class _Line:
 class _Spoke:
     """Any rank but 0."""
 
-    def __init__(self, rank: int, token: str, port: int) -> None:
-        address = os.environ["MASTER_ADDR"]
-        self._own = _own_name(rank)
-        self._first: dict[str, Any] = {"rank": 0, "host": address, "process": "unknown", "local_rank": 0}
-        self._known = threading.Event()
-        try:
-            connection = socket.create_connection((address, port), timeout=60.0)
-        except OSError as error:
-            raise UsageError(
-                f"rank {rank} cannot reach rank 0 at {address}, port {port} ({error}). MASTER_ADDR must be an address of rank 0's host, "
-                "and the hosts of a job must let one another through on every port, as gloo and NCCL need too."
-            ) from None
-        connection.settimeout(None)
-        _keep_alive(connection)
-        self._line = _Line(connection)
-        self._line.send({"token": token, "name": self._own})
+    def __init__(self, rank: int, seconds: float) -> None:
+        self._own, self.all_here = _own_name(rank), threading.Event()
+        # Ranks are numbered host by host: this one is on rank 0's host if its number there is its number in the job.
+        on_first_host = rank == self._own["local_rank"]
+        self._first: dict[str, Any] = {"rank": 0, "host": self._own["host"] if on_first_host else "", "process": "unknown", "local_rank": 0}
+        self._line, self.token = self._reached(seconds)
+
+    def _reached(self, seconds: float) -> tuple[_Line, str]:
+        """A connection to rank 0, which has answered, and the token by which it calls."""
+        address, deadline, problem = os.environ["MASTER_ADDR"], time.monotonic() + seconds, "it has not called"
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                # TCPStore prints forty lines of C++ for a host that is not there yet.
+                socket.create_connection((address, int(os.environ["MASTER_PORT"])), timeout=min(left, _CONNECT_SECONDS)).close()
+                store = open_store(self._own["rank"], left)
+                if store.check([_CALL]):
+                    call = store.get(_CALL)
+                    token, port = json.loads(call)
+                    line = _Line(socket.create_connection((address, port), timeout=min(left, _CONNECT_SECONDS)))
+                    line.connection.settimeout(None)
+                    _keep_alive(line.connection)
+                    line.send({"token": token, "name": self._own})
+                    if self._answered(line, store, call, deadline):
+                        return line, token
+                    problem = "it does not answer"
+            except (OSError, RuntimeError) as error:
+                problem = str(error).split("\n")[0]
+            time.sleep(0.2)
+        how = f"was not reached at {address} within {seconds:.0f} s ({problem}): MASTER_ADDR must be an address of its host, and {_OPEN}"
+        _end(self._own, self._first, how)
+
+    def _answered(self, line: _Line, store: Store, call: bytes, deadline: float) -> bool:
+        """Whether rank 0 has taken this rank in; False once another one calls, or what listens there is something else."""
+        while time.monotonic() < deadline and store.get(_CALL) == call:
+            if select.select([line.connection], [], [], 0.2)[0]:
+                messages = line.receive() or []
+                for message in messages:
+                    self._take(message)
+                return bool(messages)
+        return False
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "name" in message:
+            self._first = message["name"]
+        elif "all" in message:
+            self.all_here.set()
+        else:
+            _end(self._own, message["gone"][0], message["how"])
 
     def run(self) -> None:
         while (messages := self._line.receive()) is not None:
             for message in messages:
-                if "name" in message:
-                    self._first = message["name"]
-                    self._known.set()
-                elif "over" in message:
+                if "over" in message or self._own in message.get("gone", ()):
                     return
-                else:
-                    _end(self._own, message["gone"], message["how"])
+                self._take(message)
         _end(self._own, self._first, "")
 
-    def entered(self) -> None:
-        """Wait until rank 0 has taken this rank in, and each knows the other's name."""
-        self._known.wait(timeout=60.0)
+    def joined(self) -> None:
+        """Tell rank 0 that this rank's process group works."""
+        self._line.send({"joined": True})
 
-    def leave(self, how: str) -> None:
-        """Tell rank 0 that this rank ends; `how` if something is wrong."""
-        self._line.send({"leaves": how})
+    def leave(self, how: str, *, doubtful: bool = False) -> None:
+        """Tell rank 0 that this rank ends; `how` if something is wrong, which may be a consequence if it is doubtful."""
+        self._line.send({"leaves": how, "doubtful": doubtful})
 
 
 class _Hub:
-    """Rank 0: hears every rank, and tells all of the first that goes."""
+    """Rank 0: hears every rank, and tells all of the first that goes, or that they waited for in vain."""
 
-    def __init__(self, listener: socket.socket, token: str) -> None:
-        self._own, self._token = _own_name(0), token
-        self._listener, self._members = listener, list[_Line]()
+    def __init__(self, world_size: int, seconds: float) -> None:
+        self._own, self.token, self.all_here = _own_name(0), secrets.token_hex(16), threading.Event()
+        self._world_size, self._seconds = world_size, seconds
+        self._awaited, self._deadline = set(range(1, world_size)), time.monotonic() + seconds
+        self._members = list[_Line]()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
+        self._complaints = list[tuple[dict[str, Any], str]]()
         inside, outside = socket.socketpair()
-        self._to_itself = _Line(inside)
-        self._selector.register(outside, selectors.EVENT_READ, _Line(outside))
+        self._to_itself, of_itself = _Line(inside), _Line(outside)
+        of_itself.name = self._own
+        self._selector.register(outside, selectors.EVENT_READ, of_itself)
+        self._listener = _listener()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        try:
+            self._store = open_store(0, seconds)
+        except RuntimeError as error:
+            raise UsageError(
+                f"rank 0 cannot open the store at {os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']} "
+                f"({str(error).splitlines()[0]}). MASTER_ADDR must be an address of rank 0's host, and MASTER_PORT free there."
+            ) from None
+        self._store.set(_CALL, json.dumps([self.token, self._listener.getsockname()[1]]))
 
     def run(self) -> None:
         while True:
-            for key, _ in self._selector.select():
+            left = self._deadline - time.monotonic()
+            if left < 0 and not self._complaints:
+                self._give_up()
+            if left < 0 and self._over(self._complaints):
+                return
+            for key, _ in self._selector.select(None if left == float("inf") else left):
                 if key.fileobj is self._listener:
                     connection, _ = self._listener.accept()
                     _keep_alive(connection)
@@ -184,12 +247,13 @@ class _Hub:
                 elif self._hear(key.data):
                     return
 
-    def entered(self) -> None:
-        """Rank 0 waits for nobody: a rank that does not come is noticed in the next collective."""
+    def joined(self) -> None:
+        """Rank 0's process group works."""
+        self._to_itself.send({"joined": True})
 
-    def leave(self, how: str) -> None:
+    def leave(self, how: str, *, doubtful: bool = False) -> None:
         """Rank 0 ends, and with it the watch."""
-        self._to_itself.send({"first": how})
+        self._to_itself.send({"leaves": how, "doubtful": doubtful})
 
     def _hear(self, line: _Line) -> bool:
         """Take in what a rank says; True if the watch is over."""
@@ -200,21 +264,59 @@ class _Hub:
                 self._tell_and_end(line.name, "")
             return False
         for message in messages:
-            if "first" in message and line.connection.family == socket.AF_UNIX:
-                self._tell({"gone": self._own, "how": message["first"]} if message["first"] else {"over": True})
-                return True
-            if secrets.compare_digest(str(message.get("token", "")), self._token):
+            if secrets.compare_digest(str(message.get("token", "")), self.token):
                 line.name = message["name"]
                 line.send({"name": self._own})
                 self._members.append(line)
-            elif line.name is not None and message.get("leaves"):
-                self._tell_and_end(line.name, message["leaves"])
-            elif "leaves" in message:
-                line.name = None
+                self._arrived(line.name["rank"])
+            elif line.name is not None and "joined" in message:
+                self._arrived(line.name["rank"])
+            elif line.name is not None and "leaves" in message:
+                name, how, line.name = line.name, message["leaves"], None
+                if message["doubtful"]:
+                    self._deadline = self._deadline if self._complaints else time.monotonic() + _GRACE_SECONDS
+                    self._complaints.append((name, how))
+                elif how or name == self._own:
+                    return self._over([(name, how)])
         return False
 
+    def _over(self, ends: list[tuple[dict[str, Any], str]]) -> bool:
+        """Tell all of the ranks that end, and end; but the first ones say themselves why, and so does rank 0."""
+        ends = ends[:_MOST_NAMED]
+        names = [name for name, _ in ends]
+        how = "; ".join([ends[0][1], *(f"rank {name['rank']} (host {name['host']}) {said}" for name, said in ends[1:])])
+        self._tell({"gone": names, "how": how} if how else {"over": True})
+        if self._own not in names:
+            _end(self._own, names[0], how)
+        return True
+
+    def _arrived(self, rank: int) -> None:
+        """First all ranks come; then all join."""
+        if rank not in self._awaited or self._complaints:
+            return
+        self._awaited.remove(rank)
+        self._deadline = time.monotonic() + self._seconds
+        if not self._awaited and self.all_here.is_set():
+            self._deadline = float("inf")
+        elif not self._awaited:
+            self._awaited = set(range(self._world_size))
+            self._tell({"all": True})
+            self.all_here.set()
+
+    def _give_up(self) -> NoReturn:
+        names = {0: self._own} | {line.name["rank"]: line.name for line in self._members if line.name is not None}
+        first, *others = sorted(self._awaited)
+        within = f"within {self._seconds:.0f} s of the last rank that did"
+        if others:
+            within += f", nor rank {', '.join(map(str, others[:20]))}" + ", ..." * (len(others) > 20)
+        gone = names.get(first, {"rank": first, "host": "", "process": "unknown", "local_rank": first})
+        if self.all_here.is_set():
+            self._tell_and_end(gone, f"has not joined the process group {within}: {_OPEN}")
+        hosts = ", ".join(sorted({name["host"] for name in names.values()}))
+        self._tell_and_end(gone, f"has not come {within}; {len(names)} of {self._world_size} are there, on {hosts}")
+
     def _tell_and_end(self, gone: dict[str, Any], how: str) -> NoReturn:
-        self._tell({"gone": gone, "how": how})
+        self._tell({"gone": [gone], "how": how})
         _end(self._own, gone, how)
 
     def _tell(self, message: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from fastgessl.fit import fit_to_images
 from fastgessl.guard import FiniteGuard, poisoned
 from fastgessl.metrics_log import MetricsLog
 from fastgessl.optimizers import set_learning_rate, set_weight_decay
-from fastgessl.peers import watched
+from fastgessl.peers import Job, watched
 from fastgessl.pipelines import Batch, Loader
 from fastgessl.progress import opening_lines
 from fastgessl.schedules import inner_learning_rate, learning_rate, weight_decay
@@ -29,8 +29,11 @@ from fastgessl.training_state import Training
 
 def train(config: Config) -> int:
     """Train, evaluate and write the run's folder. Returns the exit code: 0, or 128 + signal if stopped with a checkpoint written."""
-    run, accelerator = _open(config)
-    with watched(accelerator.process_index, accelerator.num_processes):
+    folder = runs.run_folder(config)
+    checkpoint.find(folder, config.train.resume)
+    # Nothing is written before every rank has found its arguments right, and has come.
+    with watched(config.train.join_seconds) as job:
+        run, accelerator = _open(config, folder, job)
         images = pipelines.open_images(config.data.name, config.data.root)
         assert images is not None  # only a test split can be absent
         config, reasons = fit_to_images(config, len(images), accelerator.num_processes * config.train.accumulate)
@@ -135,14 +138,13 @@ def _split(batch: Batch, config: Config) -> tuple[list[Tensor], list[Tensor] | N
     return batch.views[:half], batch.views[half:]
 
 
-def _open(config: Config) -> tuple[Path, Accelerator]:
-    """The run's folder, alike on all ranks, and the processes. Nothing is written before every rank has found its arguments right."""
-    folder = runs.run_folder(config)
-    checkpoint.find(folder, config.train.resume)
-    accelerator = build_accelerator(config, folder)
+def _open(config: Config, folder: Path, job: Job) -> tuple[Path, Accelerator]:
+    """The run's folder, alike on all ranks, and the processes."""
+    accelerator = build_accelerator(config, folder, job.init_method)
     agreed = broadcast_object_list([folder])[0]
     accelerator.project_configuration.set_directories(str(agreed))
     accelerator.wait_for_everyone()
+    job.joined()
     return agreed, accelerator
 
 

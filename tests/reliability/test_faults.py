@@ -219,9 +219,6 @@ def wait_until(condition, process, seconds: float = 180.0) -> None:
         time.sleep(0.05)
 
 
-# Slow, because gloo did not always connect the processes that torchrun had started again: 2 of 10 tries on a busy machine ended
-# in its "Connection refused", on one of them after minutes.
-@pytest.mark.slow
 def test_after_a_rank_is_killed_torchrun_starts_again_and_the_run_ends_as_if_nothing_had_happened(tmp_path):
     run, steps = tmp_path / "run", 30
     options = (*QUICK, "--train.max_steps", steps, "--train.run_dir", run, "--train.resume", "if_any")

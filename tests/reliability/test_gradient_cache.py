@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import time
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from reliability.small_training import METHOD
+from reliability.small_training import METHOD, run_steps, small_config, start
+from tiny_run import read_lines
 from torch import nn
 
 from fastgessl.config import GesslConfig, MethodConfig, UsageError
@@ -163,6 +169,38 @@ def test_what_autograd_keeps_grows_with_the_chunk_and_not_with_the_batch():
     # What stays are the embeddings and the loss over them.
     assert larger_cached - cached < 0.1 * (larger - plain)
     assert cached < plain / 10
+
+
+def memory(which: str) -> int:
+    """MiB of this process: VmRSS now, VmHWM at the most."""
+    found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) // 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("images", [1024, pytest.param(65_536, marks=pytest.mark.slow)])
+def test_a_step_of_65_536_images_runs_in_the_memory_of_its_embeddings(tmp_path, images):
+    random, dim = np.random.default_rng(0), 128
+    np.savez(tmp_path / "images.npz", train_x=random.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8), train_y=np.arange(images) % 4)
+    sections = {
+        "method": {"projector_hidden": 64, "projector_out": dim},
+        "train": {"batch_size": images, "accumulate": 1, "epochs": 1, "max_steps": 1, "gradient_cache": images // 64},
+    }
+    training = start(small_config(tmp_path / "images.npz", **sections), tmp_path / "run")
+    weights = [training.method.backbone.conv1[0].weight, training.method.projector[0].weight]
+    before = [weight.clone() for weight in weights]
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    base, began, computing = memory("VmRSS"), time.monotonic(), time.process_time()
+    run_steps(training, tmp_path / "run")
+    seconds, computing, peak = time.monotonic() - began, time.process_time() - computing, memory("VmHWM")
+    print(f"{images} images, {dim} dimensions: {seconds:.0f} s, {computing:.0f} s of them computing, {base} MiB before, {peak} MiB at most")
+    (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    # Cosines in [-1, 1] at a temperature of 0.3 keep a row's loss, over all other rows, within 2 / 0.3 of the logarithm of their number.
+    assert abs(line["loss"] - np.log(2 * images - 1)) < 2 / 0.3
+    assert all(not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+    # Found with 65,536: 768 MiB. The views are 96 MiB and their projections 64; the table of similarities would be 65,536.
+    assert peak - base < 1024
 
 
 def test_gessl_is_refused_with_the_reason():

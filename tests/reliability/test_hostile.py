@@ -212,6 +212,33 @@ def test_an_npz_of_objects_runs_nothing(tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '|u1', 'fortran_order': False, b'shape': (1, 8, 8, 3)}",
+        b"x\n    1\n  2\n",
+        b"{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8, 3)}",
+    ],
+    ids=["keys-of-two-types", "indented", "negative"],
+)
+def test_an_npz_whose_header_is_no_description_is_refused(tmp_path, header):
+    with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
+        archive.writestr("train_x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(192))
+    with pytest.raises(pipelines.DataError, match=r"cannot be read as an \.npz of plain arrays") as refused:
+        pipelines.open_images("npz", tmp_path / "images.npz")
+    assert "\n" not in str(refused.value)
+
+
+def test_an_npz_that_asks_for_a_password_is_refused(tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez(path, train_x=np.zeros((1, 8, 8, 3), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1  # the flag of encryption, in the directory at the end
+    path.write_bytes(content)
+    with pytest.raises(pipelines.DataError, match="encrypted"):
+        pipelines.open_images("npz", path)
+
+
 def hostile_tar(path: Path, mode: str, aim: Path) -> None:
     """Members that want out: by an absolute name, by .., by a link and through it, and a device."""
     with tarfile.open(path, mode) as archive:

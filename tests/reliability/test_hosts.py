@@ -111,6 +111,34 @@ def test_a_killed_process_and_a_pulled_cable_are_named_within_a_minute_and_the_r
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, steps + 1))
 
 
+def test_hosts_that_reach_rank_0_but_not_one_another_end_with_a_name_instead_of_waiting(tmp_path, hosts):
+    for port in ("port2", "port3"):  # isolated ports of a switch talk to the others only
+        subprocess.run(["ip", "netns", "exec", SWITCH, "bridge", "link", "set", "dev", port, "isolated", "on"], check=True)
+    options = (*QUICK, "--train.batch_size", 48, "--train.max_steps", 5, "--train.run_dir", tmp_path / "run", "--train.join_seconds", 20)
+    command = [sys.executable, "-m", "fastgessl", "train", *map(str, options)]
+    variables = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0"}
+    variables |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, *command],
+            env=os.environ | variables | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank, name in enumerate(hosts)
+    ]
+    try:
+        said = [process.communicate(timeout=150)[1] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert all(process.returncode for process in processes)
+    assert any(re.search(r"fastgessl train: .*rank [12] \(host [^)]*\) stopped: [^;]*(10.77.0.[23]|Gloo)", words) for words in said), said
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_slurm_script_of_the_page_starts_stops_on_the_signal_and_asks_to_be_requeued(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
     script = re.search(r"```bash\n(.*?)```", page, re.DOTALL)

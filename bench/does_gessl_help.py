@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from bench import results, studies
 from bench.studies import Cell, OutOfTime
 
 CHOICE_SEED = 1000
-PLAIN, LONGER = "plain", "plain, equal seconds"
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,14 @@ class Asker:
         choices = {variant: self._choose(recipe, f"{share:g}-{method}", choice, base) for variant, recipe in list(recipes.items())[1:]}
         data = {"data.name": "npz", "data.root": whole}
         dearer = {
-            variant: studies.step_time_ratio(studies.with_options(recipes[variant], base | data | chosen["options"]))
+            variant: studies.kept(
+                self.folder / f"{share:g}-{method}" / f"{_slug(variant)}-step-time-ratio.json",
+                partial(studies.step_time_ratio, studies.with_options(recipes[variant], base | data | chosen["options"])),
+            )
             for variant, chosen in choices.items()
         }
-        longest = round(study.epochs * max(1.0, *dearer.values()))
-        variants = {PLAIN: base, LONGER: base | {"train.epochs": longest}}
+        longer = {_longer(variant): round(study.epochs * max(1.0, ratio)) for variant, ratio in dearer.items()}
+        variants = {PLAIN: base} | {variant: base | {"train.epochs": epochs} for variant, epochs in longer.items()}
         variants |= {variant: base | chosen["options"] for variant, chosen in choices.items()}
         seeds: list[dict[str, dict[str, float]]] = []
         for seed in range(study.seeds):
@@ -131,7 +135,7 @@ class Asker:
                 baselines = {row: studies.leaves(found) for row, found in rows.items() if row != "this run"}
                 seeds[-1] |= baselines | {variant: studies.leaves(rows["this run"])}
                 print(f"{method} {share:g} seed {seed}: {variant}", file=sys.stderr, flush=True)
-        return {"choices": choices, "step_time_ratio": dearer, "epochs": {LONGER: longest}, "seeds": seeds} | _statistics(seeds)
+        return {"choices": choices, "step_time_ratio": dearer, "epochs": longer, "seeds": seeds} | _statistics(seeds)
 
     def _choose(self, recipe: str, part: str, choice: Path, base: Mapping[str, object]) -> dict[str, Any]:
         """The grid's best by linear accuracy on the validation split, the first of equals."""
@@ -158,7 +162,7 @@ def _statistics(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str,
     return {
         "mean": {row: {m: studies.summary(values(row, m)) for m in measures if m in rows[row]} for row in rows},
         "paired": {
-            row: {other: {m: studies.paired(values(row, m), values(other, m)) for m in measures} for other in (PLAIN, LONGER)}
+            row: {other: {m: studies.paired(values(row, m), values(other, m)) for m in measures} for other in (PLAIN, _longer(row))}
             for row in rows
             if row.startswith("GeSSL")
         },
@@ -189,6 +193,11 @@ def _interval(measure: str, found: Mapping[str, float]) -> str:
 
 def _scale(measure: str) -> float:
     return 100 if measure.endswith("accuracy") else 1
+
+
+def _longer(variant: str) -> str:
+    """The plain runs that take as many seconds as this variant's."""
+    return f"plain, as long as {variant.removeprefix('GeSSL, ')}"
 
 
 def _slug(variant: str) -> str:

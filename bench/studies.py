@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,14 @@ def step_time_ratio(config: Config, steps: int = 20) -> float:
             wait()
             spent.append(time.perf_counter() - started)
     return ratio(taken[0][1:], taken[1][1:])
+
+
+def kept(path: Path, measure: Callable[[], float]) -> float:
+    """A measurement that decides what is run: made once, and the same whenever the study goes on."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measure()))
+    return json.loads(path.read_text())
 
 
 def with_options(recipe: str, options: Mapping[str, object]) -> Config:

@@ -55,11 +55,16 @@ def test_a_longer_gessl_step_gives_plain_training_more_epochs_at_equal_seconds(t
         return {"rows": {"this run": {"linear": {"accuracy": accuracy}}, "raw pixels": {"linear": {"accuracy": 0.25}}}}
 
     monkeypatch.setattr(studies, "evaluation", evaluation)
-    monkeypatch.setattr(studies, "step_time_ratio", lambda config: 1.5)
+    ratios = iter((1.5, 1.1, "measured again"))
+    monkeypatch.setattr(studies, "step_time_ratio", lambda config: next(ratios))
     asker = does_gessl_help.Asker(does_gessl_help.STUDIES["digits"], tmp_path, (), time.monotonic() + 1)
     answer = asker.answer("simclr", 1.0, tmp_path / "all.npz", tmp_path / "choice.npz")
-    assert trained["plain-seed0"]["train.epochs"] == 50 and trained["plain-equal-seconds-seed0"]["train.epochs"] == 75
+    epochs = {name: trained[f"{name}-seed0"]["train.epochs"] for name in ("plain", "plain-as-long-as-fast", "plain-as-long-as-head")}
+    assert epochs == {"plain": 50, "plain-as-long-as-fast": 75, "plain-as-long-as-head": 55}
     assert answer["paired"]["GeSSL, fast"]["plain"]["linear.accuracy"]["mean"] == pytest.approx(0.1)
+    assert answer["paired"]["GeSSL, head"].keys() == {"plain", "plain, as long as head"}
+    # What decides the lengths is measured once, however often the study goes on.
+    assert asker.answer("simclr", 1.0, tmp_path / "all.npz", tmp_path / "choice.npz") == answer
     assert answer["mean"]["raw pixels"]["linear.accuracy"] == {"mean": 0.25, "deviation": 0.0}
     assert "GeSSL, head" in str(does_gessl_help.table("digits", answer).columns[0]._cells)
 

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"does-gessl-help-{arguments.study}", {"study": vars(study), "complete": complete, "answers": answers}, arguments.out
     )
     for title, answer in answers.items():
-        Console(width=max(Console().width, 120)).print(table(title, answer))
+        Console(width=max(Console().width, 160)).print(table(title, answer))
     print(path if complete else f"{path}: cut after {arguments.minutes:g} minutes. Call it again to go on.")
 
 
@@ -183,16 +183,16 @@ def table(title: str, answer: Mapping[str, Any]) -> Table:
 
 
 def _spread(measure: str, found: Mapping[str, float] | None) -> str:
-    return "" if found is None else f"{_scale(measure) * found['mean']:.1f} ± {_scale(measure) * found['deviation']:.1f}"
+    return "" if found is None else " ± ".join(_number(measure, found[key]) for key in ("mean", "deviation"))
 
 
 def _interval(measure: str, found: Mapping[str, float]) -> str:
-    mean, low, high = (_scale(measure) * found[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    mean, low, high = (_number(measure, found[key], "+") for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
-def _scale(measure: str) -> float:
-    return 100 if measure.endswith("accuracy") else 1
+def _number(measure: str, value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}" if measure.endswith("accuracy") else f"{value:{sign}.3f}"
 
 
 def _longer(variant: str) -> str:

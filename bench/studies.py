@@ -30,6 +30,9 @@ from fastgessl.pipelines.images import ArrayImages
 from fastgessl.recipes import load
 
 VALIDATION_SHARE = 0.2
+MEASURES = ("accuracy", "sigma", "discriminability", "generalisation")
+"""What is compared of an evaluation: accuracies, and sigma against the labels of the tasks (universality) or, of training and of held-out
+images (sigma)."""
 
 
 class OutOfTime(Exception):
@@ -96,7 +99,7 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, float]:
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     found: dict[str, float] = {}
     for key, value in pairs:
-        if isinstance(value, int | float) and str(key) in ("accuracy", "sigma"):
+        if isinstance(value, int | float) and str(key) in MEASURES:
             found[f"{prefix}{key}"] = float(value)
         found |= leaves(value, f"{prefix}{key}.")
     return found
@@ -190,7 +193,7 @@ def paired(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return {"mean": mean, "low": math.nan, "high": math.nan}
-    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / len(differences) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

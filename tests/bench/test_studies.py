@@ -32,6 +32,16 @@ def test_paired_differences_have_students_interval():
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.7 / 3, low, high))
 
 
+def test_every_measure_of_an_evaluation_is_taken():
+    found = {"knn": {"accuracy": 0.5, "k": 20}, "sigma": {"discriminability": 0.1, "generalisation": 0.2}, "universality": [{"sigma": 0.3}]}
+    assert studies.leaves(found) == {
+        "knn.accuracy": 0.5,
+        "sigma.discriminability": 0.1,
+        "sigma.generalisation": 0.2,
+        "universality.0.sigma": 0.3,
+    }
+
+
 def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
     cell = studies.Cell(tmp_path / "cell", "digits-simclr", tmp_path / "absent.npz", 0, {})
     cell.folder.mkdir()

@@ -156,19 +156,17 @@ def gradients(
     teacher_needs: tuple[bool, ...] = NOTHING,
     tied: bool = False,
 ) -> tuple[Parts, Parts]:
-    """See `similarity_chunked.gradients`. Queries that are the keys take one pass over rows instead of two passes."""
+    """See `similarity_chunked.gradients`. Queries that are the keys, which have no bias, take one pass over rows instead of two passes."""
     operands = _operands(student, teacher, positives, exclude)
     weights, factor = _normalised(saved.correct(weights), student.query.dtype)
     shared = (saved.lse, saved.teacher_lse, saved.teacher_mean, *weights)
     constants = ((*shared, saved.lse, weights.lse), shared)
     kernels = (first_order.gradient_rows_kernel, first_order.gradient_columns_kernel)
-    one_pass = tied and teacher is None and student.bias is None
     if tied:
-        needs = (needs[0], needs[0] and not one_pass, *needs[2:])
+        needs = (needs[0], False, *needs[2:])
     to_student: dict[str, Any] = {"ENTROPY": entropy, "OF_TEACHER": False}
-    flags = (to_student | {"MIRROR": int(one_pass)}, to_student)
+    flags = (to_student | {"MIRROR": int(tied)}, to_student)
     found = _two_passes(kernels, operands, constants, (factor * operands.student.scale, factor), student, needs, flags)
-    found = chunked.summed(found) if tied else found
     if operands.teacher is None or teacher is None or not any(teacher_needs):
         return found, Parts()
     factors = (factor * operands.teacher.scale, factor)

@@ -67,7 +67,8 @@ def everything(case, parts, masks, bias, temperature, implementation):
     total = sum((weight * part).sum() for weight, part in zip(weights, rows, strict=True))
     inputs = [*leaves, temperature, bias, *weights]
     first = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
-    along = sum((grad * torch.randn(grad.shape, generator=generator).to(grad.dtype)).sum() for grad in (*first[:2], first[4]))
+    moved = [grad for grad in (*first[:2], first[4], first[5] if case["loss"] == "logsumexp" else None) if grad is not None]
+    along = sum((grad * torch.randn(grad.shape, generator=generator).to(grad.dtype)).sum() for grad in moved)
     second = torch.autograd.grad(along * case["temperature"], inputs, allow_unused=True)
     names = ["query", "key", "teacher_query", "teacher_key", "temperature", "bias", *(f"weight{i}" for i in range(len(weights)))]
     found = {f"loss{i}": part for i, part in enumerate(rows)}

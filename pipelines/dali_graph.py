@@ -32,9 +32,9 @@ def view_graph(feed: Callable[[], tuple[Any, ...]], specs: tuple[ViewSpec, ...],
     """`feed` gives encoded bytes or (H, W, 3) pixels, then `view_arguments` of each view.
 
     Returns one (B, S, S, 3) uint8 batch a view, and the shapes of the decoded images. An image is decoded once, as a whole. Decoding each
-    view's crop by itself is bit-identical and takes 1.1 times the CPU time at 2 views of large photos, 1.5 times at 2 + 6; for a single view
-    it would take 0.8 times, and one decoding of all the views' crops together 0.97 times at 2 views (`bench/decoding.py`), but then neither a
-    wrong size in a header nor a file that ends below the crop would be noticed.
+    view's crop by itself is bit-identical and takes 1.1 times the CPU time at 2 views of large photos, 1.5 times at 2 + 6; for a single
+    view it would take 0.8 times, and one decoding of all the views' crops together 0.97 times at 2 views (`bench/decoding.py`), but then
+    neither a wrong size in a header nor a file that ends below the crop would be noticed.
     """
     source, *places = _sources(feed, specs, encoded)
     if encoded:

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from rich.table import Table
 
 from bench import results, studies
 from bench.studies import Cell, OutOfTime
+from fastgessl.config import Config
 
 CHOICE_SEED = 1000
 PLAIN = "plain"
@@ -108,18 +108,15 @@ class Asker:
 
     def answer(self, method: str, share: float, whole: Path, choice: Path) -> dict[str, Any]:
         """Choose each preset's alpha and w_sigma, then run every variant with every seed."""
-        study = self.study
+        study, part = self.study, f"{share:g}-{method}"
         recipes = {PLAIN: f"{study.data}-{method}"} | {
             f"GeSSL, {preset}": f"{study.data}-{method}-gessl-{preset}" for preset in study.presets
         }
         base = {"train.epochs": study.epochs, **study.options}
-        choices = {variant: self._choose(recipe, f"{share:g}-{method}", choice, base) for variant, recipe in list(recipes.items())[1:]}
+        choices = {variant: self._choose(recipe, part, choice, base) for variant, recipe in list(recipes.items())[1:]}
         data = {"data.name": "npz", "data.root": whole}
         dearer = {
-            variant: studies.kept(
-                self.folder / f"{share:g}-{method}" / f"{_slug(variant)}-step-time-ratio.json",
-                partial(studies.step_time_ratio, studies.with_options(recipes[variant], base | data | chosen["options"])),
-            )
+            variant: self._step_time_ratio(variant, studies.with_options(recipes[variant], base | data | chosen["options"]), part)
             for variant, chosen in choices.items()
         }
         longer = {_longer(variant): round(study.epochs * max(1.0, ratio)) for variant, ratio in dearer.items()}
@@ -129,13 +126,18 @@ class Asker:
         for seed in range(study.seeds):
             seeds.append({})
             for variant, options in variants.items():
-                folder = self.folder / f"{share:g}-{method}" / f"{_slug(variant)}-seed{seed}"
+                folder = self.folder / part / f"{_slug(variant)}-seed{seed}"
                 cell = Cell(folder, recipes.get(variant, recipes[PLAIN]), whole, seed, options)
                 rows = studies.evaluation(cell, self._judging(), self.deadline)["rows"]
                 baselines = {row: studies.leaves(found) for row, found in rows.items() if row != "this run"}
                 seeds[-1] |= baselines | {variant: studies.leaves(rows["this run"])}
                 print(f"{method} {share:g} seed {seed}: {variant}", file=sys.stderr, flush=True)
         return {"choices": choices, "step_time_ratio": dearer, "epochs": longer, "seeds": seeds} | _statistics(seeds)
+
+    def _step_time_ratio(self, variant: str, config: Config, part: str) -> float:
+        """A step of GeSSL's over a plain one: it decides how long plain training is at equal seconds."""
+        path = self.folder / part / f"{_slug(variant)}-step-time-ratio.json"
+        return studies.kept(path, lambda: studies.step_time_ratio(config, studies.plain(config)))
 
     def _choose(self, recipe: str, part: str, choice: Path, base: Mapping[str, object]) -> dict[str, Any]:
         """The grid's best by linear accuracy on the validation split, the first of equals."""

@@ -11,7 +11,8 @@ import os
 import pytest
 import torch
 
-from bench.kernel_cases import PASSES, PEERS, Case, clock, floor_seconds, obstacle, operands, peak_bytes, run
+from bench.kernel_cases import PASSES, PEERS, Case, floor_seconds, obstacle, operands, peak_bytes, run
+from bench.timing import clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

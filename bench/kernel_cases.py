@@ -11,7 +11,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from bench import results
+from bench.timing import clock
 from fastgessl.kernels import NTXentLoss, clip_loss, info_nce, nt_xent
 
 FEATURES, TEMPERATURE = 128, 0.1
@@ -197,11 +197,6 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
         "exponentials": (count, lambda: torch.exp2(source, out=target)),
     }
     return {name: amount / min(_seconds(call) for _ in range(10)) for name, (amount, call) in work.items()}
-
-
-def clock() -> Callable[[], float]:
-    """The process's own time on one CPU thread, so that a busy machine's other processes do not count; else the wall clock."""
-    return time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
 
 
 def _seconds(call: Callable[[], object]) -> float:

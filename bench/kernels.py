@@ -21,6 +21,7 @@ import torch
 
 from bench import kernel_cases, results
 from bench.kernel_cases import FEATURES, PASSES, PEERS, TEMPERATURE, Case, in_a_process, obstacle
+from bench.timing import clock
 from fastgessl.kernels import implementation_for
 
 SUITE = results.ROOT / "kernel_benchmarks.py"
@@ -46,7 +47,7 @@ def measure(rows: list[int], seconds: float) -> list[dict[str, Any]]:
     absent = Absent()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
-        timer = f"time.{kernel_cases.clock().__name__}"
+        timer = f"time.{clock().__name__}"
         options = [
             "-q",
             "-p",
@@ -158,7 +159,7 @@ def main() -> None:
     measured += measure_ranks(min(1024, max(rows)), 10 * arguments.seconds)
     print(table(measured))
     settings = {"device": device, "dtype": str(dtype), "implementation": chosen, "features": FEATURES, "temperature": TEMPERATURE}
-    settings |= {"clock": kernel_cases.clock().__name__}
+    settings |= {"clock": clock().__name__}
     path = results.write("kernels", settings | {"rates": kernel_cases.rates(device, dtype), "rows": measured}, arguments.out)
     plot(measured, path.with_suffix(".png"))
     print(path, path.with_suffix(".png"), sep="\n")

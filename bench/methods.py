@@ -15,7 +15,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,9 +27,6 @@ from rich.table import Table
 
 from bench import results, studies
 from bench.studies import Cell, OutOfTime
-from bench.timing import ratio, wait
-from fastgessl import pipelines
-from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
 from fastgessl.config import Config
 from fastgessl.methods import METHODS
 
@@ -102,7 +98,7 @@ def ladder_rows(common: Mapping[str, object] | None = None, ratio_of: Callable[[
         rows[f"{ideal} + dimension"] = Row(f"digits-{ideal}", WIDER)
         rows[f"{ideal} + dimension + augmentation"] = Row(f"digits-{ideal}", WIDER | COARSER)
     swav, dissl = (studies.with_options(f"digits-{name}", {**(common or {}), **MULTI_CROP}) for name in ("swav", "dissl"))
-    epochs = max(round(swav.train.epochs / (ratio_of or step_time_ratio)(dissl, swav)), 1)
+    epochs = max(round(swav.train.epochs / (ratio_of or studies.step_time_ratio)(dissl, swav)), 1)
     rows["swav, multi-crop"] = Row("digits-swav", {**MULTI_CROP, "train.epochs": swav.train.epochs})
     rows["dissl, multi-crop, equal compute"] = Row("digits-dissl", {**MULTI_CROP, "train.epochs": epochs})
     return rows
@@ -119,36 +115,6 @@ def with_outliers(arrays: Mapping[str, np.ndarray], share: float, seed: int = 0)
     shuffled = np.stack([image[random.permutation(len(image))] for image in pixels]).reshape(chosen.shape)
     labels = random.integers(y.max() + 1, size=len(chosen)).astype(y.dtype)
     return {**arrays, "train_x": np.concatenate([x, shuffled]), "train_y": np.concatenate([y, labels])}
-
-
-def step_time_ratio(one: Config, other: Config, steps: int = 10) -> float:
-    """Seconds of a step of `one` over those of `other`, taken in turns: the median of the rounds."""
-    contenders = [_stepper(config) for config in (one, other)]
-    taken: list[list[float]] = [[], []]
-    for step in range(steps):
-        for stepped, spent in zip(contenders, taken, strict=True):
-            wait()
-            started = time.perf_counter()
-            stepped(step)
-            wait()
-            spent.append(time.perf_counter() - started)
-    return ratio(taken[0][1:], taken[1][1:])
-
-
-def _stepper(config: Config) -> Callable[[int], None]:
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator = build_accelerator(config, Path(folder))
-    images = pipelines.open_images(config.data.name, config.data.root)
-    assert images is not None
-    loader = build_loader(config, images, accelerator)
-    objective = build_objective(config, make_plan(config, images, loader, accelerator)).to(accelerator.device)
-    batch = next(iter(loader))
-
-    def stepped(step: int) -> None:
-        objective(batch.views, step, labels=batch.label).loss.backward()
-        objective.zero_grad(set_to_none=True)
-
-    return stepped
 
 
 @dataclass(frozen=True)

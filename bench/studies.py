@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from bench.timing import ratio, wait
+from bench.timing import clock, ratio, wait
 from fastgessl import pipelines
 from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
 from fastgessl.config import Config
@@ -136,35 +136,53 @@ def _write_once(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         partial.rename(path)
 
 
-def step_time_ratio(config: Config, steps: int = 20) -> float:
-    """Time of `every` GeSSL steps over that of as many plain ones, taken in turns on the same views: the median of the rounds."""
-    plain = config.model_copy(update={"gessl": config.gessl.model_copy(update={"w_sigma": 0.0})})
+def plain(config: Config) -> Config:
+    """The same training without sigma."""
+    return config.model_copy(update={"gessl": config.gessl.model_copy(update={"w_sigma": 0.0})})
+
+
+def step_time_ratio(one: Config, other: Config, steps: int = 20) -> float:
+    """Time of a step of `one` over that of `other`, taken in turns on views of their own: the median of the rounds.
+
+    A round goes from one step with sigma to the next, so that `gessl.every` counts.
+    """
+    contenders = [_stepper(config) for config in (one, other)]
+    every, now = max(one.gessl.every, other.gessl.every), clock()
+    taken: list[list[float]] = [[], []]
+    for start in range(0, steps, every):
+        for stepped, spent in zip(contenders, taken, strict=True):
+            wait()
+            started = now()
+            for step in range(start, start + every):
+                stepped(step)
+            wait()
+            spent.append(now() - started)
+    return ratio(taken[0][1:], taken[1][1:])
+
+
+def _stepper(config: Config) -> Callable[[int], None]:
     with tempfile.TemporaryDirectory() as folder:
         accelerator = build_accelerator(config, Path(folder))
     images = pipelines.open_images(config.data.name, config.data.root)
     assert images is not None
     loader = build_loader(config, images, accelerator)
-    plan = make_plan(config, images, loader, accelerator)
-    contenders = [build_objective(each, plan).to(accelerator.device) for each in (config, plain)]
-    views = next(iter(loader)).views
-    taken: list[list[float]] = [[], []]
-    for start in range(0, steps, config.gessl.every):
-        for objective, spent in zip(contenders, taken, strict=True):
-            wait()
-            started = time.perf_counter()
-            for step in range(start, start + config.gessl.every):
-                objective(views, step).loss.backward()
-                objective.zero_grad(set_to_none=True)
-            wait()
-            spent.append(time.perf_counter() - started)
-    return ratio(taken[0][1:], taken[1][1:])
+    objective = build_objective(config, make_plan(config, images, loader, accelerator)).to(accelerator.device)
+    batch = next(iter(loader))
+
+    def stepped(step: int) -> None:
+        objective(batch.views, step, labels=batch.label).loss.backward()
+        objective.zero_grad(set_to_none=True)
+
+    return stepped
 
 
 def kept(path: Path, measure: Callable[[], float]) -> float:
     """A measurement that decides what is run: made once, and the same whenever the study goes on."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measure()))
+        partial = path.with_suffix(".part.json")
+        partial.write_text(json.dumps(measure()))
+        partial.rename(path)
     return json.loads(path.read_text())
 
 

@@ -19,6 +19,14 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def clock() -> Callable[[], float]:
+    """The process's own time on one CPU thread, so that a busy machine's other processes do not count; else the wall clock.
+
+    A step of GeSSL's head preset took 1.58 times a plain one by the wall clock of a busy core, 1.14 times on a quiet one.
+    """
+    return time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
+
+
 def timed(taken: dict[str, float], name: str, work: Callable[[], Value]) -> Value:
     """`work()`, and its seconds under `name`."""
     wait()

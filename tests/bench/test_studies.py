@@ -66,7 +66,7 @@ def test_a_longer_gessl_step_gives_plain_training_more_epochs_at_equal_seconds(t
 
     monkeypatch.setattr(studies, "evaluation", evaluation)
     ratios = iter((1.5, 1.1, "measured again"))
-    monkeypatch.setattr(studies, "step_time_ratio", lambda config: next(ratios))
+    monkeypatch.setattr(studies, "step_time_ratio", lambda one, other: next(ratios))
     asker = does_gessl_help.Asker(does_gessl_help.STUDIES["digits"], tmp_path, (), time.monotonic() + 1)
     answer = asker.answer("simclr", 1.0, tmp_path / "all.npz", tmp_path / "choice.npz")
     epochs = {name: trained[f"{name}-seed0"]["train.epochs"] for name in ("plain", "plain-as-long-as-fast", "plain-as-long-as-head")}

@@ -17,6 +17,7 @@ from fastgessl.methods import DSA, Method, RunFacts, build_method
 from fastgessl.models import build_backbone, load_weights, synchronise_batch_norm
 from fastgessl.objective import GeSSL
 from fastgessl.objective.gradient_cache import CachedObjective
+from fastgessl.optimizers import scaled_learning_rate
 from fastgessl.pipelines import Loader, ViewSpec
 from fastgessl.pipelines.images import Images
 
@@ -147,8 +148,6 @@ def _images_per_forward(config: Config, world_size: int) -> int:
 
 def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accelerator) -> Plan:
     """Everything that was derived rather than configured."""
-    from fastgessl.optimizers import scaled_learning_rate
-
     steps_per_epoch = len(loader) / config.train.accumulate
     total_steps = int(config.train.epochs * steps_per_epoch)
     if config.train.max_steps is not None:

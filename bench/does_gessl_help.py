@@ -89,9 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 answers[f"{method}, {share:.0%} of the images"] = asker.answer(method, share, whole, choice)
     except OutOfTime:
         complete = False
-    path = results.write(
-        f"does-gessl-help-{arguments.study}", {"study": vars(study), "complete": complete, "answers": answers}, arguments.out
-    )
+    found = {"study": vars(study), "complete": complete, "commits_of_runs": studies.commits(asker.folder), "answers": answers}
+    path = results.write(f"does-gessl-help-{arguments.study}", found, arguments.out)
     for title, answer in answers.items():
         Console(width=max(Console().width, 160)).print(table(title, answer))
     print(path if complete else f"{path}: cut after {arguments.minutes:g} minutes. Call it again to go on.")
@@ -128,7 +127,7 @@ class Asker:
             for variant, options in variants.items():
                 folder = self.folder / part / f"{_slug(variant)}-seed{seed}"
                 cell = Cell(folder, recipes.get(variant, recipes[PLAIN]), whole, seed, options)
-                rows = studies.evaluation(cell, self._judging(), self.deadline)["rows"]
+                rows = studies.rows_of(studies.evaluation(cell, self._judging(), self.deadline))
                 baselines = {row: studies.leaves(found) for row, found in rows.items() if row != "this run"}
                 seeds[-1] |= baselines | {variant: studies.leaves(rows["this run"])}
                 print(f"{method} {share:g} seed {seed}: {variant}", file=sys.stderr, flush=True)

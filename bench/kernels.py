@@ -1,7 +1,7 @@
 """The similarity losses against dense PyTorch and other packages: time, memory, rates, plots.
 
-`python -m bench.kernels [--rows 256 1024 …] [--large] [--seconds 1] [--out DIR]`, on the GPU if there is one; D = 128. Runs the
-pytest-benchmark suite `bench/kernel_benchmarks.py` and two ranks (`bench/kernel_ranks.py`), prints a table, and writes JSON and plots. A
+`python -m bench.kernels [--rows 256 1024 …] [--seconds 1] [--out DIR]`, on the GPU if there is one; D = 128. Runs the pytest-benchmark
+suite `bench/kernel_benchmarks.py` and two ranks (`bench/kernel_ranks.py`), prints a table, and writes JSON and plots. A
 time is the best of its rounds, as a shared machine only ever adds to it, and on one CPU thread the process's own time; the median is stored
 beside. Memory is the peak above the inputs.
 """
@@ -141,8 +141,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", help="rows of each operand; 256 to 4,096 on a CPU, to 131,072 on a GPU")
-    parser.add_argument("--large", action="store_true", help="also 16,384 and 65,536 rows on the CPU, a quarter of an hour")
+    parser.add_argument("--rows", type=int, nargs="+", help="rows of each operand, instead of 256 to 65,536 on a CPU, to 131,072 on a GPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="time of each measurement")
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args()
@@ -150,17 +149,18 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = arguments.rows or ([256, 1024, 4096, 16384, 32768, 131072] if device == "cuda" else [256, 512, 1024, 2048, 4096])
     chosen, why = implementation_for(torch.empty(1, 1, device=device, dtype=dtype))
-    print(f"{device}, {dtype}: {chosen} ({why}), {torch.get_num_threads()} threads", flush=True)
+    print(f"{device}, {dtype}: large tables by {chosen} ({why}), {torch.get_num_threads()} threads", flush=True)
     measured = measure(rows, arguments.seconds)
-    if arguments.large:
+    if device == "cpu" and not arguments.rows:
         measured += measure_large(LARGE)
     from bench.kernel_ranks import measure as measure_ranks
 
     measured += measure_ranks(min(1024, max(rows)), 10 * arguments.seconds)
     print(table(measured))
-    settings = {"device": device, "dtype": str(dtype), "implementation": chosen, "features": FEATURES, "temperature": TEMPERATURE}
+    settings = {"device": device, "dtype": str(dtype), "features": FEATURES, "temperature": TEMPERATURE}
     settings |= {"clock": clock().__name__}
-    path = results.write("kernels", settings | {"rates": kernel_cases.rates(device, dtype), "rows": measured}, arguments.out)
+    name = "kernels-rows" if arguments.rows else "kernels"
+    path = results.write(name, settings | {"rates": kernel_cases.rates(device, dtype), "rows": measured}, arguments.out)
     plot(measured, path.with_suffix(".png"))
     print(path, path.with_suffix(".png"), sep="\n")
 

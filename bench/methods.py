@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from rich.table import Table
 
 from bench import results, studies
 from bench.studies import Cell, OutOfTime
-from fastgessl.config import Config
 from fastgessl.methods import METHODS
 
 TASKS = {"methods": ("linear", "few_labels", "knn"), "dsa": ("linear", "geometry"), "ladder": ("linear", "few_labels", "knn")}
@@ -61,11 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {
         "methods": lambda: all_methods(arguments.methods or sorted(METHODS)),
         "dsa": dsa_rows,
-        "ladder": lambda: ladder_rows(common),
+        "ladder": lambda: ladder_rows(arguments.work / "ladder", common),
     }[arguments.table]()
     runner = Runner(arguments.work / arguments.table, TASKS[arguments.table], time.monotonic() + 60 * arguments.minutes)
     seeds, complete = runner.table({name: replace(row, options={**common, **row.options}) for name, row in rows.items()}, arguments.seeds)
-    measured = {"rows": {name: vars(row) for name, row in rows.items()}, "epochs": arguments.epochs, "complete": complete, "seeds": seeds}
+    measured = {"rows": {name: vars(row) for name, row in rows.items()}, "epochs": arguments.epochs, "complete": complete}
+    measured |= {"commits_of_runs": studies.commits(runner.folder), "seeds": seeds}
     answer = means(seeds)
     if arguments.table == "dsa":
         measured["gap_closed"] = gap_closed(answer)
@@ -89,8 +89,9 @@ def dsa_rows() -> dict[str, Row]:
     return rows
 
 
-def ladder_rows(common: Mapping[str, object] | None = None, ratio_of: Callable[[Config, Config], float] | None = None) -> dict[str, Row]:
-    """Each rung adds to the one before; SwAV and DISSL with multi-crop at equal compute: equal epochs times seconds of a step."""
+def ladder_rows(folder: Path, common: Mapping[str, object] | None = None) -> dict[str, Row]:
+    """Each rung adds to the one before; SwAV and DISSL with multi-crop at equal compute: equal epochs times seconds of a step, whose ratio
+    is kept in the folder of the runs."""
     rows: dict[str, Row] = {}
     for base, ideal in (("simclr", "cissl"), ("dino", "dissl")):
         rows[base] = Row(f"digits-{base}")
@@ -98,7 +99,8 @@ def ladder_rows(common: Mapping[str, object] | None = None, ratio_of: Callable[[
         rows[f"{ideal} + dimension"] = Row(f"digits-{ideal}", WIDER)
         rows[f"{ideal} + dimension + augmentation"] = Row(f"digits-{ideal}", WIDER | COARSER)
     swav, dissl = (studies.with_options(f"digits-{name}", {**(common or {}), **MULTI_CROP}) for name in ("swav", "dissl"))
-    epochs = max(round(swav.train.epochs / (ratio_of or studies.step_time_ratio)(dissl, swav)), 1)
+    ratio = studies.kept(folder / "dissl-over-swav.json", lambda: studies.step_time_ratio(dissl, swav))
+    epochs = max(round(swav.train.epochs / ratio), 1)
     rows["swav, multi-crop"] = Row("digits-swav", {**MULTI_CROP, "train.epochs": swav.train.epochs})
     rows["dissl, multi-crop, equal compute"] = Row("digits-dissl", {**MULTI_CROP, "train.epochs": epochs})
     return rows
@@ -150,7 +152,7 @@ class Runner:
         found = studies.evaluation(cell, judging, self.deadline)
         if cell.data != clean:
             found = _judged(cell, clean, judging)
-        return {row: _numbers(values) for row, values in found["rows"].items()}
+        return {row: _numbers(values) for row, values in studies.rows_of(found).items()}
 
     def _stored(self, arrays: Mapping[str, np.ndarray], share: float) -> Path:
         path = self.folder / f"digits-{share:g}.npz"

@@ -261,7 +261,7 @@ def main() -> None:
     written = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
     for name, rows in written.items():
         print_table(name, rows)
-    print(results.write("pipelines", settings | written, options.out))
+    print(results.write("pipelines" if options.photos and options.cifar10 else "pipelines-part", settings | written, options.out))
 
 
 def print_table(name: str, rows: list[dict[str, Any]]) -> None:

@@ -35,11 +35,15 @@ ABOUT = {
     "does-gessl-help-digits": "Plain training against GeSSL's presets, mean ± s.d. over seeds; differences paired, with 95 % intervals.",
     "does-gessl-help-cifar10-small": "The same on a tenth of CIFAR-10, 16-pixel views, a quarter of the width.",
     "dsa-digits": "DSA against plain and supervised training, with outliers among the training images; mean ± s.d. over seeds.",
-    "evaluate": "Extraction, probe and k-NN beside scikit-learn and lightly, 50,000 + 10,000 images of 32 pixels, 512 features.",
+    "evaluate": "Extraction (medians of rounds in turns), probe and k-NN (one call each) beside scikit-learn and lightly, 50,000 + 10,000 "
+    "images of 32 pixels, 512 features.",
     "ladder-digits": "The levers of the idealised representations, one after the other; mean ± s.d. over seeds.",
     "methods-digits": "Every method's digits recipe, beside raw pixels and the untrained encoder; mean ± s.d. over seeds.",
-    "kernels": "The losses beside dense PyTorch and other packages.",
-    "pipelines": "The engines that make views, side by side.",
+    "kernels": "The losses beside dense PyTorch and other packages; seconds are the best round's, whose rates are beside; above 4,096 rows "
+    "one call.",
+    "kernels-rows": "The losses beside dense PyTorch and other packages, at chosen sizes.",
+    "pipelines": "The engines that make views, side by side, in turns.",
+    "pipelines-part": "The engines that make views, side by side, on a part of the inputs.",
 }
 HIDDEN = {"samples", "output", "trace", "state_before", "state_after", "split", "draws"}
 """What a file keeps and a page does not show: single samples, logs."""
@@ -63,8 +67,9 @@ def page(folder: Path, beside: Path) -> str:
     text = [
         "# Benchmarks",
         "",
-        "Written by `python -m bench.report` from the files it names. Contenders of one table took turns within one run; a time is the "
-        "median of its samples, a ratio the median over rounds.",
+        "Written by `python -m bench.report` from the files it names. Contenders of one table ran in one process or one after the other, "
+        "in turns where rounds are given; a ratio is the median over rounds. A time is the best or the median of its samples, as each "
+        "section says.",
     ]
     if all(machine.startswith("cpu") for machine in machines):
         text += ["", "**Nothing here was measured on a GPU yet**, and so nothing is said about several GPUs. `make gpu` measures both."]

@@ -34,12 +34,13 @@ def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{time.strftime('%Y-%m-%d')}-{name}.json"
     facts = {key: value for key, value in environment().items() if key in _KEPT}
-    record = {"name": name, "commit": _commit(), "processor": _processor(), "threads": torch.get_num_threads(), **facts, **measured}
+    record = {"name": name, "commit": commit(), "processor": _processor(), "threads": torch.get_num_threads(), **facts, **measured}
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the working tree, `-dirty` if it holds something else."""
     described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     return described.stdout.strip() or "unknown"
 

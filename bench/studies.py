@@ -6,6 +6,7 @@ of the training images, never on test images.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from bench import results
 from bench.timing import clock, ratio, wait
 from fastgessl import pipelines
 from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
@@ -30,9 +32,9 @@ from fastgessl.pipelines.images import ArrayImages
 from fastgessl.recipes import load
 
 VALIDATION_SHARE = 0.2
-MEASURES = ("accuracy", "sigma", "discriminability", "generalisation")
-"""What is compared of an evaluation: accuracies, and sigma against the labels of the tasks (universality) or, of training and of held-out
-images (sigma)."""
+MEASURES = ("accuracy", "sigma", "discriminability", "generalisation", "transferability")
+"""What is compared of an evaluation: accuracies, and sigma against the labels, of the training and held-out images (`sigma`) and of further
+ones (`universality`)."""
 
 
 class OutOfTime(Exception):
@@ -52,15 +54,61 @@ class Cell:
 
 def measured(cell: Cell, common: Sequence[str], deadline: float) -> dict[str, float]:
     """Every accuracy and sigma of the cell's evaluation, by `task.key`; trains it first if need be. Raises OutOfTime at the deadline."""
-    return leaves(evaluation(cell, common, deadline)["rows"]["this run"])
+    return leaves(rows_of(evaluation(cell, common, deadline))["this run"])
 
 
 def evaluation(cell: Cell, common: Sequence[str], deadline: float) -> dict[str, Any]:
-    """evaluation.json of the cell."""
+    """evaluation.json of the cell. Raises ValueError if its folder was begun for something else."""
+    _claim(cell, common)
     finished = cell.folder / "evaluation.json"
     if not finished.is_file():
         _train(cell, common, deadline)
     return json.loads(finished.read_text())
+
+
+def rows_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was measured of each encoder: by task on the run's own images, with `universality`, and by the name of each further data set."""
+    further = {name: rows_of(report) for name, report in evaluation.get("transfer", {}).items()}
+    universality = evaluation.get("universality", {}).get("rows", {})
+    return {
+        row: {
+            **values,
+            **({"universality": universality[row]["groups"]} if row in universality else {}),
+            **({"transfer": moved} if (moved := {name: rows[row] for name, rows in further.items() if row in rows}) else {}),
+        }
+        for row, values in evaluation["rows"].items()
+    }
+
+
+def commits(folder: Path) -> list[str]:
+    """Of the code that began the runs below a folder."""
+    return sorted({json.loads(path.read_text())["commit"] for path in folder.rglob("*.cell.json")})
+
+
+def _claim(cell: Cell, common: Sequence[str]) -> None:
+    """Keep beside the run what it was begun with: the folder's name does not say it, and another question must not get this answer."""
+    asked = {
+        "recipe": cell.recipe,
+        "seed": cell.seed,
+        "options": {name: str(value) for name, value in cell.options.items()},
+        "judging": list(common),
+        "data": hashlib.sha256(cell.data.read_bytes()).hexdigest() if cell.data.is_file() else None,
+    }
+    record = cell.folder.with_name(f"{cell.folder.name}.cell.json")
+    if record.is_file():
+        begun = json.loads(record.read_text())
+        for key, value in asked.items():
+            if begun[key] != value:
+                raise ValueError(
+                    f"{cell.folder} was begun with {key} {begun[key]}, and {value} is asked for. Delete it, or give another --work."
+                )
+    elif cell.folder.exists():
+        raise ValueError(
+            f"{cell.folder} exists without {record.name}, which says what it was begun with. Give another --work, or delete it."
+        )
+    else:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(asked | {"commit": results.commit()}, indent=1) + "\n")
 
 
 def _train(cell: Cell, common: Sequence[str], deadline: float) -> None:
@@ -74,7 +122,6 @@ def _train(cell: Cell, common: Sequence[str], deadline: float) -> None:
         **cell.options,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value)) if word]
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "fastgessl", "train", cell.recipe, *words, *common], stdout=subprocess.DEVNULL, stderr=said

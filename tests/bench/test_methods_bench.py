@@ -29,17 +29,21 @@ def test_outliers_are_the_share_that_is_asked_for_and_show_no_character():
     assert not {image.tobytes() for image in added} & {image.tobytes() for image in arrays["train_x"]}
 
 
-def test_the_tables_are_made_of_recipes_that_exist():
-    rows = methods.dsa_rows() | methods.ladder_rows(ratio_of=lambda one, other: 0.5)
+def test_the_tables_are_made_of_recipes_that_exist(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "step_time_ratio", lambda one, other: 0.5)
+    rows = methods.dsa_rows() | methods.ladder_rows(tmp_path)
     for row in rows.values():
         studies.with_options(row.recipe, row.options)
     assert load(rows["byol, DSA, 20% outliers"].recipe).config.dsa.weight > 0 and rows["byol, DSA, 20% outliers"].outliers == 0.2
 
 
-def test_equal_compute_gives_the_cheaper_method_more_epochs():
-    rows = methods.ladder_rows({"train.epochs": 10}, ratio_of=lambda one, other: 0.5 if one.method.name == "dissl" else 2.0)
+def test_equal_compute_gives_the_cheaper_method_more_epochs_and_the_same_whenever_it_goes_on(tmp_path, monkeypatch):
+    ratios = {"dissl": iter((0.5, 0.7)), "swav": iter((2.0, 1.5))}
+    monkeypatch.setattr(studies, "step_time_ratio", lambda one, other: next(ratios[one.method.name]))
+    rows = methods.ladder_rows(tmp_path, {"train.epochs": 10})
     assert rows["swav, multi-crop"].options["train.epochs"] == 10
     assert rows["dissl, multi-crop, equal compute"].options["train.epochs"] == 20
+    assert methods.ladder_rows(tmp_path, {"train.epochs": 10}) == rows
 
 
 def test_the_share_of_the_gap_is_that_between_plain_and_supervised():

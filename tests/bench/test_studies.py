@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from bench import does_gessl_help, studies
+from bench import does_gessl_help, results, studies
 
 
 def test_choices_are_made_on_training_images_alone(tmp_path):
@@ -33,27 +34,80 @@ def test_paired_differences_have_students_interval():
 
 
 def test_every_measure_of_an_evaluation_is_taken():
-    found = {"knn": {"accuracy": 0.5, "k": 20}, "sigma": {"discriminability": 0.1, "generalisation": 0.2}, "universality": [{"sigma": 0.3}]}
+    found = {
+        "knn": {"accuracy": 0.5, "k": 20},
+        "sigma": {"discriminability": 0.1, "generalisation": 0.2},
+        "label_fractions": [{"sigma": 0.3}],
+    }
     assert studies.leaves(found) == {
         "knn.accuracy": 0.5,
         "sigma.discriminability": 0.1,
         "sigma.generalisation": 0.2,
-        "universality.0.sigma": 0.3,
+        "label_fractions.0.sigma": 0.3,
     }
 
 
-def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
+def test_each_encoder_s_universality_and_transfer_are_taken(tmp_path):
+    arrays = {"x": np.random.default_rng(0).integers(256, size=(60, 8, 8), dtype=np.uint8), "y": np.arange(60) % 3}
+    np.savez(tmp_path / "other.npz", train_x=arrays["x"], train_y=arrays["y"], test_x=arrays["x"], test_y=arrays["y"])
+    tiny = {"train.epochs": 1, "train.batch_size": 20, "model.width": 0.0625, "views.size": 8}
+    np.savez(tmp_path / "own.npz", train_x=arrays["x"], train_y=arrays["y"], test_x=arrays["x"], test_y=arrays["y"])
+    cell = studies.Cell(tmp_path / "cell", "digits-simclr", tmp_path / "own.npz", 0, tiny)
+    asked = ("--evaluate.tasks", "knn", "universality", "--evaluate.transfer", str(tmp_path / "other.npz"))
+    found = studies.rows_of(studies.evaluation(cell, asked, time.monotonic() + 600))
+    for row in ("raw pixels", "untrained encoder", "this run"):
+        measures = studies.leaves(found[row])
+        groups = {f"universality.{group}" for group in ("discriminability", "generalisation", "transferability")}
+        assert measures.keys() == {"knn.accuracy", "transfer.other.knn.accuracy", *groups}
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Cells whose training only leaves an evaluation."""
+    trained = []
+
+    def train(cell, common, deadline):
+        trained.append(cell)
+        cell.folder.mkdir()
+        (cell.folder / "evaluation.json").write_text(json.dumps({"rows": {"this run": {"knn": {"accuracy": 0.75}}}}))
+
+    monkeypatch.setattr(studies, "_train", train)
+    return trained
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, untrained):
     cell = studies.Cell(tmp_path / "cell", "digits-simclr", tmp_path / "absent.npz", 0, {})
-    cell.folder.mkdir()
-    (cell.folder / "evaluation.json").write_text(json.dumps({"rows": {"this run": {"knn": {"accuracy": 0.75}}}}))
-    monkeypatch.setattr(studies, "_train", lambda *_: pytest.fail("was trained"))
-    assert studies.measured(cell, (), 0.0) == {"knn.accuracy": 0.75}
+    for _ in range(2):
+        assert studies.measured(cell, (), 0.0) == {"knn.accuracy": 0.75}
+    assert untrained == [cell]
+    (commit,) = studies.commits(tmp_path)
+    assert commit == results.commit()
+
+
+def test_a_cell_of_other_options_or_data_is_not_taken_for_this_one(tmp_path, untrained):
+    data = tmp_path / "data.npz"
+    data.write_bytes(b"one")
+    cell = studies.Cell(tmp_path / "cell", "digits-simclr", data, 0, {"train.epochs": 1})
+    studies.measured(cell, (), 0.0)
+    for other, judging in (
+        (replace(cell, options={"train.epochs": 2}), ()),
+        (replace(cell, seed=1), ()),
+        (cell, ("--evaluate.tasks", "knn")),
+    ):
+        with pytest.raises(ValueError, match="was begun with"):
+            studies.measured(other, judging, 0.0)
+    data.write_bytes(b"two")
+    with pytest.raises(ValueError, match="was begun with data"):
+        studies.measured(cell, (), 0.0)
+    (tmp_path / "cell.cell.json").unlink()
+    with pytest.raises(ValueError, match=r"without cell\.cell\.json"):
+        studies.measured(cell, (), 0.0)
 
 
 def test_a_cell_that_fails_says_why(tmp_path):
     cell = studies.Cell(tmp_path / "cell", "digits-simclr", tmp_path / "absent.npz", 0, {})
     with pytest.raises(RuntimeError, match=r"absent\.npz"):
-        studies.measured(cell, (), time.monotonic() + 60)
+        studies.measured(cell, (), time.monotonic() + 600)
 
 
 def test_a_longer_gessl_step_gives_plain_training_more_epochs_at_equal_seconds(tmp_path, monkeypatch):

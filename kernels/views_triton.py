@@ -19,9 +19,8 @@ from fastgessl.kernels.views import NEUTRAL_FACTOR, Colour, ViewParameters
 
 WHOLE_PIXELS = 4096
 BLOCK_PIXELS = 1024
-PIXELS_PER_WARP = 256
-# With the 4 warps of `warps_for`, the bicubic crop spills 8 bytes on sm_90.
-CROP_WARPS = 8
+# With 128 or more a warp, views of 16 and 32 pixels and the bicubic crop spill 8 or 16 bytes, on sm_80 or sm_90, under Triton 3.6 or 3.9.
+PIXELS_PER_WARP = 64
 
 # Columns of a sample's row of parameters.
 CROP, REACH, FLIP, JITTER, FACTORS, ORDER, GRAYSCALE, SIGMA, SOLARIZE, COLUMNS = (
@@ -310,14 +309,14 @@ def augment(
                 images, rows, colours, out, height, width, size, threshold, **flags, BLOCK=block, num_warps=warps_for(block)
             )
         else:
-            blocks = triton.cdiv(pixels, BLOCK_PIXELS)
+            blocks, warps = triton.cdiv(pixels, BLOCK_PIXELS), warps_for(BLOCK_PIXELS)
             sums = torch.empty((count, blocks), dtype=torch.float32, device=device)
             crop_kernel[(count, blocks)](
-                images, rows, colours, out, sums, height, width, size, threshold, **flags, BLOCK=BLOCK_PIXELS, num_warps=CROP_WARPS
+                images, rows, colours, out, sums, height, width, size, threshold, **flags, BLOCK=BLOCK_PIXELS, num_warps=warps
             )
             colour_kernel[(count, blocks)](
                 images, rows, colours, out, sums, size, threshold,
-                BYTES=not resize, BLOCK=BLOCK_PIXELS, BLOCKS=triton.next_power_of_2(blocks), num_warps=warps_for(BLOCK_PIXELS),
+                BYTES=not resize, BLOCK=BLOCK_PIXELS, BLOCKS=triton.next_power_of_2(blocks), num_warps=warps,
             )  # fmt: skip
         _blur(out, drawn, rows, colours, threshold, blur_kernel)
     return out

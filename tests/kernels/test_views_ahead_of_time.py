@@ -62,8 +62,7 @@ def check(name, architecture):
             signature[argument] = "*u8" if argument in BYTES else "*i64" if argument == "p_chosen" else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    warps = views_triton.CROP_WARPS if kernel is views_triton.crop_kernel else views_triton.warps_for(flags["BLOCK"])
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": views_triton.warps_for(flags["BLOCK"]), "enable_fp_fusion": True}
     found = ahead_of_time._read(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
     print(f"{name:36} sm_{architecture} -> {found}")
     assert found.stack == 0 and found.shared <= ahead_of_time.SHARED_LIMIT[architecture]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgessl.kernels.dispatch import matmul_dtype
 from fastgessl.kernels.similarity_chunked import Side
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +23,7 @@ MODES = ("gather", "ring")
 
 
 def check_pair(query: Tensor, key: Tensor, names: tuple[str, str] = ("query", "key")) -> None:
-    """Two non-empty matrices with as many columns, on one device, of one dtype."""
+    """Two non-empty matrices with as many columns, on one device, of one dtype; under autocast, of dtypes that it makes one."""
     for name, tensor in zip(names, (query, key), strict=True):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, found {type(tensor).__name__}.")
@@ -33,7 +34,7 @@ def check_pair(query: Tensor, key: Tensor, names: tuple[str, str] = ("query", "k
     shapes = f"{names[0]} {tuple(query.shape)}, {names[1]} {tuple(key.shape)}"
     if query.shape[1] != key.shape[1]:
         raise ValueError(f"{names[0]} and {names[1]} must have as many features; found {shapes}.")
-    if query.dtype != key.dtype or query.device != key.device:
+    if query.device != key.device or (query.dtype != key.dtype and matmul_dtype(query) != matmul_dtype(key)):
         found = f"{shapes}: {query.dtype} on {query.device} and {key.dtype} on {key.device}"
         raise ValueError(f"{names[0]} and {names[1]} must share dtype and device; found {found}.")
 
@@ -61,7 +62,8 @@ def scale_of(temperature: float | Tensor, query: Tensor, name: str = "temperatur
         return temperature.to(wide).reciprocal()
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise ValueError(f"{name} must be a number or a 0-d floating tensor, found {type(temperature).__name__}.")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    # A comparison and not math.isfinite, which torch.compile cannot trace once a schedule has made the number symbolic.
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{name} must be positive and finite, found {temperature}.")
     return torch.full((), 1 / temperature, dtype=wide, device=query.device)
 
@@ -70,6 +72,8 @@ def check_bias(bias: Tensor | None, key: Tensor, name: str = "bias") -> None:
     """One number a key."""
     if bias is None:
         return
+    if not isinstance(bias, Tensor):
+        raise ValueError(f"{name} must be a tensor, found {type(bias).__name__}.")
     if bias.shape != key.shape[:1] or bias.dtype not in DTYPES or bias.device != key.device:
         raise ValueError(
             f"{name} must hold one floating number a key, shape ({len(key)},) on {key.device}; "
@@ -78,6 +82,9 @@ def check_bias(bias: Tensor | None, key: Tensor, name: str = "bias") -> None:
 
 
 def check_index(index: Tensor, query: Tensor, name: str) -> None:
+    """Column numbers, one or several a row."""
+    if not isinstance(index, Tensor):
+        raise ValueError(f"{name} must be a tensor of int64, found {type(index).__name__}.")
     if index.dtype != torch.int64 or index.device != query.device or index.shape[:1] != query.shape[:1]:
         raise ValueError(
             f"{name} must be int64, one entry a row ({len(query)} rows) on {query.device}; "
@@ -135,7 +142,10 @@ def check_values(
     exclude: Tensor | None,
     keys: int,
 ) -> None:
-    """Positive temperatures, finite biases, indices in [-1, keys). NaN in queries and keys is let through: it gives NaN, visibly."""
+    """Positive temperatures, biases without infinities, indices in [-1, keys).
+
+    NaN is let through in queries, keys and biases: it gives NaN, visibly. A centre or a Sinkhorn potential is NaN as soon as one row is.
+    """
     for name, value in (("temperature", scale), ("teacher_temperature", teacher_scale)):
         if value is not None and value.is_cuda:
             torch._assert_async((value > 0) & value.isfinite(), f"{name} must be positive and finite")
@@ -143,13 +153,19 @@ def check_values(
             raise ValueError(f"{name} must be positive and finite, found {value.reciprocal().item()}.")
     for name, column in (("bias", bias), ("teacher_bias", teacher_bias)):
         if column is not None:
-            wrong = (~column.isfinite()).sum()
-            message = f"{name} of shape {tuple(column.shape)} must be finite (-1e4 switches a column off), non-finite entries"
+            wrong = column.isinf().sum()
+            message = f"{name} of shape {tuple(column.shape)} must not be infinite (-1e4 switches a column off), infinite entries"
             _require(wrong == 0, message, (wrong,))
     for name, index in (("positives", positives), ("exclude", exclude)):
         if index is not None:
             low, high = index.aminmax()
             _require((low >= -1) & (high < keys), f"{name} of shape {tuple(index.shape)} must lie in [-1, {keys})", (low, high))
+
+
+def check_batch(size: int) -> None:
+    """vmap calls the kernels once an example: without examples the results would have no shape."""
+    if size == 0:
+        raise ValueError("fastgessl.kernels: vmap over a batch of 0 examples has no result. Leave the empty batch out.")
 
 
 def signed_once(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
@@ -181,6 +197,7 @@ class CheckedScale(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
+        check_batch(info.batch_size)
         examples = (
             CheckedScale.apply(*(part.select(dim, i) if isinstance(dim, int) else part for part, dim in zip(inputs, in_dims, strict=True)))
             for i in range(info.batch_size)

@@ -2,7 +2,7 @@
 
 The convention: every rank backpropagates the loss of its own rows, and gradients mean those of the sum of all ranks' losses. DDP's
 averaging of local means then gives the gradient of the global mean. So the backward of a gather is a reduce-scatter (sum), and that of a
-sum is a sum.
+sum is a sum. In forward mode each collective moves the tangents as it moves the values.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _ReduceScatter.apply(gradient, ctx.group), None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Gather.apply(tangent, ctx.group)
+
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
@@ -72,6 +76,10 @@ class _ReduceScatter(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Gather.apply(gradient, ctx.group), None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _ReduceScatter.apply(tangent, ctx.group)
+
 
 class _Sum(torch.autograd.Function):
     @staticmethod
@@ -87,6 +95,10 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(gradient, ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Sum.apply(tangent, ctx.group)
 
 
 def all_gather_rows(tensor: Tensor, group: dist.ProcessGroup | None, name: str = "key") -> Tensor:

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -23,8 +22,15 @@ BLACKWELL, OLDEST_TRITON_FOR_BLACKWELL = (10, 0), (3, 3)
 """Triton 3.2 ends the process with a failed assertion when it compiles for compute capability 10."""
 
 
+def triton_version() -> str:
+    """That of the module: its distribution may have another name (pytorch-triton, triton-windows), under which no metadata is found."""
+    import triton
+
+    return triton.__version__
+
+
 def _triton_release() -> tuple[int, ...]:
-    return tuple(int(part) for part in version("triton").split(".")[:2])
+    return tuple(int(part) for part in triton_version().split(".")[:2])
 
 
 @cache
@@ -38,7 +44,7 @@ def _device_obstacle(index: int) -> str | None:
     elif torch.cuda.get_device_capability(index) < OLDEST_ARCHITECTURE:
         obstacle = f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0 and has no bfloat16 matrix instructions"
     elif torch.cuda.get_device_capability(index) >= BLACKWELL and _triton_release() < OLDEST_TRITON_FOR_BLACKWELL:
-        obstacle = f"{torch.cuda.get_device_name(index)} needs triton 3.3 or newer, found {version('triton')}"
+        obstacle = f"{torch.cuda.get_device_name(index)} needs triton 3.3 or newer, found {triton_version()}"
     if obstacle:
         warnings.warn(f"fastgessl.kernels runs as chunked PyTorch on this GPU: {obstacle}.", stacklevel=4)
     return obstacle
@@ -56,10 +62,10 @@ def triton_obstacle(tensor: Tensor) -> str | None:
 
 
 def implementation_for(tensor: Tensor, implementation: str | None = None, entries: float = math.inf) -> tuple[str, str]:
-    """The implementation that a loss on `tensor` uses, and why:
+    """The implementation that a loss on `tensor` uses for a table of `entries` similarities, and why:
 
-    the argument, else the environment variable FASTGESSL_KERNELS, else the best that works. `entries` is the size of a table of
-    similarities that may be stored if that is faster, which a small one is on a CPU.
+    the argument, else the environment variable FASTGESSL_KERNELS, else the best that works. A small table is stored on a CPU, because that
+    is faster; without `entries` the answer is that for a large one.
 
     Raises ValueError for an unknown name and for a choice that cannot run.
 
@@ -85,13 +91,19 @@ def implementation_for(tensor: Tensor, implementation: str | None = None, entrie
     return ("triton", f"a CUDA tensor of {tensor.dtype}") if tensor.is_cuda else ("chunked", "the interpreter is for tests")
 
 
+def matmul_dtype(operand: Tensor) -> torch.dtype:
+    """The dtype in which a matmul would take the operand: autocast's, where that is on and the operand is not float64."""
+    device = operand.device.type
+    if operand.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return operand.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def as_matmul(*operands: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the operands in the dtype that a matmul would take; their gradients come back in their own."""
-    device = operands[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(operands[0].device.type):
         return operands
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(operand if operand.dtype == torch.float64 else operand.to(dtype) for operand in operands)
+    return tuple(operand.to(matmul_dtype(operand)) for operand in operands)
 
 
 def dense(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

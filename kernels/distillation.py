@@ -60,6 +60,9 @@ def _sides(
         check_pair(query, key, (f"{owner}_query", f"{owner}_key"))
         check_bias(bias, key, f"{owner}_bias")
         name, temperature = ("temperature", temperatures[0]) if given is None else (f"{owner}_temperature".removeprefix("student_"), given)
+        if given is None and owner == "teacher" and isinstance(temperature, Tensor):
+            # A target does not move: through both softmaxes σ's derivative to a shared temperature was 1.3 times the student's own.
+            temperature = temperature.detach()
         query, key = as_matmul(query, key)
         scale = scale_of(temperature, query, name)
         chosen = chosen_for(query, key, exclude, how, largest)
@@ -103,7 +106,8 @@ def sigma_kl(
 
     (M, D), (N, D), (M, E), (N, E) -> () or (M,).
 
-    Without `teacher_temperature` the teacher has the student's.
+    Without `teacher_temperature` the teacher has the student's, as a constant: a temperature that is learnt has its gradient from the
+    student alone. Pass it as `teacher_temperature` too if it shall move the teacher.
 
     >>> import torch
     >>> student, teacher = torch.eye(2), torch.eye(2).flip(0)
@@ -141,6 +145,7 @@ def soft_cross_entropy(
 
     The student's gradient equals that of `sigma_kl`; the teacher's does not. With prototypes as keys, a column bias and detached teacher
     this is the loss of DINO (bias = -centre/τ_t) and SwAV (bias = `sinkhorn_potentials`), and without detaching DISSL's.
+    `teacher_temperature` as in `sigma_kl`.
 
     >>> import torch
     >>> prototypes = torch.eye(3)
@@ -175,6 +180,8 @@ def gessl_loss(
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The student's InfoNCE and its KL from a teacher, (M,) each, in one pass over the student's table.
+
+    `teacher_temperature` as in `sigma_kl`.
 
     For a teacher that is at hand before the step, as in distillation; GeSSL's own self-motivated target is not, so its trainer calls
     `info_nce` and `sigma_kl` one after the other.

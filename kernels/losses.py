@@ -4,7 +4,7 @@ Common to all. Operands are matrices (rows, features) of float64, float32, bfloa
 (float64 for float64). Nothing is normalised unless the docstring says so. `temperature` is a number or a 0-d tensor that may need a
 gradient. `positives` (M,) and `exclude` (M,) or (M, 2) are int64 column numbers, -1 = none; a row without a positive, or with every
 column excluded, has zero loss and zero gradient and is still counted by reduction "mean" (the others: "sum", "none"). NaN in an operand
-gives NaN. Under torch.autocast operands are cast as those of a matmul.
+gives NaN. Under torch.autocast operands are cast as those of a matmul, and may come in different dtypes.
 
 With `group`, a process group, keys are those of all ranks and column numbers are global (rank r's own keys start at r·N); each rank gets
 the loss of its own rows, and DDP's averaging gives the gradient of the global mean. mode "gather" gives each rank a copy of all keys;
@@ -212,15 +212,15 @@ def clip_loss(
         raise ValueError(f"image and text must be paired row by row; found shapes {tuple(image.shape)} and {tuple(text.shape)}.")
     check_choices(reduction, mode)
     image, text = as_matmul(image, text)
-    rank, _ = rank_and_size(group)
-    scale, positives = scale_of(temperature, image), positives_of(None, image, len(text), first=rank * len(text))
-    how = (group, mode, implementation)
+    scale, how = scale_of(temperature, image), (group, mode, implementation)
     name = chosen_for(image, text, None, how, LARGEST_STORED_CLIP)
     if group is None and name == "reference":
         scale = checked(scale, None, None, None, None, None, len(text))
         return reduced(dense(reference.clip_loss, image, text, scale.reciprocal()), reduction)
     if group is None:
         return reduced(symmetric_info_nce(image, text, scale, name), reduction)
+    rank, _ = rank_and_size(group)
+    positives = positives_of(None, image, len(text), first=rank * len(text))
     to_text = _info_nce_rows(image, text, scale, positives, None, how, "text")
     to_image = _info_nce_rows(text, image, scale, positives, None, how, "image")
     return reduced((to_text + to_image) / 2, reduction)

@@ -25,6 +25,17 @@ def default_group(gather_distributed: bool) -> dist.ProcessGroup | None:
     return dist.group.WORLD
 
 
+def group_of_size(world_size: int) -> dist.ProcessGroup | None:
+    """The default group, which must have so many ranks; none for one. Raises ValueError otherwise: no rank is left out without a word."""
+    if world_size == 1:
+        return None
+    ranks = dist.get_world_size() if dist.is_initialized() else 0
+    if ranks != world_size:
+        found = f"the default process group has {ranks} ranks" if ranks else "torch.distributed is not initialised"
+        raise ValueError(f"world_size is {world_size}, but {found}. Call init_process_group first, or pass the group's own size.")
+    return dist.group.WORLD
+
+
 class NTXentLoss(nn.Module):
     """SimCLR's loss, or MoCo's with a memory bank; lightly's signature. Normalises both inputs.
 
@@ -61,7 +72,8 @@ class NTXentLoss(nn.Module):
         if not len(self.bank):
             return nt_xent(out0, out1, temperature=self.temperature, group=group)
         query, key = normalize(out0, dim=1), normalize(out1, dim=1)
-        positive = (query.float() * key.float()).sum(1) / self.temperature
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        positive = (query.to(wide) * key.to(wide)).sum(1) / self.temperature
         negatives = similarity_logsumexp(query, self.bank.to(query.dtype), temperature=self.temperature)
         if out0.requires_grad:
             self.enqueue(all_gather_rows(key.detach(), group))
@@ -81,7 +93,9 @@ class ClipLoss(nn.Module):
     """CLIP's symmetric loss; open_clip's signature. Features come normalised, `logit_scale` is 1/temperature.
 
     Every rank computes the loss of its own pairs against all ranks' and gradients flow through the gather: open_clip's `local_loss=True,
-    gather_with_grad=True`, whatever is passed.
+    gather_with_grad=True`, whatever is passed. open_clip's gradients without `gather_with_grad` are, after DDP's averaging, those of the
+    ranks' own features only, 1/world_size of these with `local_loss=False`. There are no labels to cache, and `rank` is the group's own.
+    Raises ValueError with `use_horovod`.
 
     >>> import torch
     >>> criterion, logit_scale = ClipLoss(), torch.tensor(10.0, requires_grad=True)
@@ -90,16 +104,39 @@ class ClipLoss(nn.Module):
     tensor(-0.0001)
     """
 
-    def __init__(self, local_loss: bool = True, gather_with_grad: bool = True, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
         super().__init__()
-        self.gather_distributed = world_size > 1
+        if use_horovod:
+            raise ValueError("ClipLoss gathers with torch.distributed, found use_horovod=True. Launch with torchrun instead.")
+        self.world_size = world_size
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, output_dict: bool = False
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
     ) -> Tensor | dict:
-        """(N, D) twice and () -> (), or {"contrastive_loss": ()}."""
-        group = default_group(self.gather_distributed)
-        loss = clip_loss(image_features, text_features, temperature=1 / logit_scale, group=group)
+        """(N, D) twice and () -> (), or {"contrastive_loss": ()}.
+
+        A `logit_bias` (), the same for all pairs, cancels in the softmax: its gradient is 0. Raises ValueError if `world_size` is above 1
+        and not that of the default group.
+        """
+        if isinstance(logit_bias, bool) or (isinstance(logit_bias, Tensor) and logit_bias.dim() > 0):
+            raise ValueError(f"logit_bias must be a number or a 0-d tensor, found {logit_bias}. Pass output_dict by its name.")
+        loss = clip_loss(image_features, text_features, temperature=1 / logit_scale, group=group_of_size(self.world_size))
+        if logit_bias is not None:
+            # DDP waits for a gradient of every parameter.
+            loss = loss + 0 * logit_bias
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -107,7 +144,7 @@ class SupConLoss(nn.Module):
     """Supervised contrastive loss, Khosla et al. 2020, eq. (2): several positives a row, all rows of its class; SupContrast's signature.
 
     Since a row's positives enter linearly, they count as their mean key: loss_i = lse_i - q_i·(mean key of the class)/τ, without a mask
-    of pairs.
+    of pairs. `contrast_mode` "one" takes the first views only as rows, "all" all of them.
 
     >>> import torch
     >>> features = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=2)
@@ -115,30 +152,54 @@ class SupConLoss(nn.Module):
     torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07) -> None:
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
         super().__init__()
-        self.temperature, self.base_temperature = temperature, base_temperature
+        if contrast_mode not in ("all", "one"):
+            raise ValueError(f"contrast_mode must be 'all' or 'one', found {contrast_mode!r}.")
+        self.temperature, self.contrast_mode, self.base_temperature = temperature, contrast_mode, base_temperature
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Normalised features (N, V, D) of V views, classes (N,) (without them every image is its own class) -> ().
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Normalised features (N, V, …) of V views, classes (N,) or (N, 1) (without them every image is its own class) -> ().
 
-        Raises ValueError for other shapes. A row whose class has no other row has zero loss and is counted.
+        Instead of classes a `mask` (N, N): how much image j counts as a positive of image i. Raises ValueError for other shapes, and for
+        both. A row without a positive has zero loss and is counted. Computed in float32 at least, under autocast too.
         """
-        if features.dim() != 3:
+        if features.dim() < 3:
             raise ValueError(f"features must have shape (images, views, features), found {tuple(features.shape)}.")
-        images, views, _ = features.shape
-        labels = torch.arange(images, device=features.device) if labels is None else labels
-        if labels.shape != (images,):
+        images, views = features.shape[:2]
+        # lse and the positives nearly cancel where the positives are nearly certain. With lse of rows rounded to bfloat16, as autocast
+        # has it, gradients at a loss of 1.5e-3 were off by 1.4 of their norm, in float32 by 1.1e-4.
+        with torch.autocast(features.device.type, enabled=False):
+            rows = features.flatten(2).transpose(0, 1).flatten(0, 1)
+            rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+            mean_key, lonely = _mean_positives(rows, images, labels, mask)
+            anchors = images if self.contrast_mode == "one" else images * views
+            own = torch.arange(anchors, device=rows.device)
+            lse = similarity_logsumexp(rows[:anchors], rows, temperature=self.temperature, exclude=own)
+            losses = lse - (rows * mean_key)[:anchors].sum(1) / self.temperature
+            return (self.temperature / self.base_temperature) * losses.masked_fill(lonely[:anchors], 0.0).mean()
+
+
+def _mean_positives(rows: Tensor, images: int, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows (V·N, D), view by view -> the mean of each row's positives (V·N, D), itself not among them; and who has none (V·N,)."""
+    views, sums = len(rows) // images, rows.unflatten(0, (-1, images)).sum(0)
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask both say what a positive is; pass one of them.")
+    if mask is not None:
+        if mask.shape != (images, images):
+            raise ValueError(f"mask must have shape ({images}, {images}), one entry a pair of images; found {tuple(mask.shape)}.")
+        weight = mask.to(rows)
+        sums, total, own = weight @ sums, weight.sum(1), weight.diagonal()
+    else:
+        labels = torch.arange(images, device=rows.device) if labels is None else labels
+        if labels.shape not in ((images,), (images, 1)):
             raise ValueError(f"labels must have shape ({images},), one a row of features; found {tuple(labels.shape)}.")
-        rows = features.transpose(0, 1).flatten(0, 1)
-        classes = labels.unique(return_inverse=True)[1].repeat(views)
-        wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        sums = wide.new_zeros(int(classes.max()) + 1, wide.shape[1]).index_add(0, classes, wide)
-        others = (classes.bincount()[classes] - 1)[:, None]
-        mean_key = (sums[classes] - wide) / others.clamp(min=1)
-        lse = similarity_logsumexp(rows, rows, temperature=self.temperature, exclude=torch.arange(len(rows), device=rows.device))
-        losses = (lse - (wide * mean_key).sum(1) / self.temperature).masked_fill(others[:, 0] == 0, 0.0)
-        return (self.temperature / self.base_temperature) * losses.mean()
+        classes = labels.flatten().to(rows.device).unique(return_inverse=True)[1]
+        sums = sums.new_zeros(int(classes.max()) + 1, sums.shape[1]).index_add(0, classes, sums)[classes]
+        total, own = classes.bincount()[classes].to(rows.dtype), rows.new_ones(images)
+    others = (views * total - own).repeat(views)[:, None]
+    mean = (sums.repeat(views, 1) - own.repeat(views)[:, None] * rows) / others.masked_fill(others == 0, 1.0)
+    return mean, others[:, 0] == 0
 
 
 class SigmaLoss(nn.Module):

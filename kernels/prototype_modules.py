@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgessl.kernels.collectives import all_reduce_mean
+from fastgessl.kernels.collectives import all_reduce_mean, check_equal_rows
 from fastgessl.kernels.distillation import soft_cross_entropy
 from fastgessl.kernels.modules import default_group
 from fastgessl.kernels.prototypes import sinkhorn_potentials, softmax_marginal
@@ -64,10 +64,17 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_features: Sequence[Tensor], teacher_prototypes: Tensor) -> None:
-        """c <- m·c + (1 - m)·mean output of the teacher over views and ranks. The mean of outputs is the output of the mean."""
-        mean = torch.stack([features.to(self.center.dtype).mean(0) for features in teacher_features]).mean(0)
-        mean = all_reduce_mean(mean, dist.group.WORLD if dist.is_initialized() else None)
-        self.center.lerp_(teacher_prototypes.to(mean.dtype) @ mean, 1 - self.center_momentum)
+        """c <- m·c + (1 - m)·mean output of the teacher over views and ranks. The mean of outputs is the output of the mean.
+
+        Raises ValueError if the ranks hold unequal numbers of rows.
+        """
+        rows, group = torch.cat(list(teacher_features)), dist.group.WORLD if dist.is_initialized() else None
+        if group is not None:
+            check_equal_rows(rows, group, "teacher_features")
+        # The centre stays float32: autocast would make the product bfloat16, which lerp_ refuses.
+        with torch.autocast(rows.device.type, enabled=False):
+            mean = all_reduce_mean(rows.to(self.center.dtype).mean(0), group)
+            self.center.lerp_(teacher_prototypes.to(mean.dtype) @ mean, 1 - self.center_momentum)
 
 
 class SwaVLoss(nn.Module):
@@ -159,5 +166,7 @@ class DISSLLoss(nn.Module):
         )
         invariant = soft_cross_entropy(teacher[other], teacher_prototypes, *target, temperature=warm)
         mean = softmax_marginal(*target, temperature=warm, group=default_group(self.gather_distributed))
-        entropy = -torch.special.xlogy(mean, mean).sum()
+        # A prototype that no row takes is 0 in float32, where the logarithm has no derivative.
+        mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)
+        entropy = -(mean * mean.log()).sum()
         return distilled - self.entropy_weight * entropy + self.invariance_weight * invariant

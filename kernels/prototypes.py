@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,21 @@ from torch.distributed import ProcessGroup
 from torch.library import custom_op
 
 from fastgessl.kernels import reference
-from fastgessl.kernels.arguments import check_bias, check_pair, checked, scale_of
-from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean
+from fastgessl.kernels.arguments import check_bias, check_pair, checked, scale_of, signed_once
+from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, check_equal_rows
 from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
 from fastgessl.kernels.losses import Temperature, similarity_logsumexp
-from fastgessl.kernels.similarity import Curvature, Gradients, Statistics, compiled, one_call_each, plain
-from fastgessl.kernels.similarity_operators import WEIGHTS, gradients, gradients_body, statistics, statistics_body
+from fastgessl.kernels.similarity import FORWARD_OVER_FORWARD, Curvature, Gradients, Statistics, compiled, one_call_each, plain
+from fastgessl.kernels.similarity_chunked import NOTHING
+from fastgessl.kernels.similarity_operators import (
+    WEIGHTS,
+    curvature,
+    curvature_body,
+    gradients,
+    gradients_body,
+    statistics,
+    statistics_body,
+)
 
 NO_SIDE = (None,) * 4
 BIAS_ONLY = (False, False, False, True, *(False,) * 4)
@@ -39,19 +48,73 @@ def _(query, key, scale, bias, implementation):
     return torch.empty_like(bias), bias.new_empty(2, query.shape[0])
 
 
+class _Transposed(NamedTuple):
+    """Σ_j u_j p_j = mean_i E_P[u] as a loss: the cross-entropy statistic of a student whose logits are the column bias -u, in every row."""
+
+    weights: tuple[Tensor, None, Tensor]
+    operands: tuple[Tensor, ...]
+    saved: Tensor
+
+
+def _transposed(
+    cotangent: Tensor, teacher: Sequence[Tensor], implementation: str, forward: Callable[..., tuple[Tensor, ...]]
+) -> _Transposed:
+    query, key, scale, _ = teacher
+    flat = (query.new_zeros(len(query), 1), key.new_zeros(len(key), 1), torch.ones_like(scale), nan_for_infinity(-cotangent))
+    operands = (*flat, *teacher)
+    saved = forward(*operands, None, None, False, implementation)[3].detach()
+    weight = torch.full_like(saved[0], 1 / len(query))
+    return _Transposed((torch.zeros_like(weight), None, weight), operands, saved)
+
+
+def nan_for_infinity(bias: Tensor) -> Tensor:
+    """For a column bias that no user passed: what overflowed gives NaN, instead of an error about an argument that nobody wrote."""
+    return torch.where(bias.isinf(), torch.nan, bias)
+
+
 def _marginal_backward(
     ctx: Any, cotangent: Tensor, forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]
 ) -> tuple[Any, ...]:
-    """Σ_j u_j p_j = mean_i E_P[u], which is the cross-entropy statistic of a student whose logits are the column bias -u, in every row."""
-    query, key, scale, bias, _ = ctx.saved_tensors
-    flat = (query.new_zeros(len(query), 1), key.new_zeros(len(key), 1), torch.ones_like(scale), -cotangent)
-    operands = (*flat, query, key, scale, bias)
-    found = forward(*operands, None, None, False, ctx.implementation)
-    saved = found[3].detach()
-    weight = torch.full_like(saved[0], 1 / len(query))
-    needs = (*(False,) * 4, *ctx.needs_input_grad[:4])
-    found = backward(torch.zeros_like(weight), None, weight, *operands, None, None, saved, False, ctx.implementation, needs)
+    weights, operands, saved = _transposed(cotangent, ctx.saved_tensors[:4], ctx.implementation, forward)
+    needs = (*NOTHING, *ctx.needs_input_grad[:4])
+    found = backward(*weights, *operands, None, None, saved, False, ctx.implementation, needs)
     return (*(grad if need else None for grad, need in zip(found[4:], needs[4:], strict=True)), None)
+
+
+@signed_once
+class MarginalDerivative(torch.autograd.Function):
+    """Forward mode of `Marginal`: its change along tangents of query, key, scale and bias; reverse over it through its transpose."""
+
+    @staticmethod
+    def forward(*inputs):
+        tangents, (query, key, scale, bias, saved, implementation) = inputs[:4], inputs[4:]
+        weight = torch.full_like(saved[0], 1 / len(query))
+        operands = (query, key, scale, bias, *NO_SIDE)
+        call: Callable[..., tuple[Tensor, ...]] = curvature_body if plain(inputs) else curvature
+        found = call(*tangents, *NO_SIDE, weight, None, None, *operands, None, None, saved, False, implementation, BIAS_ONLY)
+        return (found[WEIGHTS + 3],)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.implementation = inputs[9]
+        ctx.save_for_backward(*inputs[:8])
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        tangents, at = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        weights, operands, saved = _transposed(cotangent, at, ctx.implementation, Statistics.apply)
+        needs, rest = ctx.needs_input_grad, (None, None, saved, False, ctx.implementation)
+        straight = Gradients.apply(*weights, *operands, *rest, (*NOTHING, *needs[:4]))[4:]
+        bent = Curvature.apply(*NO_SIDE, *tangents, *weights, *operands, *rest, (*NOTHING, *needs[4:8]))[WEIGHTS + 4 :]
+        return (*(grad if need else None for grad, need in zip((*straight, *bent), needs[:8], strict=True)), None, None)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(FORWARD_OVER_FORWARD)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return one_call_each(MarginalDerivative, info.batch_size, in_dims, args)
 
 
 class Marginal(torch.autograd.Function):
@@ -73,11 +136,7 @@ class Marginal(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        query, key, scale, bias, saved = ctx.saved_tensors
-        weight = torch.full_like(saved[0], 1 / len(query))
-        operands = (query, key, scale, bias, *NO_SIDE)
-        constants = (None, None, saved, False, ctx.implementation, BIAS_ONLY)
-        return Curvature.apply(*tangents[:4], *NO_SIDE, weight, None, None, *operands, *constants)[WEIGHTS + 3], None
+        return MarginalDerivative.apply(*tangents[:4], *ctx.saved_tensors, ctx.implementation)[0], None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -107,7 +166,7 @@ def softmax_marginal(
     """p_j = mean over rows of softmax_j(q_i·k_j/τ + bias_j), e.g. for DISSL's entropy of the mean assignment.  (M, D), (N, D) -> (N,).
 
     Twice differentiable. Keys are prototypes, the same on every rank; with `group` the mean runs over the rows of all ranks.
-    Raises ValueError for shapes, dtypes, devices or temperatures that do not fit.
+    Raises ValueError for shapes, dtypes, devices or temperatures that do not fit, and for ranks with unequal numbers of rows.
 
     >>> import torch
     >>> softmax_marginal(torch.eye(2), torch.eye(2), temperature=1.0)
@@ -115,6 +174,8 @@ def softmax_marginal(
     """
     check_pair(query, key)
     check_bias(bias, key)
+    if group is not None:
+        check_equal_rows(query, group, "query")
     query, key = as_matmul(query, key)
     scale = scale_of(temperature, query)
     wide_bias = scale.new_zeros(len(key)) if bias is None else bias.to(scale.dtype)
@@ -161,6 +222,8 @@ def sinkhorn_potentials(
             if group is not None:
                 shards = all_gather_rows(-columns[None], group)
                 columns = -shards.logsumexp(0)
+            columns = nan_for_infinity(columns)
             if step < iterations - 1:
-                row_potential = -similarity_logsumexp(query, prototypes, temperature=epsilon, bias=columns, implementation=name)
+                rows = similarity_logsumexp(query, prototypes, temperature=epsilon, bias=columns, implementation=name)
+                row_potential = nan_for_infinity(-rows)
         return columns - columns.mean()

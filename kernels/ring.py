@@ -35,6 +35,7 @@ from fastgessl.kernels.similarity_operators import (
 
 TRAVELLERS = (1, 3, 5, 7)
 """The operands that belong to keys: key and bias of both sides."""
+FORWARD = 'fastgessl.kernels: forward mode is not implemented for mode="ring". Use mode="gather", or reverse mode (grad of grad).'
 
 
 def _pass_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], list[Tensor]]:
@@ -151,6 +152,10 @@ class RingStatistics(torch.autograd.Function):
     def backward(ctx, *cotangents):
         return statistics_backward(ctx, cotangents, RingGradients.apply)
 
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(FORWARD)
+
 
 class RingGradients(torch.autograd.Function):
     """`Gradients` with travelling keys: of the sum of all ranks' losses to this rank's keys, of this rank's to its queries."""
@@ -175,6 +180,10 @@ class RingGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *tangents):
         return gradients_backward(ctx, tangents, RingCurvature.apply)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(FORWARD)
 
 
 def _collect(parts: Sequence[Tensor | None], sums: list[Tensor | None] | None, home: _Homeward) -> list[Tensor | None]:

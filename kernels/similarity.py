@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed import ProcessGroup
 
-from fastgessl.kernels.arguments import signed_once
+from fastgessl.kernels.arguments import check_batch, signed_once
 from fastgessl.kernels.similarity_chunked import Side
 from fastgessl.kernels.similarity_operators import (
     OPERANDS,
@@ -55,6 +55,7 @@ def one_call_each(
     function: type[torch.autograd.Function], size: int, dims: Sequence[Any], args: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """vmap by one call an example: the kernels fill a device with one problem already."""
+    check_batch(size)
     calls = [
         function.apply(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, dims, strict=True)))
         for i in range(size)

@@ -11,13 +11,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgessl.kernels.dispatch import triton_version
 from fastgessl.kernels.similarity_tiles import INTERPRETED, KERNELS, WIDTHS, Entry, Tile, tile_of, width_of
 
 ENVIRONMENT = "FASTGESSL_TILES"
@@ -47,7 +47,7 @@ def table_path(device: torch.device) -> Path:
     if named:
         return Path(named)
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache_folder / "fastgessl" / f"tiles-{device_name(device)}-triton-{version('triton')}.json"
+    return cache_folder / "fastgessl" / f"tiles-{device_name(device)}-triton-{triton_version()}.json"
 
 
 def tile_for(kernel: str, query: Tensor, features: int, teacher: bool) -> Tile:
@@ -70,11 +70,12 @@ def tuned_tiles(device: torch.device) -> dict[Entry, Tile]:
     """The measured tiles of a device, read once a process; none without a file. Raises ValueError as `read` does."""
     if device not in _in_use:
         path = table_path(device)
-        if path.is_file():
+        # os.path's, because Path.is_file raises PermissionError where the home folder belongs to someone else (docker run --user).
+        if os.path.isfile(path):
             use(device, {entry: measured.tile for entry, measured in read(path, device_name(device)).items()})
         elif os.environ.get(ENVIRONMENT):
             raise ValueError(
-                f"{ENVIRONMENT} names {path}, which is no file. Unset it, or let python -m fastgessl.kernels.autotune write it."
+                f"{ENVIRONMENT} names {path}, which is no file to be seen. Unset it, or let python -m fastgessl.kernels.autotune write it."
             )
         else:
             use(device, {})
@@ -97,7 +98,7 @@ def read(path: Path, device: str) -> dict[Entry, Measured]:
         if not isinstance(table.get("tiles"), list):
             raise ValueError("tiles must be a list")
         return dict(_entry(f"tiles[{number}]", part) for number, part in enumerate(table["tiles"]))
-    except ValueError as problem:
+    except (OSError, ValueError) as problem:
         raise ValueError(
             f"tile table {path}: {problem}. Delete it, and measure anew with python -m fastgessl.kernels.autotune."
         ) from problem
@@ -130,7 +131,7 @@ def write(path: Path, device: str, measured: Mapping[Entry, Measured]) -> None:
         | {name: value._asdict() if isinstance(value, Tile) else value for name, value in found._asdict().items()}
         for entry, found in measured.items()
     ]
-    table = {"format": FORMAT, "device": device, "torch": torch.__version__, "triton": version("triton"), "tiles": tiles}
+    table = {"format": FORMAT, "device": device, "torch": torch.__version__, "triton": triton_version(), "tiles": tiles}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(table, indent=1) + "\n")

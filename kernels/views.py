@@ -9,67 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from fastgessl.kernels.dispatch import implementation_for
+from fastgessl.kernels.view_parameters import NEUTRAL_FACTOR, ViewParameters, check_crop
 
 Colour = tuple[float, float, float]
 
-NEUTRAL_FACTOR = (1.0, 1.0, 1.0, 0.0)
 LUMA_WEIGHTS = (0.2989, 0.587, 0.114)
 # Pixels worked on at once on a CPU, so that the float planes of a step stay in the second-level cache.
 CPU_CHUNK_PIXELS = 1 << 17
-
-
-@dataclass(frozen=True)
-class ViewParameters:
-    """What was drawn for one view of B images: CPU tensors of B rows."""
-
-    crop: Tensor
-    """(B, 4) float32: top, left, height, width of the area that becomes the view, pixels; fractions of a pixel are allowed."""
-    reach: Tensor
-    """(B, 4) float32: top, left, height, width of the area that interpolation may read, whole pixels. The crop itself in
-    torchvision's resized crop; the whole image when an image is resized first and cropped afterwards."""
-    flip: Tensor
-    """(B,) bool: left-right flip."""
-    jitter: Tensor
-    """(B,) bool: colour jitter."""
-    factors: Tensor
-    """(B, 4) float32: brightness, contrast and saturation factors (1 changes nothing) and hue shift (turns; 0 changes nothing)."""
-    order: Tensor
-    """(B, 4) int64: columns of `factors` in the order in which they are applied."""
-    grayscale: Tensor
-    """(B,) bool."""
-    blur_sigma: Tensor
-    """(B,) float32, pixels; 0 is no blur."""
-    solarize: Tensor
-    """(B,) bool."""
-
-    def __len__(self) -> int:
-        return len(self.flip)
-
-    def __getitem__(self, rows: slice | Tensor) -> ViewParameters:
-        return ViewParameters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
-
-    @classmethod
-    def unchanged(cls, count: int, height: int, width: int) -> ViewParameters:
-        """Parameters that only resize: the whole image, no colour operation."""
-        whole = torch.tensor([[0.0, 0.0, height, width]], dtype=torch.float32).repeat(count, 1)
-        never = torch.zeros(count, dtype=torch.bool)
-        return cls(
-            crop=whole,
-            reach=whole,
-            flip=never,
-            jitter=never,
-            factors=torch.tensor([NEUTRAL_FACTOR], dtype=torch.float32).repeat(count, 1),
-            order=torch.arange(4).repeat(count, 1),
-            grayscale=never,
-            blur_sigma=torch.zeros(count, dtype=torch.float32),
-            solarize=never,
-        )
 
 
 def augment_views(
@@ -92,14 +43,17 @@ def augment_views(
 
     images: (B, H, W, 3) uint8 on any device. Returns (B, 3, size, size) float32, channels_last, on the same device. A CUDA device that can
     run them takes the Triton kernels, everything else batched PyTorch; `implementation` "triton" or "chunked" says otherwise.
-    Raises ValueError if shapes or dtypes do not fit, or if the blur kernel is even or does not fit a view of this size.
+    Raises ValueError if shapes or dtypes do not fit, for a crop or reach outside the image, and for a blur kernel that is even or does not
+    fit a view of this size.
 
     >>> images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
     >>> views = augment_views(images, ViewParameters.unchanged(2, 8, 8), size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     >>> views.shape, views.min().item(), views.max().item()
     (torch.Size([2, 3, 16, 16]), -2.0, -2.0)
     """
-    _check(images, parameters, size, interpolation, blur_kernel)
+    _check_images(images)
+    _check(images, parameters, size, interpolation, blur_kernel, implementation)
+    check_crop(parameters, *images.shape[1:3])
     if implementation_for(images, implementation)[0] == "triton":
         from fastgessl.kernels.views_triton import augment
 
@@ -129,13 +83,15 @@ def colour_views(
 ) -> Tensor:
     """The part of `augment_views` after the flip, for images that are cropped, resized and flipped already.
 
-    images: (B, S, S, 3) uint8. Returns (B, 3, S, S) float32, channels_last, on the same device. Raises ValueError as `augment_views`.
+    images: (B, S, S, 3) uint8; crop, reach and flip are not read. Returns (B, 3, S, S) float32, channels_last, on the same device. Raises
+    ValueError as `augment_views`.
 
     >>> images = torch.full((1, 4, 4, 3), 255, dtype=torch.uint8)
     >>> colour_views(images, ViewParameters.unchanged(1, 4, 4), mean=(0, 0, 0), std=(1, 1, 1), blur_kernel=3).unique()
     tensor([1.])
     """
-    _check(images, parameters, images.shape[1], "bilinear", blur_kernel)
+    _check_images(images)
+    _check(images, parameters, images.shape[1], "bilinear", blur_kernel, implementation)
     if images.shape[1] != images.shape[2]:
         raise ValueError(f"images must be square views (B, S, S, 3), found {tuple(images.shape)}. Crop and resize them first.")
     if implementation_for(images, implementation)[0] == "triton":
@@ -156,11 +112,19 @@ def colour_views(
     return out
 
 
-def _check(images: Tensor, parameters: ViewParameters, size: int, interpolation: str, blur_kernel: int) -> None:
+def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be (B, H, W, 3) uint8, found {tuple(images.shape)} {images.dtype}. Convert them first.")
+
+
+def _check(images: Tensor, parameters: ViewParameters, size: int, interpolation: str, blur_kernel: int, implementation: str | None) -> None:
+    if implementation == "reference":
+        raise ValueError("views have no implementation='reference' in batch. Choose chunked or triton, or call views_reference yourself.")
     if len(parameters) != len(images):
         raise ValueError(f"parameters describe {len(parameters)} images, but {len(images)} were given. Draw one row an image.")
+    unknown = (parameters.order < 0) | (parameters.order >= len(NEUTRAL_FACTOR))
+    if unknown.any():
+        raise ValueError(f"order must hold columns of factors, 0 to 3, found {int(parameters.order[unknown][0])}.")
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', found {interpolation!r}.")
     if bool((parameters.blur_sigma > 0).any()) and (blur_kernel % 2 == 0 or blur_kernel // 2 >= size):

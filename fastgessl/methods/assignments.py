@@ -20,7 +20,9 @@ def entropy_of_mean(rows: Tensor, key: Tensor, temperature: float, group: Proces
     4.0
     """
     mean = softmax_marginal(rows, key, temperature=temperature, group=group)
-    return -torch.special.xlogy(mean, mean).sum()
+    # A prototype that no row takes is 0 in float32, where the logarithm has no derivative.
+    mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)
+    return -(mean * mean.log()).sum()
 
 
 def assignment_measures(first: Tensor, second: Tensor, key: Tensor, temperature: float, group: ProcessGroup | None) -> dict[str, Tensor]:

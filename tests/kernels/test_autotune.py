@@ -140,6 +140,22 @@ def test_without_a_table_the_shipped_tile_is_taken():
     assert tuned_tiles.tile_for("moments_kernel", torch.zeros(1), 100, False) == INTERPRETED
 
 
+def test_a_home_folder_that_may_not_be_searched_holds_no_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned_tiles, "_in_use", {})
+    monkeypatch.delenv(tuned_tiles.ENVIRONMENT, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed"))
+    (tmp_path / "closed").mkdir(mode=0o000)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may search every folder
+    try:
+        with pytest.raises(PermissionError):
+            os.stat(tuned_tiles.table_path(CPU))
+        assert tuned_tiles.tile_for("moments_kernel", torch.zeros(1), 100, False) == INTERPRETED
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o700)
+
+
 def test_the_cache_folders_table_is_found_by_device_and_triton_version(fresh):
     pytest.importorskip("triton")
     path = tuned_tiles.table_path(CPU)

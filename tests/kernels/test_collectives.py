@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.func import grad, jvp
 
 from fastgessl.kernels import (
+    ClipLoss,
+    DINOLoss,
     clip_loss,
     gessl_loss,
     info_nce,
@@ -92,10 +95,55 @@ def test_losses_of_two_ranks_equal_one_process_to_second_order(tmp_path, mode):
     mp.spawn(_compare, (str(tmp_path / "store"), mode), nprocs=RANKS)
 
 
+def _transforms(data, positives, bias, weight, group, average):
+    """The losses' sum in forward mode, in forward over reverse and in reverse over forward, along one direction of the weight and τ."""
+    at = weight, torch.tensor(0.3, dtype=torch.float64)
+    way = weight.sin(), torch.tensor(0.7, dtype=torch.float64)
+
+    def loss(weight, temperature):
+        return _losses(data, positives, bias, weight, temperature, group, "gather").sum()
+
+    found = [jvp(loss, at, way)[1], *jvp(grad(loss, (0, 1)), at, way)[1], *grad(lambda *x: jvp(loss, x, way)[1], (0, 1))(*at)]
+    return [average(part) for part in found]
+
+
+def _forward(rank, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    assert dist.get_world_size() == RANKS
+    weight, data, positives, bias = _inputs()
+    mine = slice(rank * ROWS, (rank + 1) * ROWS)
+
+    def average(tensor):
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor / RANKS
+
+    found = _transforms(data[:, mine], positives[mine], bias[mine], weight, dist.group.WORLD, average)
+    for a, b in zip(found, _transforms(data, positives, bias, weight, None, lambda tensor: tensor), strict=True):
+        assert (a - b).norm() <= 5e-13 * b.norm()
+    query, key = data[:2, mine]
+    for transform in (jvp, lambda loss, at, way: jvp(grad(loss), at, way)):
+        with pytest.raises(RuntimeError, match='forward mode is not implemented for mode="ring"'):
+            transform(lambda query: info_nce(query, key, group=dist.group.WORLD, mode="ring"), (query,), (query,))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_forward_mode_through_a_gather_equals_one_process_and_through_a_ring_raises(tmp_path):
+    mp.spawn(_forward, (str(tmp_path / "store"),), nprocs=RANKS)
+
+
 def _unequal(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     with pytest.raises(ValueError, match=r"key must have as many rows on every rank .* found \[3, 4\]"):
         info_nce(torch.ones(3, 2), torch.ones(3 + rank, 2), group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"query must have as many rows on every rank .* found \[3, 4\]"):
+        softmax_marginal(torch.ones(3 + rank, 2), torch.ones(5, 2), group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"teacher_features must have as many rows on every rank .* found \[6, 8\]"):
+        DINOLoss(output_dim=5).update_center(torch.ones(2, 3 + rank, 2), torch.ones(5, 2))
+    with pytest.raises(ValueError, match=r"world_size is 8, but the default process group has 2 ranks"):
+        ClipLoss(world_size=8)(torch.eye(3), torch.eye(3), 1.0)
     dist.barrier()
     dist.destroy_process_group()
 

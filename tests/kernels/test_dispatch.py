@@ -1,5 +1,8 @@
 """Which implementation runs, and how a user decides."""
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -50,12 +53,17 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some Card")
         monkeypatch.setattr(torch.version, "hip", hip)
-        monkeypatch.setattr(dispatch, "version", lambda package: triton)
+        monkeypatch.setattr(dispatch, "triton_version", lambda: triton)
         monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if triton is None else object())
         dispatch._device_obstacle.cache_clear()
 
     yield pretend
     dispatch._device_obstacle.cache_clear()
+
+
+def test_tritons_version_is_that_of_the_module_whatever_its_distribution_is_called(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.2.0+of.another.distribution"))
+    assert dispatch._triton_release() == (3, 2)
 
 
 @pytest.mark.parametrize(

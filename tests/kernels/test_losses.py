@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, normalize
 
-from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, sigma_kl, similarity_logsumexp, soft_cross_entropy, softmax_marginal
+from fastgessl.kernels import (
+    clip_loss,
+    gessl_loss,
+    info_nce,
+    nt_xent,
+    sigma_kl,
+    similarity_logsumexp,
+    sinkhorn_potentials,
+    soft_cross_entropy,
+    softmax_marginal,
+)
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "chunked"])
 MODULES = ("dispatch", "distillation", "losses", "prototypes")
@@ -151,6 +161,68 @@ def test_nan_in_an_operand_gives_a_loss_and_gradients_of_nan(name, operand, impl
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_of_nan_or_infinity_gives_potentials_an_entropy_and_its_gradients_of_nan(value, implementation):
+    query, key = rows(4, 3), rows(5, 3, seed=1)
+    query[1, 0] = value
+    potentials = sinkhorn_potentials(query, key, implementation=implementation)
+    assert potentials.isnan().all()
+    loss = soft_cross_entropy(query, key, query, key, teacher_bias=potentials, implementation=implementation)
+    assert loss.isnan()
+    query.requires_grad_()
+    mean = softmax_marginal(query, key, implementation=implementation)
+    entropy = -torch.special.xlogy(mean, mean).sum()
+    assert entropy.isnan() and torch.autograd.grad(entropy, query)[0].isnan().all()
+
+
+@IMPLEMENTATIONS
+def test_the_slope_of_an_entropy_at_an_unused_prototype_gives_gradients_of_nan_and_no_error_about_a_bias(implementation):
+    query, key = torch.eye(3, requires_grad=True), torch.cat([torch.eye(3), -torch.ones(1, 3)])
+    mean = softmax_marginal(query, key, temperature=1e-3, implementation=implementation)
+    assert mean[3] == 0
+    assert torch.autograd.grad(-torch.special.xlogy(mean, mean).sum(), query)[0].isnan().any()
+
+
+MIXED = EVERY | {"sinkhorn_potentials": lambda *x, **how: sinkhorn_potentials(*x[:2], **how).square().sum()}
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("name", MIXED)
+def test_every_function_takes_a_layers_output_beside_float32_under_autocast(name, implementation):
+    own = [normalize(rows(6, 4, seed=i), dim=1).to(torch.float32 if i % 2 else torch.bfloat16).requires_grad_() for i in range(4)]
+    wide = [leaf.detach().bfloat16().float().requires_grad_() for leaf in own]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = MIXED[name](*own, implementation=implementation)
+    expected = MIXED[name](*wide, implementation=implementation)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=4e-3 if name == "nt_xent" else 1e-5, atol=1e-7)  # which normalises, then rounds
+    if name == "sinkhorn_potentials":
+        return
+    gradients, wanted = (torch.autograd.grad(loss, leaves, allow_unused=True) for loss, leaves in ((found, own), (expected, wide)))
+    for gradient, leaf, want in zip(gradients, own, wanted, strict=True):
+        assert (gradient is None and want is None) or gradient.dtype == leaf.dtype
+        assert want is None or (gradient.float() - want).norm() <= 2e-2 * want.norm() + 1e-6
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("given", [False, True], ids=["default", "given"])
+def test_a_learnt_temperature_has_sigmas_gradient_from_the_student_alone_unless_it_is_given_to_the_teacher_too(given, implementation):
+    operands, tau = [rows(6, 4, seed=i) for i in range(4)], torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    log_student = (operands[0] @ operands[1].T / tau).log_softmax(1)
+    log_teacher = (operands[2] @ operands[3].T / (tau if given else tau.detach())).log_softmax(1)
+    sigma = torch.nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    settings = {"temperature": tau, "teacher_temperature": tau if given else None, "implementation": implementation}
+    for found, expected in (
+        (sigma_kl(*operands, **settings), sigma.mean()),
+        (gessl_loss(*operands, **settings)[1].mean(), sigma.mean()),
+        (soft_cross_entropy(*operands, **settings), -(log_teacher.exp() * log_student).sum(1).mean()),
+    ):
+        first, wanted = (torch.autograd.grad(value, tau, create_graph=True)[0] for value in (found, expected))
+        torch.testing.assert_close(first, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(value, tau, retain_graph=True)[0] for value in (first, wanted)))
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("name", EVERY)
 def test_an_empty_operand_or_one_of_another_width_device_or_dtype_is_refused_by_every_loss(name, implementation):
     good = [rows(3, 2, seed=i) for i in range(4)]
@@ -238,7 +310,10 @@ GOOD = torch.zeros(4, 3)
             lambda: similarity_logsumexp(GOOD, GOOD, bias=torch.zeros(3)),
             r"bias must hold .* shape \(4,\).* found torch.float32 of shape \(3,\)",
         ),
-        (lambda: similarity_logsumexp(GOOD, GOOD, bias=torch.full((4,), torch.inf)), r"bias of shape \(4,\) must be finite"),
+        (lambda: similarity_logsumexp(GOOD, GOOD, bias=torch.full((4,), -torch.inf)), r"bias of shape \(4,\) must not be infinite"),
+        (lambda: similarity_logsumexp(GOOD, GOOD, bias=[0.0] * 4), r"bias must be a tensor, found list"),
+        (lambda: info_nce(GOOD, GOOD, positives=[0, 1, 2, 3]), r"positives must be a tensor of int64, found list"),
+        (lambda: info_nce(GOOD, GOOD, exclude=[0, 1, 2, 3]), r"exclude must be a tensor of int64, found list"),
         (lambda: sigma_kl(GOOD, GOOD, GOOD, GOOD[:3]), r"as many keys; found \(rows, keys\) \(4, 4\) and \(4, 3\)"),
         (lambda: sigma_kl(GOOD, GOOD, GOOD.double(), GOOD.double()), r"student and teacher must share dtype"),
         (lambda: sigma_kl(GOOD, GOOD, GOOD, GOOD, teacher_temperature=-1.0), r"teacher_temperature must be positive"),
@@ -261,6 +336,15 @@ def test_values_are_checked_by_the_reference_and_under_vmap_too(positives):
             torch.func.vmap(lambda query, how=how: info_nce(query, GOOD, positives=positives, implementation=how))(
                 GOOD.expand(2, 4, 3).clone()
             )
+
+
+@pytest.mark.parametrize("temperature", [0.1, torch.zeros(0)], ids=["one temperature", "batch of temperatures"])
+def test_an_empty_batch_under_vmap_is_refused(temperature):
+    for implementation in ("chunked", "reference") if isinstance(temperature, torch.Tensor) else ("chunked",):
+        dims = (0, 0 if isinstance(temperature, torch.Tensor) else None)
+        loss = torch.func.vmap(lambda query, tau, how=implementation: info_nce(query, GOOD, temperature=tau, implementation=how), dims)
+        with pytest.raises(ValueError, match="vmap over a batch of 0 examples"):
+            loss(torch.zeros(0, 4, 3), temperature)
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -65,7 +65,7 @@ def test_memory_bank_equals_lightlys_over_several_steps(lightly_loss):
     for step in range(4):  # 5 rows a step into 12: the third step reaches the end
         leaves = rows(5, 4, seed=step), rows(5, 4, seed=step + 10)
         for found, expected in zip(loss_and_gradients(ours, *leaves), loss_and_gradients(theirs, *leaves), strict=True):
-            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(ours.bank, theirs.memory_bank.bank)
 
 
@@ -92,12 +92,22 @@ def test_clip_module_takes_open_clips_arguments():
         logits, target = scale * image @ text.T, torch.arange(6)
         return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
-    criterion = ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=1)
-    for found, want in zip(
-        loss_and_gradients(criterion, image, text, scale), loss_and_gradients(expected, image, text, scale), strict=True
-    ):
-        torch.testing.assert_close(found, want)
+    by_name = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False)
+    for criterion in (by_name, ClipLoss(True, True, True, 0, 1, False)):
+        for found, want in zip(
+            loss_and_gradients(criterion, image, text, scale), loss_and_gradients(expected, image, text, scale), strict=True
+        ):
+            torch.testing.assert_close(found, want)
     torch.testing.assert_close(criterion(image, text, scale, output_dict=True)["contrastive_loss"], expected(image, text, scale))
+    bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
+    biased = criterion(image, text, scale, bias, True)["contrastive_loss"]
+    torch.testing.assert_close(biased, expected(image, text, scale))
+    assert torch.autograd.grad(biased, bias)[0] == 0
+
+
+def test_clip_module_for_ranks_that_do_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"world_size is 8, but torch.distributed is not initialised"):
+        ClipLoss(world_size=8)(unit(4, 3), unit(4, 3, seed=1), 10.0)
 
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([2, 0, 2, 7, 0, 2])], ids=["views-only", "classes"])
@@ -116,6 +126,52 @@ def test_supcon_is_the_formula_of_the_paper_pair_by_pair(labels):
     found = loss_and_gradients(lambda features: SupConLoss(temperature=0.2)(features, labels), features)
     for ours, want in zip(found, loss_and_gradients(expected, features), strict=True):
         torch.testing.assert_close(ours, want)
+
+
+def supcon_of_pairs(features, mask, temperature, rows):
+    """SupContrast's own formula with a mask (N, N) of pairs of images, over the first `rows` of all views' rows."""
+    flat, pairs = torch.cat(features.unbind(1)), mask.repeat(features.shape[1], features.shape[1]).fill_diagonal_(0)
+    logits = flat @ flat.T / temperature
+    log_probability = logits - logits.masked_fill(torch.eye(len(flat), dtype=torch.bool), -torch.inf).logsumexp(1, keepdim=True)
+    return temperature / 0.07 * -((pairs * log_probability).sum(1) / pairs.sum(1))[:rows].mean()
+
+
+CLASSES = torch.tensor([2, 0, 2, 7, 0, 2])
+SAME = (CLASSES[:, None] == CLASSES).double()
+
+
+@pytest.mark.parametrize("mode, anchors", [("all", 12), ("one", 6)])
+@pytest.mark.parametrize("positives", ["labels", "column of labels", "mask", "weighted mask", "neither"])
+def test_supcon_takes_supcontrasts_arguments(mode, anchors, positives):
+    weights = SAME * (1 + torch.arange(36.0, dtype=torch.float64).view(6, 6))
+    given, mask = {
+        "labels": ({"labels": CLASSES}, SAME),
+        "column of labels": ({"labels": CLASSES[:, None]}, SAME),
+        "mask": ({"mask": SAME.bool()}, SAME),
+        "weighted mask": ({"mask": weights}, weights),
+        "neither": ({}, torch.eye(6, dtype=torch.float64)),
+    }[positives]
+    features = unit(6, 2, 5)
+    found = loss_and_gradients(lambda leaf: SupConLoss(0.2, mode, 0.07)(leaf.view(6, 2, 5, 1), **given), features)
+    expected = loss_and_gradients(lambda leaf: supcon_of_pairs(leaf, mask, 0.2, anchors), features)
+    for ours, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("cast", ["autocast", "bfloat16 features"])
+@pytest.mark.parametrize("noise", [0.04, 0.06])
+def test_supcon_keeps_its_gradient_in_bfloat16_where_positives_are_nearly_certain(cast, noise):
+    centres = unit(64, 1, 64)
+    features = normalize(centres + noise * rows(64, 2, 64, seed=1), dim=2).to(
+        torch.bfloat16 if cast == "bfloat16 features" else torch.float32
+    )
+    exact = loss_and_gradients(SupConLoss(), features.double())
+    assert 1e-5 < exact[0] < 1e-1
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast == "autocast"):
+        found = loss_and_gradients(SupConLoss(), features)
+    error = (found[1].double() - exact[1]).norm() / exact[1].norm()
+    print(f"{cast}: loss {exact[0]:.1e}, off by {found[0] / exact[0] - 1:.1e}, gradient {error:.1e}")
+    assert abs(found[0] / exact[0] - 1) < 1e-2 and error < 1e-2
 
 
 def test_sigma_module_normalises_and_detaches_the_teacher():
@@ -158,6 +214,51 @@ def test_swav_equals_lightlys_on_the_full_table(lightly_loss, with_queue):
         torch.testing.assert_close(a, b)
 
 
+def test_the_centre_moves_in_float32_under_autocast():
+    criterion, views, weight = DINOLoss(output_dim=9), rows(2, 5, 4).float(), rows(9, 4, seed=1).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        criterion.update_center(views.bfloat16(), weight)
+    torch.testing.assert_close(criterion.center, 0.1 * (views.bfloat16().float() @ weight.T).mean((0, 1)))
+
+
+def test_dissl_with_prototypes_that_nobody_takes_has_finite_gradients():
+    student, teacher = rows(2, 8, 128).float(), rows(2, 8, 128, seed=1).float()
+    prototypes = 2 * rows(4096, 128, seed=2).float()
+    assignment = (teacher[0].double() @ prototypes.T.double() / 0.5).softmax(1).mean(0)
+    assert (assignment.float() == 0).any()
+    found = loss_and_gradients(lambda s, t, p: DISSLLoss()(s, prototypes, t, p), student, teacher, prototypes)
+    wide = (part.double() for part in (student, teacher, prototypes))
+    expected = loss_and_gradients(lambda s, t, p: DISSLLoss()(s, prototypes.double(), t, p), *wide)
+    for ours, want in zip(found, expected, strict=True):
+        assert (ours.double() - want).norm() <= 1e-4 * want.norm()
+
+
+MODULES = {
+    "NTXentLoss": lambda a, b: NTXentLoss()(a, b),
+    "NTXentLoss with a bank": lambda a, b: NTXentLoss(memory_bank_size=(6, 4))(a, b),
+    "ClipLoss": lambda a, b: ClipLoss()(a, b, 10.0),
+    "SupConLoss": lambda a, b: SupConLoss()(torch.stack([a, b], 1)),
+    "SigmaLoss": lambda a, b: SigmaLoss()(a, b, b, a),
+    "DINOLoss": lambda a, b: DINOLoss(output_dim=6)(b[None], b, a[None].expand(2, 6, 4), b),
+    "SwaVLoss": lambda a, b: SwaVLoss()(a.expand(2, 6, 4), [a], b, [b, b]),
+    "DISSLLoss": lambda a, b: DISSLLoss()(a.expand(2, 6, 4), b, b.expand(2, 6, 4), a),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_takes_a_layers_output_beside_float32_under_autocast(name):
+    first, second = unit(6, 4).bfloat16(), unit(6, 4, seed=1).float()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, *gradients = loss_and_gradients(MODULES[name], first, second)
+    torch.manual_seed(0)
+    expected, *wide = loss_and_gradients(MODULES[name], first.float(), second.bfloat16().float())
+    assert loss.dtype == torch.float32 and abs(loss - expected) < 2e-2 * abs(expected)
+    for gradient, operand, want in zip(gradients, (first, second), wide, strict=True):
+        assert (gradient is None and want is None) or gradient.dtype == operand.dtype
+        assert want is None or (gradient.float() - want).norm() < 5e-2 * want.norm()
+
+
 def test_dissl_is_its_formula_on_the_full_table_with_gradients_to_the_teacher():
     leaves = rows(2, 6, 4), rows(9, 4, seed=1), rows(2, 6, 3, seed=2), rows(9, 3, seed=3)
 
@@ -180,6 +281,11 @@ def test_dissl_is_its_formula_on_the_full_table_with_gradients_to_the_teacher():
         (lambda: NTXentLoss(memory_bank_size=4096), r"memory_bank_size must be 0 or \(rows, features\), found 4096"),
         (lambda: SupConLoss()(torch.zeros(4, 3)), r"found \(4, 3\)"),
         (lambda: SupConLoss()(torch.zeros(4, 2, 3), torch.zeros(3)), r"labels must have shape \(4,\).* found \(3,\)"),
+        (lambda: SupConLoss()(torch.zeros(4, 2, 3), mask=torch.zeros(4, 3)), r"mask must have shape \(4, 4\).* found \(4, 3\)"),
+        (lambda: SupConLoss()(torch.zeros(4, 2, 3), torch.zeros(4), torch.zeros(4, 4)), r"labels and mask both"),
+        (lambda: SupConLoss(contrast_mode="two"), r"contrast_mode must be 'all' or 'one', found 'two'"),
+        (lambda: ClipLoss(use_horovod=True), r"use_horovod=True. Launch with torchrun"),
+        (lambda: ClipLoss()(torch.eye(2), torch.eye(2), 1.0, True), r"logit_bias must be .* found True. Pass output_dict by its name"),
         (
             lambda: DINOLoss(output_dim=5)(torch.zeros(1, 2, 3), torch.zeros(5, 3), torch.zeros(1, 2, 3), torch.zeros(5, 3)),
             "one view of each",

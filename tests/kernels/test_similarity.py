@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.library import opcheck
 
@@ -96,7 +97,7 @@ def test_forward_over_reverse_equals_dense(loss, operands, tangents):
     close(jvp(grad(loss, ALL), operands, tangents), jvp(grad(dense(loss), ALL), operands, tangents))
 
 
-@pytest.mark.parametrize("loss", [contrastive, distilled])
+@FAMILIES
 def test_reverse_over_forward_equals_dense(loss, operands, tangents):
     def slope(function):
         return grad(lambda *at: jvp(function, at, tangents)[1], ALL)(*operands)
@@ -110,8 +111,19 @@ def test_hessian_equals_dense(loss, operands, outer, inner):
     close(outer(inner(loss, (0, 1)), (0, 1))(*operands), hessian(dense(loss), (0, 1))(*operands))
 
 
+@FAMILIES
+def test_reverse_over_forward_outside_of_functorch_equals_dense(loss, operands, tangents):
+    leaves = [operand.clone().requires_grad_() for operand in operands]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(leaf, tangent) for leaf, tangent in zip(leaves, tangents, strict=True)]
+        slope = forward_ad.unpack_dual(loss(*duals)).tangent
+    expected = grad(lambda *at: jvp(dense(loss), at, tangents)[1], ALL)(*operands)
+    close(torch.autograd.grad(slope, leaves), expected)
+
+
 @pytest.mark.parametrize(
-    "transform", [jacfwd(jacfwd(contrastive)), grad(lambda *at: grad(lambda *at: grad(contrastive)(*at).sum())(*at).sum())]
+    "transform",
+    [jacfwd(jacfwd(contrastive)), jacfwd(jacfwd(marginal)), grad(lambda *at: grad(lambda *at: grad(contrastive)(*at).sum())(*at).sum())],
 )
 def test_what_is_not_implemented_raises_instead_of_giving_a_number(transform, operands):
     with pytest.raises(RuntimeError, match="not implemented"):
@@ -201,6 +213,15 @@ def test_compiled_loss_and_gradient_equal_dense(loss, operands):
     leaves = [operand.clone().requires_grad_() for operand in operands]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     close(torch.autograd.grad(compiled(*leaves), leaves), grad(dense(loss), ALL)(*operands))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_loss_follows_a_schedule_of_temperatures(operands, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(nt_xent, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for temperature in (0.5, 0.4, 0.3):
+        found = compiled(operands[0], operands[3], temperature=temperature)
+        close(found, nt_xent(operands[0], operands[3], temperature=temperature, implementation="reference"))
 
 
 def compiled_or_refused(function, *operands):

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fastgessl.kernels import clip_loss, gessl_loss, implementation_for, info_nce, nt_xent, soft_cross_entropy
+from fastgessl.kernels import (
+    clip_loss,
+    gessl_loss,
+    implementation_for,
+    info_nce,
+    nt_xent,
+    sinkhorn_potentials,
+    soft_cross_entropy,
+    softmax_marginal,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +72,20 @@ def test_error_is_at_most_twice_that_of_dense_pytorch_in_the_same_dtype(name, sh
 def test_a_gpu_tensor_takes_triton_by_itself_and_float64_does_not():
     assert implementation_for(torch.empty(2, 2, device="cuda"))[0] == "triton"
     assert implementation_for(torch.empty(2, 2, device="cuda", dtype=torch.float64))[0] == "chunked"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_of_nan_or_infinity_gives_nan_and_no_assertion_that_would_end_the_process(value):
+    query, prototypes = operands(64, 64, 128, torch.float32, 0.1)[:2]
+    query[1, 0] = value
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        rows = query.bfloat16().requires_grad_()
+        potentials = sinkhorn_potentials(rows, prototypes)
+        loss = soft_cross_entropy(rows, prototypes, rows.detach(), prototypes, teacher_bias=potentials)
+        mean = softmax_marginal(rows, prototypes)
+    gradient = torch.autograd.grad(loss + (mean * mean.log()).sum(), rows)[0]
+    assert potentials.isnan().all() and loss.isnan() and gradient.isnan().any()
+    assert info_nce(prototypes, prototypes).isfinite()  # the device still answers
 
 
 def test_results_repeat_bit_for_bit():

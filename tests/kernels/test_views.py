@@ -199,6 +199,51 @@ def test_what_does_not_fit_is_named(images, options, message):
         augment_views(images, drawn, size=8, mean=MEAN, std=STD, **options)
 
 
+def beside(name, row):
+    """Parameters of three images of 8 x 10, the second with another crop or reach."""
+    drawn = ViewParameters.unchanged(3, 8, 10)
+    changed = getattr(drawn, name).clone()
+    changed[1] = torch.tensor(row)
+    return ViewParameters(**(vars(drawn) | {name: changed}))
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("reach", [-1.0, 0.0, 8.0, 10.0]),
+        ("reach", [0.0, 0.0, 9.0, 10.0]),
+        ("reach", [0.0, 4.0, 8.0, 7.0]),
+        ("reach", [3.0, 3.0, 0.0, 3.0]),
+        ("crop", [-12.0, 0.0, 8.0, 10.0]),
+        ("crop", [0.0, 8.0, 8.0, 10.0]),
+        ("crop", [2.0, 2.0, 0.0, 2.0]),
+        ("crop", [math.nan, 0.0, 8.0, 10.0]),
+    ],
+)
+def test_a_crop_or_reach_beside_the_image_is_refused_with_its_row(name, row):
+    images, drawn = images_of(3, 8, 10), beside(name, row)
+    with pytest.raises(ValueError, match=rf"in its image, 8 x 10, .* for image 1 .*{name} \[{row[0]}"):
+        augment_views(images, drawn, size=6, mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_crop_up_to_half_a_pixel_beyond_its_reach_has_pixels_to_read(interpolation):
+    drawn = beside("crop", [-0.5, -0.5, 9.0, 11.0])
+    views = augment_views(images_of(3, 8, 10), drawn, size=200, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation)
+    assert views.isfinite().all() and views.min() >= 0 and views.max() <= 1
+
+
+def test_other_parameters_and_images_that_do_not_fit_are_named_too():
+    images, drawn = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ViewParameters.unchanged(1, 8, 8)
+    options = {"mean": MEAN, "std": STD}
+    with pytest.raises(ValueError, match=r"\(B, H, W, 3\) uint8, found \(8,\)"):
+        colour_views(torch.zeros(8, dtype=torch.uint8), drawn, **options)
+    with pytest.raises(ValueError, match="order must hold columns of factors, 0 to 3, found 7"):
+        colour_views(images, ViewParameters(**(vars(drawn) | {"order": torch.tensor([[0, 7, 1, 2]])})), **options)
+    with pytest.raises(ValueError, match="no implementation='reference' in batch"):
+        augment_views(images, drawn, size=4, **options, implementation="reference")
+
+
 def test_solarize_inverts_from_the_threshold_on():
     image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
     drawn = ViewParameters(**(vars(ViewParameters.unchanged(1, 16, 16)) | {"solarize": torch.ones(1, dtype=torch.bool)}))

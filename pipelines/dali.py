@@ -47,7 +47,8 @@ class DaliEngine:
         self._images, self._draws, self._bad_files, self._device = images, draws, bad_files, device
         self._batch_size, self._workers = batch_size, workers
         self._sizes = np.zeros((len(images), 2), dtype=np.int64)
-        # Images that DALI cannot read but Pillow can: PNGs without their end, for instance. The graph is fed Pillow's picture of them.
+        # Images that DALI cannot read but Pillow can: PNGs without their end, for instance; and those whose header says another size than
+        # their picture has. The graph is fed Pillow's picture of them.
         self._by_pillow: set[int] = set()
         self._requests: Iterator[Request] = iter(())
         self._in_flight: deque[_Fed] = deque()
@@ -122,7 +123,9 @@ class DaliEngine:
             return self._images.images[image]
         encoded, name = self._images.read(image), self._images.name(image)
         if image in self._by_pillow:
-            return _as_bitmap(decode(encoded, name))
+            picture = decode(encoded, name)
+            self._sizes[image] = picture.height, picture.width
+            return _as_bitmap(picture)
         if self._sizes[image, 0] == 0:
             self._sizes[image] = image_size(encoded, name)
         return encoded
@@ -131,10 +134,8 @@ class DaliEngine:
         """Images that DALI decoded to another size than their header says: a crop drawn for the one would be wrong in the other."""
         decoded = np.asarray(shapes.as_tensor())[:, :2]
         misread = set(fed.index[(decoded != self._sizes[fed.index]).any(axis=1)].tolist())
-        if beyond := sorted(misread & self._by_pillow):
-            raise DataError(
-                f"image {self._images.name(beyond[0])!r} decodes to another size than its header says. Convert it, or remove it."
-            )
+        # A bitmap has the size of Pillow's picture; to ask for it again would never end.
+        assert not misread & self._by_pillow
         return misread
 
     def _colour(self, view: Any, number: int, parameters: ViewParameters) -> Tensor:
@@ -156,18 +157,22 @@ class DaliEngine:
         if isinstance(self._images, ArrayImages):
             raise failure
         images = sorted({int(image) for fed in self._in_flight for image in fed.index} - self._by_pillow)
-        known = len(self._bad_files.found)
+        known, misstated = len(self._bad_files.found), set()
         for image in images:
             try:
-                decode(self._images.read(image), self._images.name(image))
+                picture = decode(self._images.read(image), self._images.name(image))
             except DataError as error:
                 self._bad_files.add(image, error)
+                continue
+            if (picture.height, picture.width) != tuple(self._sizes[image]):
+                misstated.add(image)
         if len(self._bad_files.found) > known:
             return
-        undecodable = {image for image in images if not decodes(self._images.read(image))}
-        if not undecodable:
+        # A crop that was drawn for the size in the header may lie outside the picture.
+        culprits = misstated or {image for image in images if not decodes(self._images.read(image))}
+        if not culprits:
             raise failure
-        self._by_pillow |= undecodable
+        self._by_pillow |= culprits
 
 
 def _as_bitmap(picture: Image.Image) -> NDArray[np.uint8]:

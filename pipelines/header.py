@@ -23,6 +23,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Of these the sides change places. Numbers beyond 8 mean nothing, and DALI takes them for upright as well.
+_TURNED = (5, 6, 7, 8)
 BROKEN = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
@@ -30,7 +32,7 @@ def image_size(encoded: NDArray[np.uint8], name: str) -> tuple[int, int]:
     """Height and width of the upright picture, EXIF orientation applied. Raises DataError if it is not one of the formats read here."""
     image, orientation = _open(encoded, name)
     width, height = image.size
-    return (width, height) if orientation >= 5 else (height, width)
+    return (width, height) if orientation in _TURNED else (height, width)
 
 
 def decode(encoded: NDArray[np.uint8], name: str) -> Image.Image:
@@ -69,7 +71,7 @@ def _open(encoded: NDArray[np.uint8], name: str) -> tuple[Image.Image, int]:
 
 
 def _orientation(block: bytes) -> int:
-    """1 to 8; 1, upright, if the EXIF block is absent or broken, as DALI has it. XMP, which DALI does not read, is left aside too."""
+    """As it is written; 1, upright, if the EXIF block is absent or broken, as DALI has it. XMP, which DALI does not read, is left aside."""
     exif = Image.Exif()
     try:
         exif.load(block)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastgessl.pipelines.class_numbers import numbered_classes
 from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.images import FileImages
 
@@ -24,8 +25,8 @@ def read_list(root: Path, split: str) -> FileImages | None:
         train, held_out = root, None
     lines = _lines(train)
     if split == "train":
-        return _images(train, lines, _classes([label for _, label in lines]))
-    return None if held_out is None else _images(held_out, _lines(held_out), _classes([label for _, label in lines]))
+        return _images(train, lines, _classes(lines, train))
+    return None if held_out is None else _images(held_out, _lines(held_out), _classes(lines, train))
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
@@ -51,16 +52,22 @@ def _parts(line: str) -> tuple[str, str]:
         image, _, label = line.strip().rpartition("\t")
         return image.strip(), label.strip()
     image, _, label = line.strip().rpartition(" ")
-    return (image.strip(), label) if image and label.isdigit() else (line.strip(), "")
+    return (image.strip(), label) if image and label.isdecimal() else (line.strip(), "")
 
 
-def _classes(labels: list[str]) -> tuple[str, ...]:
+def _classes(lines: list[tuple[str, str]], path: Path) -> tuple[str, ...]:
     """Numbers count from 0, names are sorted."""
+    labels = {label for _, label in lines}
     if not any(labels):
         return ()
-    if all(label.isdigit() for label in labels):
-        return tuple(map(str, range(max(map(int, labels)) + 1)))
-    return tuple(sorted(set(labels)))
+    if all(label.isdecimal() for label in labels):
+        return numbered_classes(max(map(_number, labels)), f"the list {str(path)!r}")
+    return tuple(sorted(labels))
+
+
+def _number(digits: str) -> int:
+    """Python refuses to read numbers of thousands of digits; the first twenty tell that it is no class."""
+    return int(digits.lstrip("0")[:20] or 0)
 
 
 def _images(path: Path, lines: list[tuple[str, str]], classes: tuple[str, ...]) -> FileImages:
@@ -68,7 +75,7 @@ def _images(path: Path, lines: list[tuple[str, str]], classes: tuple[str, ...]) 
     if not classes or not lines[0][1]:
         return FileImages(paths)
     number = {name: label for label, name in enumerate(classes)}
-    labels = [str(int(label)) if label.isdigit() else label for _, label in lines]
+    labels = [str(_number(label)) if label.isdecimal() else label for _, label in lines]
     if unknown := sorted(set(labels) - set(classes)):
         raise DataError(
             f"the list {str(path)!r} has the classes {', '.join(unknown[:5])}, which the training images do not have. Rename them."

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgessl.pipelines.class_numbers import numbered_classes
 from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.images import ArrayImages
 
@@ -22,7 +23,6 @@ _BROKEN = (
     OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError, SystemError, SyntaxError, RuntimeError,
     zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
-_MOST_CLASSES = 1 << 20
 
 
 def read_npz(path: Path, split: str) -> ArrayImages | None:
@@ -37,8 +37,10 @@ def read_npz(path: Path, split: str) -> ArrayImages | None:
     own = labels.get(split)
     if own is not None and len(own) != len(images):
         raise DataError(f"{path}: {split}_y has {len(own)} labels for the {len(images)} images of {split}_x. Give one label an image.")
-    count = max((int(values.max()) + 1 for values in labels.values() if len(values)), default=0)
-    return ArrayImages(images, own, _class_names(arrays.get("classes"), count, path))
+    largest, name = max(((int(values.max()), f"{name}_y") for name, values in labels.items() if len(values)), default=(-1, ""))
+    names = arrays.get("classes")
+    classes = numbered_classes(largest, f"{path}: {name}") if names is None else _class_names(names, largest + 1, path)
+    return ArrayImages(images, own, classes)
 
 
 def _arrays(path: Path, split: str) -> dict[str, NDArray[Any]]:
@@ -98,14 +100,10 @@ def _labels(array: NDArray[Any], name: str, path: Path) -> NDArray[np.int64]:
     labels = array.reshape(-1).astype(np.int64)
     if len(labels) and labels.min() < 0:
         raise DataError(f"{path}: {name} holds the label {labels.min()}. Number the classes from 0, or leave {name} out.")
-    if len(labels) and labels.max() >= _MOST_CLASSES:
-        raise DataError(f"{path}: {name} holds the label {labels.max()}, and labels number the classes from 0. Number them closely.")
     return labels
 
 
-def _class_names(names: NDArray[Any] | None, count: int, path: Path) -> tuple[str, ...]:
-    if names is None:
-        return tuple(str(label) for label in range(count))
+def _class_names(names: NDArray[Any], count: int, path: Path) -> tuple[str, ...]:
     if names.ndim != 1 or len(names) < count:
         raise DataError(f"{path}: classes has shape {names.shape}, but the labels go up to {count - 1}. Give one name a class.")
     try:

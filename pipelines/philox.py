@@ -30,8 +30,10 @@ def philox(counter: ArrayLike, key: tuple[int, int]) -> NDArray[np.uint64]:
 
 
 def key_of(seed: int, epoch: int) -> tuple[int, int]:
-    """Key of an epoch of a run: distinct for distinct non-negative integers of any size."""
-    low, high = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint32)
+    """Key of an epoch of a run, for non-negative integers of any size: 64 bits of a hash of both."""
+    # The hash sees words of 32 bits, one after the other: beyond one word each, how many are the seed's must stand behind them.
+    length = () if max(seed, epoch) <= _LOW else (-(-seed.bit_length() // 32) or 1,)
+    low, high = np.random.SeedSequence((seed, epoch, *length)).generate_state(2, np.uint32)
     return int(low), int(high)
 
 

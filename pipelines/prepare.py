@@ -34,7 +34,7 @@ Track = Callable[[Iterable[int], str], Iterable[int]]
 
 @dataclass
 class Report:
-    """What became of the pictures."""
+    """What became of the pictures, in this call and in those that it went on with."""
 
     written: int = 0
     converted: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ def prepare_folder(folder: Path, out: Path, *, size: int, per_shard: int, track:
     else:
         out.mkdir(parents=True, exist_ok=True)
         if splits["train"].labels is not None:
-            (out / CLASS_NAMES).write_text("".join(f"{name}\n" for name in splits["train"].classes), encoding="utf-8")
+            _write_whole(out / CLASS_NAMES, splits["train"].classes)
         for split, images in splits.items():
             _write_shards(images, out, "train" if split == "train" else "val", per_shard, track, report)
     return report
@@ -68,31 +68,67 @@ def prepare_folder(folder: Path, out: Path, *, size: int, per_shard: int, track:
 
 def _write_shards(images: FileImages, out: Path, split: str, per_shard: int, track: Track, report: Report) -> None:
     _check_same_source(images, out / f"{split}.txt", f"{per_shard} images a shard")
-    named = set(report.left_out)
+    listed = _listed(out / LEFT_OUT)
     for start in track(range(0, len(images), per_shard), f"{split} shards"):
         shard = out / f"{split}-{start // per_shard:06d}.tar"
+        numbers = range(start, min(start + per_shard, len(images)))
         if shard.exists():
+            _report_kept(shard, images, numbers, listed, report)
             continue
         # A shard gets its name when it is whole: what an interruption leaves is never taken for one.
         unfinished = shard.with_suffix(".tar.part")
         with tarfile.open(unfinished, "w") as archive:
-            for image in range(start, min(start + per_shard, len(images))):
+            for image in numbers:
                 _add_sample(archive, images, image, report)
+        new = [reason for reason in report.left_out.values() if reason not in listed]
         with (out / LEFT_OUT).open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{reason}\n" for name, reason in report.left_out.items() if name not in named)
-        named |= report.left_out.keys()
+            file.writelines(f"{reason}\n" for reason in new)
+        listed += new
         os.replace(unfinished, shard)
+
+
+def _listed(listing: Path) -> list[str]:
+    """Why pictures were left out so far, a line each."""
+    return listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if listing.exists() else []
+
+
+def _report_kept(shard: Path, images: FileImages, numbers: range, listed: list[str], report: Report) -> None:
+    """What a call before made of the pictures `numbers`, of which its `shard` is whole."""
+    try:
+        with tarfile.open(shard) as archive:
+            kept = {int(name.partition(".")[0]) for name in archive.getnames()}
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise DataError(f"shard {str(shard)!r} of a call before cannot be read ({error}). Remove it, and call again.") from error
+    for image in numbers:
+        name = images.name(image)
+        if image not in kept:
+            report.left_out[name] = next((reason for reason in listed if repr(name) in reason), f"image {name!r} was left out before.")
+            continue
+        report.written += 1
+        if not _stays(images, image):
+            report.converted.append(name)
 
 
 def _check_same_source(images: FileImages, record: Path, options: str) -> None:
     """What the pictures are, and in which order, stands beside the work, so that a later call cannot go on with another folder."""
-    content = "".join(f"{name}\n" for name in (options, *(images.name(image) for image in range(len(images)))))
-    encoded = content.encode("utf-8", "surrogateescape")
-    if record.exists() and record.read_bytes() != encoded:
+    lines = (options, *(images.name(image) for image in range(len(images))))
+    if not record.exists():
+        _write_whole(record, lines)
+    elif record.read_bytes() != _encoded_lines(lines):
         raise DataError(
             f"{str(record.parent)!r} holds work on other pictures, or with other options, of a call before. Remove it, or write elsewhere."
         )
-    record.write_bytes(encoded)
+
+
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
+    """By renaming: an interruption leaves the whole file, or none."""
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_bytes(_encoded_lines(lines))
+    os.replace(unfinished, path)
+
+
+def _encoded_lines(lines: Iterable[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
 
 
 def _add_sample(archive: tarfile.TarFile, images: FileImages, image: int, report: Report) -> None:
@@ -116,14 +152,22 @@ def _add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 def _encoded(images: FileImages, image: int, report: Report) -> tuple[bytes, str]:
     """Bytes that every engine can decode, and the ending that goes with them."""
     name, encoded = images.name(image), images.read(image)
-    ending = images.paths[image].suffix[1:].lower()
-    if ending in EXTENSIONS:
+    if _stays(images, image):
         decode(encoded, name)
-        return encoded.tobytes(), ending
+        return encoded.tobytes(), _ending(images, image)
     out = io.BytesIO()
     picture(encoded, name).save(out, "JPEG", quality=_JPEG_QUALITY)
     report.converted.append(name)
     return out.getvalue(), "jpg"
+
+
+def _stays(images: FileImages, image: int) -> bool:
+    """Whether the file is put into a shard as it is."""
+    return _ending(images, image) in EXTENSIONS
+
+
+def _ending(images: FileImages, image: int) -> str:
+    return images.paths[image].suffix[1:].lower()
 
 
 def picture(encoded: NDArray[np.uint8], name: str) -> Image.Image:

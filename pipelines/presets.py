@@ -153,5 +153,9 @@ def _strengthened(spec: ViewSpec, strength: float) -> ViewSpec:
 
 
 def _blur_kernel(size: int) -> int:
-    """The largest odd number of taps within a tenth of the view (SimCLR), at least 3; 23 at 224 pixels, as every paper has it."""
+    """Taps: 23 at 224 pixels, as every paper has it; in proportion at other sizes, rounded, an even number up by one; at least 3.
+
+    >>> [_blur_kernel(size) for size in (224, 96, 32)]
+    [23, 11, 3]
+    """
     return max(3, round(size * 23 / 224) // 2 * 2 + 1)

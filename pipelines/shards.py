@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastgessl.pipelines.class_numbers import numbered_classes
 from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.folder import EXTENSIONS
 from fastgessl.pipelines.images import ShardImages
@@ -49,7 +50,7 @@ def _shards(root: Path, split: str) -> list[Path]:
 
 def _class_names(root: Path) -> tuple[str, ...]:
     path = (root.parent if root.is_file() else root) / CLASS_NAMES
-    return tuple(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ()
+    return tuple(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()) if path.is_file() else ()
 
 
 def _index(shards: list[Path], classes: tuple[str, ...]) -> ShardImages:
@@ -63,20 +64,20 @@ def _index(shards: list[Path], classes: tuple[str, ...]) -> ShardImages:
             labels.append(label)
     if not names:
         raise DataError(f"{shards[0]} and {len(shards) - 1} further shards hold no {', '.join(EXTENSIONS)} files. Make them again.")
-    labelled = np.array(labels, dtype=np.int64)
-    if (unlabelled := int((labelled < 0).sum())) not in (0, len(labels)):
-        first = names[int((labelled < 0).argmax())]
+    if (unlabelled := labels.count(-1)) not in (0, len(labels)):
+        first = names[labels.index(-1)]
         raise DataError(
             f"{unlabelled} of {len(labels)} images in the shards have no .cls beside them (first: {first}). Label all, or none."
         )
-    if unlabelled:
-        classes = ()
-    elif not classes:
-        classes = tuple(map(str, range(int(labelled.max()) + 1)))
-    elif labelled.max() >= len(classes):
-        raise DataError(f"the shards have the class {labelled.max()}, but {CLASS_NAMES} names {len(classes)} classes. Name every class.")
     shard, offset, length = np.array(places, dtype=np.int64).T
-    return ShardImages(tuple(shards), tuple(names), shard, offset, length, None if unlabelled else labelled, classes)
+    if unlabelled:
+        return ShardImages(tuple(shards), tuple(names), shard, offset, length)
+    largest = max(labels)
+    if not classes:
+        classes = numbered_classes(largest, f"shard {str(shards[shard[labels.index(largest)]])!r}")
+    elif largest >= len(classes):
+        raise DataError(f"the shards have the class {largest}, but {CLASS_NAMES} names {len(classes)} classes. Name every class.")
+    return ShardImages(tuple(shards), tuple(names), shard, offset, length, np.array(labels, dtype=np.int64), classes)
 
 
 def _samples(shard: Path) -> list[Sample]:

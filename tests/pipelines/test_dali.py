@@ -10,6 +10,7 @@ pytest.importorskip("torchvision")
 from PIL import Image
 
 from fastgessl.pipelines import ArrayImages, DataError, FileImages, ViewSpec, build, evaluation_view, open_images, view_preset
+from fastgessl.pipelines.header import image_size
 
 HALF = (0.5, 0.5, 0.5)
 GEOMETRY = {"mean": HALF, "std": HALF, "jitter_probability": 0.0}
@@ -133,7 +134,7 @@ def behind_the_pixels(png: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "PNG, late", "WEBP"])
-@pytest.mark.parametrize("orientation", [2, 3, 5, 6, 7, 8, "broken"])
+@pytest.mark.parametrize("orientation", [2, 3, 5, 6, 7, 8, 9, "broken"])
 def test_pictures_stand_upright(tmp_path, picture, encode, kind, orientation):
     tags = Image.Exif()
     tags[0x0112] = 6 if orientation == "broken" else orientation
@@ -146,6 +147,18 @@ def test_pictures_stand_upright(tmp_path, picture, encode, kind, orientation):
     path.write_bytes(behind_the_pixels(content) if kind == "PNG, late" else content)
     (found,) = difference(FileImages((path,)), (ViewSpec(size=16, **GEOMETRY),), batch_size=1)
     assert found[:, :, 1:-1, 1:-1].max() <= 2.01
+
+
+@pytest.mark.parametrize("stated", [(80, 60), (600, 800), (30, 40)])
+def test_a_picture_of_another_size_than_its_header_says_is_shown_as_it_is(photos, monkeypatch, stated):
+    images = open_images("folder", photos)
+    odd, size = str(images.paths[5]), image_size
+    monkeypatch.setattr("fastgessl.pipelines.dali.image_size", lambda encoded, name: stated if name == odd else size(encoded, name))
+    for views in (RECIPES["evaluation"], RECIPES["bilinear crop"]):
+        expected, found = (batches(images, views, engine, training=False) for engine in ("torchvision", "dali"))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.index.tolist() == theirs.index.tolist()
+            assert (ours.views[0] - theirs.views[0])[:, :, 1:-1, 1:-1].abs().max() * 127.5 <= 2.01
 
 
 def test_a_loader_works_again_after_the_bad_file_is_mended(photos):

@@ -33,6 +33,12 @@ def test_size_and_pixels_are_those_of_the_upright_picture(picture, encode, kind,
     assert found.shape[:2] == size and np.abs(found - expected).mean() < (5 if kind == "JPEG" else 0.01)
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_exif_does_not_have_turns_nothing(picture, encode, orientation):
+    content = encoded(encode(picture, "PNG", exif=exif(orientation)))
+    assert image_size(content, "a") == (60, 80) and (np.asarray(decode(content, "a")) == picture).all()
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK"])
 def test_every_colour_mode_becomes_rgb(picture, encode, mode):
     content = encoded(encode(Image.fromarray(picture).convert(mode), "JPEG" if mode == "CMYK" else "PNG"))

@@ -38,6 +38,17 @@ def test_a_folder_of_lists_has_a_held_out_one(tmp_path, held_out):
         open_images("list", tmp_path, "test")
 
 
+@pytest.mark.parametrize("label", ["20211121", "9" * 30, "9" * 5000])
+def test_a_number_that_counts_no_classes_is_named_before_it_names_millions(tmp_path, label):
+    with pytest.raises(DataError, match=rf"mine.txt' holds the label {label[:8]}.*number the classes from 0"):
+        open_images("list", write(tmp_path / "mine.txt", "a.jpg 0", f"b.jpg {label}"))
+
+
+def test_what_only_looks_like_a_number_is_a_name(tmp_path):
+    images = open_images("list", write(tmp_path / "mine.txt", "a.jpg\t²", "b.jpg\t1"))
+    assert images.classes == ("1", "²") and images.labels.tolist() == [1, 0]
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(DataError, match=r"train.txt' cannot be read \(No such file"):
         open_images("list", tmp_path)

@@ -29,6 +29,19 @@ def test_uniforms_are_uniform_and_independent():
     assert numbers.min() > 0 and numbers.max() < 1
 
 
+def test_seeds_and_epochs_beyond_a_word_have_keys_of_their_own():
+    # As bare words of 32 bits, zeros behind them left out, each of these lines is one and the same.
+    words = [(5, 3), (5 + 3 * 2**32, 0)], [(2**32, 5), (0, 1 + 5 * 2**32)], [(7, 0), (7, 2**32)], [(2**64, 1), (0, 2**96)]
+    for alike in words:
+        assert len({key_of(seed, epoch) for seed, epoch in alike}) == len(alike)
+
+
+def test_keys_of_a_seed_and_an_epoch_of_one_word_stay_what_they_were():
+    # numpy's SeedSequence of both, recorded: other keys are other views in a resumed run.
+    assert key_of(0, 0) == (2968811710, 3677149159)
+    assert key_of(3, 4) == tuple(int(word) for word in np.random.SeedSequence((3, 4)).generate_state(2, np.uint32))
+
+
 def test_seed_epoch_stream_block_and_sample_each_change_the_numbers():
     def first(index=5, stream=0, block=0, seed=3, epoch=4):
         return uniforms(np.array([index]), stream, range(block, block + 1), key_of(seed, epoch)).tobytes()

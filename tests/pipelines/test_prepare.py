@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,9 +59,48 @@ def test_an_interrupted_call_goes_on_where_it_was(photos, tmp_path):
     (out / "train-000002.tar.part").write_bytes(b"half a shard")
     first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert sorted(first) == ["train-000000.tar", "train-000001.tar"]
-    assert prepare(photos, out).written == 6
+    assert prepare(photos, out).written == 14
     assert {name: (out / name).stat().st_mtime_ns for name in first} == first and len(open_images("shards", out)) == 14
-    assert prepare(photos, out).written == 0
+
+
+def test_a_call_over_a_whole_set_reports_what_lies_there(photos, picture_of, encode, tmp_path):
+    (photos / "cat" / "a.tiff").write_bytes(encode(picture_of(100), "TIFF"))
+    for name in ("dog/y.jpg", "dog/z.jpg"):
+        (photos / name).write_bytes(b"no picture")
+    first = prepare(photos, tmp_path / "out")
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != "classes.txt"}
+
+    again = prepare(photos, tmp_path / "out")
+
+    assert (first.written, len(first.converted), len(first.left_out)) == (15, 1, 2) and again == first
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != "classes.txt"} == written
+    next((tmp_path / "out").glob("train-*.tar")).write_bytes(b"torn" * 200)
+    with pytest.raises(DataError, match=r"train-\d+.tar' of a call before cannot be read"):
+        prepare(photos, tmp_path / "out")
+
+
+def test_a_kill_within_the_record_of_the_pictures_costs_nothing(photos, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def torn(self, content):
+        write(self, content[: len(content) // 2] if self.name.startswith("train.txt") else content)
+        if self.name.startswith("train.txt"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "write_bytes", torn)
+        prepare(photos, tmp_path / "out")
+    assert prepare(photos, tmp_path / "out").written == 14
+
+
+def test_names_need_not_be_utf8(photos, tmp_path):
+    os.rename(photos / "cat", os.fsencode(photos) + b"/caf\xe9")
+    (photos / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.jpg")).write_bytes(b"no picture")
+    for out, name in (("out", "shards"), ("out.npz", "npz")):
+        report = prepare(photos, tmp_path / out, size=8)
+        images = open_images(name, tmp_path / out)
+        assert images.classes == (os.fsdecode(b"caf\xe9"), "dog") and report.written == len(images) == 14
+        assert [os.fsencode(path)[-5:] for path in report.left_out] == [b"\xff.jpg"]
 
 
 def test_shards_of_other_pictures_are_not_mixed_in(photos, tmp_path):

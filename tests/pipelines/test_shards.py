@@ -97,6 +97,8 @@ def test_a_long_name_is_kept(tmp_path):
         ({"a.jpg": b"x", "a.cls": b"0", "b.jpg": b"y"}, r"1 of 2 images in the shards have no .cls beside them \(first: b.jpg\)"),
         ({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls holds no number"),
         ({"a.jpg": b"x", "a.cls": b"-1"}, "has the class -1. Number the classes from 0"),
+        ({"a.jpg": b"x", "a.cls": b"20211121"}, r"a.tar' holds the label 20211121, .* number the classes from 0"),
+        ({"a.jpg": b"x", "a.cls": b"9" * 30}, r"a.tar' holds the label 9999999999"),
         ({"a.jpg": b"x", "a.cls": b"2", "classes": b""}, "the shards have the class 2, but classes.txt names 2 classes"),
     ],
 )

@@ -9,7 +9,15 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    set_seed,
+)
 
 from fastgessl import pipelines
 from fastgessl.config import Config, UsageError
@@ -58,11 +66,18 @@ def build_accelerator(config: Config, folder: Path, init_method: str | None = No
             f"log.trackers '{unknown[0]}' is no tracker that Accelerate knows. Choose from {', '.join(sorted(LoggerType.list()))}, or give "
             "--log.trackers without a name for none."
         )
+    # Accelerate drops them with a warning, and the run would be recorded nowhere.
+    here = {str(tracker) for tracker in get_available_trackers()}
+    if missing := [name for name in config.log.trackers if name not in here and name != "all"]:
+        raise UsageError(
+            f"log.trackers {missing[0]}: its package is not installed here. pip install {missing[0]}, or leave it out; "
+            f"installed are {', '.join(sorted(here)) or 'none'}."
+        )
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(config.log.trackers) or None,
-        project_dir=folder,
+        project_config=tracker_folders(folder),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulate, sync_with_dataloader=False),
         # Batch-norm statistics are synchronised by the norm itself or not at all; broadcasting rank 0's would be a third meaning.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(init_method=init_method)],
@@ -74,6 +89,11 @@ def build_accelerator(config: Config, folder: Path, init_method: str | None = No
             "On a CPU launch with `ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node N -m fastgessl train ...`."
         )
     return accelerator
+
+
+def tracker_folders(folder: Path) -> ProjectConfiguration:
+    """The run's folder, and below it the one for trackers that write files."""
+    return ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
 
 
 def _precision(config: Config, on_cpu: bool) -> str:
@@ -148,8 +168,8 @@ def _images_per_forward(config: Config, world_size: int) -> int:
 
 def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accelerator) -> Plan:
     """Everything that was derived rather than configured."""
-    steps_per_epoch = len(loader) / config.train.accumulate
-    total_steps = int(config.train.epochs * steps_per_epoch)
+    # In whole numbers: 50 epochs of 23 batches, ten a step, are 115 steps, and 50 * 2.3 is less.
+    total_steps = config.train.epochs * len(loader) // config.train.accumulate
     if config.train.max_steps is not None:
         total_steps = min(total_steps, config.train.max_steps)
     if total_steps > _MOST_STEPS:
@@ -164,7 +184,7 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
         images=len(images),
         classes=None if images.labels is None else len(images.classes),
         images_per_forward=_images_per_forward(config, accelerator.num_processes),
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=len(loader) / config.train.accumulate,
         total_steps=max(total_steps, 1),
         peak_learning_rate=scaled_learning_rate(config.optim, config.train.batch_size),
         batch_norm=("synchronised" if several_plain else "local") if batch_norm == "auto" else batch_norm,

@@ -6,6 +6,7 @@ temporary name, flushed to disk and renamed, so a kill at any moment leaves the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import zipfile
@@ -19,6 +20,9 @@ from fastgessl.runs import writing
 
 FORMAT = 2
 _PREFIX = "step-"
+# Of a run that goes on from an earlier step: what tells how it came to the later ones, and what came of them.
+_COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl")
+_RESULTS = ("encoder.safetensors", "evaluation.json", "summary.json")
 # Types of what every checkpoint of this format holds; a file without them is not ours, whatever it says.
 _CONTENT: dict[str, type | tuple[type, ...]] = {
     "step": int,
@@ -34,9 +38,9 @@ _CONTENT: dict[str, type | tuple[type, ...]] = {
 
 
 def save(run: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as the checkpoint before optimiser step `step`, and delete all but the newest `keep`.
+    """Write `state` as the checkpoint before optimiser step `step`, and delete all but it and the newest `keep - 1` others.
 
-    Raises UsageError if the disk is full or cannot be written; the older checkpoints are then as they were.
+    One of the same step is replaced. Raises UsageError if the disk is full or cannot be written; what was there is then as it was.
     """
     folder = run / "checkpoints"
     target = folder / f"{_PREFIX}{step:09d}"
@@ -44,10 +48,10 @@ def save(run: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob("*.part"):
             shutil.rmtree(torn)
-        if not target.exists():
-            _write(target, {"format": FORMAT, "step": step} | state)
+        _write(target, {"format": FORMAT, "step": step} | state)
         # Only now: until the new one is complete, no older one is given up.
-        for old in complete(run)[:-keep]:
+        others = [path for path in complete(run) if path != target]
+        for old in others[: max(len(others) - keep + 1, 0)]:
             shutil.rmtree(old)
     return target
 
@@ -61,7 +65,13 @@ def _write(target: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         _flush_folder(partial)
-        os.replace(partial, target)
+        if target.exists():
+            # No folder can be renamed to one that holds something, but a file to another: at every moment one of the two is there.
+            os.replace(partial / "state.pt", target / "state.pt")
+            partial.rmdir()
+            _flush_folder(target)
+        else:
+            os.replace(partial, target)
     except (OSError, RuntimeError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -102,6 +112,37 @@ def find(run: Path, resume: str) -> Path | None:
             "Give never, auto, if_any, or a folder checkpoints/step-<n>."
         )
     return Path(resume)
+
+
+def set_aside(run: Path, resumed: Path, step: int) -> Path | None:
+    """Before `run` goes on from `resumed`, the checkpoint before `step`: move what it did after that into `run/branch-<n>`; returns it.
+
+    Otherwise the later checkpoints would count as the newest. The branch is a run's folder itself, with configuration, logs and results,
+    and can be continued. None if there is nothing later. Raises UsageError if the disk refuses.
+    """
+    own = resumed.resolve()
+    later = [path for path in complete(run) if _step_of(path) >= step and path.resolve() != own]
+    if not later:
+        return None
+    branch = next(folder for number in itertools.count(1) if not (folder := run / f"branch-{number}").exists())
+    with writing(branch):
+        (branch / "checkpoints").mkdir(parents=True)
+        for name in _COPIED:
+            if (run / name).is_file():
+                shutil.copyfile(run / name, branch / name)
+        for path in [run / name for name in _RESULTS if (run / name).is_file()]:
+            os.replace(path, branch / path.name)
+        # The newest last: a kill in between leaves one to be found, and the next start moves the rest.
+        for path in later:
+            os.replace(path, branch / "checkpoints" / path.name)
+        _flush_folder(branch / "checkpoints")
+        _flush_folder(run / "checkpoints")
+    return branch
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix(_PREFIX)
+    return int(digits) if digits.isdecimal() else -1
 
 
 def load(checkpoint: Path) -> dict[str, Any]:

@@ -256,13 +256,17 @@ def _print_matrix() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastgessl.recipes import parts
+    from fastgessl.recipes import backbones, parts
 
     table = Table(title="<data>-<method>[-<backbone>][-<n>ep][-dsa][-gessl[-<preset>]]", title_justify="left")
     for column in ("recipes", "backbones"):
         table.add_column(column)
-    for data, part in parts("data").items():
-        table.add_row(" ".join(f"{data}-{method}" for method in parts("methods")), ", ".join(part["backbones"]))
+    for data in parts("data"):
+        groups: dict[str, list[str]] = {}
+        for method in parts("methods"):
+            groups.setdefault(", ".join(backbones(data, method)), []).append(f"{data}-{method}")
+        for offered, recipes in groups.items():
+            table.add_row(" ".join(recipes), offered)
     console = Console()
     console.print(table)
     for kind, title in (("data", "data sets"), ("methods", "methods"), ("regulators", "regulators"), ("gessl", "GeSSL presets")):

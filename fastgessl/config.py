@@ -146,7 +146,7 @@ class MethodConfig(Section):
     """Rows of earlier batches that are kept, a view: MoCo's negatives; SwAV's further rows of the assignment, where 0 is none. -1 is
     chosen from the number of images."""
     queue_start_epoch: NonNegativeFloat = 15.0
-    """Epochs before the queue is filled and used (SwAV)."""
+    """Epochs before the rows that enter the queue are counted; it is used once it has been filled with counted ones (SwAV)."""
     symmetric: bool = True
     """Both views query the momentum encoder of the other (v2+), or the first view only (v2) (MoCo)."""
     shuffle_batch_norm: bool = False
@@ -243,7 +243,8 @@ class DsaConfig(Section):
     helper: str = "momentum"
     """Network that says which images are alike: momentum (a slow copy of the encoder), or one of timm's by name."""
     helper_weights: str = "pretrained"
-    """Weights of a timm helper: none, pretrained, a .safetensors file or a run's folder. Weights trained with labels are warned of."""
+    """Weights of a timm helper: none, pretrained, a .safetensors file or a run's folder, whose stem and width come with them. Weights
+    trained with labels are warned of."""
     helper_momentum: Fraction = 0.99
     """Momentum of the slow copy."""
 
@@ -257,7 +258,7 @@ class OptimConfig(Section):
     """Learning rate for a batch of 256 images; the rate used is printed at the start."""
     lr_scaling: Literal["linear", "none"] = "linear"
     """linear: lr = base_lr * batch_size / 256; none: lr = base_lr."""
-    momentum: Fraction = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of sgd and lars; first-moment decay of adamw."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay; never applied to biases and normalisation layers."""
@@ -295,7 +296,7 @@ class TrainConfig(Section):
     """Passes over the training images; 0 is chosen from their number."""
     max_steps: Positive | None = None
     """Stop after this many optimiser steps; the schedules then end there too."""
-    seed: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, order and views."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""

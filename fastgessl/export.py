@@ -6,6 +6,7 @@ the weights: what to read for those who want to do it themselves.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ import timm
 import torchvision
 from safetensors.torch import load_file, save_file
 from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastgessl.config import Config, UsageError
 from fastgessl.evaluate.subject import description
-from fastgessl.models import build_backbone
+from fastgessl.models import build_backbone, dimension
+from fastgessl.models.dimension import Widening
 from fastgessl.runs import read_config, write_bytes, write_json
 
 KINDS = ("safetensors", "torchvision", "timm", "hub-folder")
+# A vision transformer was trained on views of some size, and takes others, as in `build_backbone`.
+_ANY_SIZE = {"dynamic_img_size": True}
 
 
 def export_run(run: str | Path, kind: str, out: Path | None = None) -> Path:
@@ -60,8 +65,10 @@ def hub_config(config: Config, backbone: nn.Module) -> dict[str, object]:
     """config.json as timm reads it from a hub or `local-dir:` folder."""
     views = config.views
     made_for = {"input_size": [3, views.size, views.size], "mean": list(views.mean), "std": list(views.std)}
+    options: dict[str, object] = {"model_args": _ANY_SIZE} if isinstance(backbone, VisionTransformer) else {}
     return {
         "architecture": config.model.name.split(".")[0],
+        **options,
         "num_classes": 0,
         "num_features": backbone.num_features,
         "pretrained_cfg": {**made_for, "num_classes": 0, "fixed_input_size": False},
@@ -71,13 +78,15 @@ def hub_config(config: Config, backbone: nn.Module) -> dict[str, object]:
 def _timm_code(config: Config, backbone: nn.Module) -> str:
     """load.py with timm alone: timm's own network, or the changes to it that stem and width stand for, written out."""
     lines = ['"""Load the encoder with timm: `from load import load; encoder = load()`, (B, 3, S, S) -> (B, F)."""', ""]
-    lines += ["from pathlib import Path", "", "import timm", "import torch", "from safetensors.torch import load_file", "", ""]
-    options: dict[str, Any] = {"num_classes": 0}
+    lines += ["from pathlib import Path", "", "import timm", "import torch", "from safetensors.torch import load_file", ""]
+    lines += _widening_classes(backbone)
+    options: dict[str, Any] = {"num_classes": 0} | (_ANY_SIZE if isinstance(backbone, VisionTransformer) else {})
     if isinstance(backbone, ResNet) and config.model.width != 1:
         options["channels"] = _stage_channels(backbone)
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
     lines += ["def load() -> torch.nn.Module:", f"    encoder = timm.create_model({config.model.name!r}, {arguments})"]
     lines += [f"    {line}" for line in _changed_layers(backbone, timm.create_model(config.model.name, **options))]
+    lines += _widened(backbone)
     lines += ['    encoder.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")))', "    return encoder.eval()"]
     return "\n".join(lines) + "\n" + _preprocessing(config)
 
@@ -92,17 +101,37 @@ def _torchvision_code(config: Config, backbone: nn.Module) -> str:
             "so. Use --to timm."
         )
     lines = ['"""Load the encoder with torchvision: `from load import load; encoder = load()`, (B, 3, S, S) -> (B, F)."""', ""]
-    lines += ["from pathlib import Path", "", "import torch", "import torchvision", "from safetensors.torch import load_file", "", ""]
+    lines += ["from pathlib import Path", "", "import torch", "import torchvision", "from safetensors.torch import load_file", ""]
+    lines += _widening_classes(backbone)
     lines += ["def load() -> torch.nn.Module:", f"    encoder = torchvision.models.{name}()", "    encoder.fc = torch.nn.Identity()"]
     other = theirs()
     other.fc = nn.Identity()
     lines += [f"    {line}" for line in _changed_layers(backbone, other)]
+    lines += _widened(backbone)
     lines += ['    encoder.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")))', "    return encoder.eval()"]
     return "\n".join(lines) + "\n" + _preprocessing(config)
 
 
-def _plain(config: Config) -> bool:
-    return config.model.stem == "imagenet" and config.model.width == 1
+def _plain(config: Config, backbone: nn.Module) -> bool:
+    """Whether timm's own network of that name takes the weights."""
+    return config.model.stem == "imagenet" and config.model.width == 1 and not _widenings(backbone)
+
+
+def _widenings(backbone: nn.Module) -> list[Widening]:
+    return [module for module in backbone.modules() if isinstance(module, Widening)]
+
+
+def _widening_classes(backbone: nn.Module) -> list[str]:
+    """What neither library has: the source of the widening, if the encoder has one, and the blank line before what follows."""
+    if not _widenings(backbone):
+        return [""]
+    return ["from torch import Tensor, nn", "", "", inspect.getsource(dimension.convolution), "", inspect.getsource(Widening), ""]
+
+
+def _widened(backbone: nn.Module) -> list[str]:
+    """The line of load.py that appends it, as `models.dimension.widen` does."""
+    shapes = [(wide.layers[0].in_channels, wide.layers[0].out_channels, wide.layers[-1].num_features) for wide in _widenings(backbone)]
+    return [f"    encoder.layer4.append(Widening{shape})" for shape in shapes]
 
 
 def _stage_channels(backbone: Any) -> tuple[int, ...]:
@@ -148,7 +177,7 @@ def _preprocessing(config: Config) -> str:
 
 
 def _card(config: Config, backbone: nn.Module) -> str:
-    plain = _plain(config)
+    plain = _plain(config, backbone)
     usage = (
         'import timm\n\nencoder = timm.create_model("local-dir:path/to/this/folder", pretrained=True, num_classes=0).eval()'
         if plain

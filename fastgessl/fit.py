@@ -8,7 +8,12 @@ from fastgessl.config import Config, UsageError
 STEPS = 20_000
 EPOCHS = (100, 1000)
 BATCHES = (16, 256)
-LONGEST_QUEUE = 65_536
+# Longest queue by method, and what a queue of the images themselves would do: MoCo's is of negatives, SwAV's balances its assignment.
+LONGEST_QUEUE = {"moco": 65_536, "swav": 3_840}
+_WHY_SHORT = {
+    "moco": "so that few negatives are older views of the image itself",
+    "swav": "so that few images count twice in a balanced assignment",
+}
 
 
 def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, list[str]]:
@@ -33,12 +38,29 @@ def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, 
         reasons.append(f"train.epochs {train.epochs}: {STEPS:,} steps at {steps} an epoch, from {EPOCHS[0]} to {EPOCHS[1]} epochs")
     if method.queue_length < 0:
         forward = train.batch_size // train.accumulate
-        method = method.model_copy(update={"queue_length": max(min(images // 2, LONGEST_QUEUE) // forward, 1) * forward})
-        reasons.append(
-            f"method.queue_length {method.queue_length}: whole batches, half of the images at most, so that few negatives are older views "
-            "of the image itself"
-        )
+        longest = LONGEST_QUEUE.get(method.name, max(LONGEST_QUEUE.values()))
+        method = method.model_copy(update={"queue_length": max(min(images // 2, longest) // forward, 1) * forward})
+        why = _WHY_SHORT.get(method.name, "so that few rows are older views of the image itself")
+        reasons.append(f"method.queue_length {method.queue_length}: whole batches, half of the images and {longest:,} rows at most, {why}")
     return config.model_copy(update={"train": train, "method": method}), reasons
+
+
+def leaves_open(config: Config) -> bool:
+    """Whether something is to be chosen from the number of images."""
+    return config.train.batch_size == 0 or config.train.epochs == 0 or config.method.queue_length < 0
+
+
+def as_chosen_before(config: Config, earlier: Config) -> Config:
+    """`config` with what it leaves open filled in from the run that it continues: a batch chosen for other processes would end elsewhere.
+
+    >>> from fastgessl.recipes import load
+    >>> open_again = load("folder-simclr").config
+    >>> as_chosen_before(open_again, fit_to_images(open_again, 1200)[0]).train.batch_size
+    64
+    """
+    train = {name: getattr(earlier.train, name) for name in ("batch_size", "epochs") if getattr(config.train, name) == 0}
+    method = {"queue_length": earlier.method.queue_length} if config.method.queue_length < 0 else {}
+    return config.model_copy(update={"train": config.train.model_copy(update=train), "method": config.method.model_copy(update=method)})
 
 
 def _batch(images: int, parts: int) -> int:

@@ -58,6 +58,18 @@ def names() -> list[str]:
     return [name + suffix for name in plain for suffix in ("", "-gessl")]
 
 
+def backbones(data: str, method: str) -> list[str]:
+    """What may follow `<data>-<method>`, the default first. One that some method has numbers of its own for goes with those methods only:
+    another optimiser's learning rate is worth nothing to a transformer.
+
+    >>> backbones("imagenet", "dino"), backbones("imagenet", "simclr")
+    (['resnet50', 'resnet18', 'vit_small_patch16_224'], ['resnet50', 'resnet18'])
+    """
+    special = {name for part in parts("methods").values() for name in part.get("per_backbone", {})}
+    own = parts("methods")[method].get("per_backbone", {})
+    return [name for name in parts("data")[data]["backbones"] if name not in special or name in own]
+
+
 def load(recipe: str) -> Recipe:
     """A composed name or a YAML file -> Recipe. UsageError for an unknown name, a bad file, or a combination that makes no sense."""
     if recipe.endswith((".yaml", ".yml")):
@@ -79,10 +91,10 @@ def _layers(recipe: str) -> list[tuple[str, dict[str, Any], dict[str, str]]]:
     if lengths := [length for length in here.get("per_epochs", {}) if length <= epochs]:
         layers.append(_layer(f"{file}, on {data_name}, {max(lengths)} epochs", here["per_epochs"][max(lengths)]))
     if backbone:
-        if backbone not in data["backbones"]:
+        if backbone not in (offered := backbones(data_name, method_name)):
             raise UsageError(
-                f"recipe '{recipe}' asks for the backbone {backbone}, but {data_name} has recipes for {', '.join(data['backbones'])} only. "
-                f"Take one of those, or name another with --model.name and choose its numbers yourself."
+                f"recipe '{recipe}' asks for the backbone {backbone}, but {data_name}-{method_name} has numbers for {', '.join(offered)} "
+                f"only. Take one of those, or name another with --model.name and choose its numbers yourself."
             )
         layers.append(("the recipe's name", {"model": {"name": backbone}}, {}))
     named = backbone or {key: value for _, config, _ in layers for key, value in config.get("model", {}).items()}.get("name", "")

@@ -1,10 +1,12 @@
 """A run's folder: what it holds, who may write there, and how it is read again.
 
-config.yaml            the complete configuration; `fastgessl train config.yaml` repeats the run
+config.yaml            the complete configuration; `fastgessl train config.yaml` repeats the run. config-before-step-<n>.yaml: the
+                       earlier one of a run that was continued with other options
 environment.json       versions, device, processes, and the numbers that were derived (learning rate, batch sizes, engine)
 metrics.jsonl          one line a logged step, the same to the last digit in two runs with one seed on one machine
 timing.jsonl           images/s and seconds of the same steps, which never repeat
 checkpoints/           step-<n>/, the newest k, each complete or absent
+branch-<n>/            what the run did after a step from which it was continued once more
 encoder.safetensors    the backbone's weights, by timm's names
 evaluation.json        every measured number;  summary.json  the outcome on one page
 """
@@ -71,12 +73,12 @@ def _file_name(recipe: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", recipe).lstrip(".")[:100] or "run"
 
 
-def _unused(folder: Path) -> Path:
-    """`folder`, or folder-2, folder-3 ... if two runs start within one second."""
-    candidate, count = folder, 1
+def _unused(path: Path, ending: str = "") -> Path:
+    """`path`, or path-2, path-3 ... if that is taken, as by two runs that start within one second."""
+    candidate, count = path.with_name(path.name + ending), 1
     while candidate.exists():
         count += 1
-        candidate = folder.with_name(f"{folder.name}-{count}")
+        candidate = path.with_name(f"{path.name}-{count}{ending}")
     return candidate
 
 
@@ -84,10 +86,48 @@ def create(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
     """Make the folder and write config.yaml, which repeats the run in another one, and environment.json. UsageError if that fails."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    repeatable = config.model_copy(update={"train": config.train.model_copy(update={"run_dir": None, "resume": "never"})})
-    text = yaml.safe_dump(repeatable.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    write_bytes(folder / "config.yaml", text.encode())
+    _write_config(folder, _repeatable(config))
     write_json(folder / "environment.json", environment() | dict(facts))
+
+
+def record_changes(folder: Path, earlier: Config, config: Config, since: str) -> list[str]:
+    """Where a continued run's `config` is not the `earlier` one of config.yaml: write it there, so that the next continuation has it too.
+
+    The earlier one stays as config-before-<since>.yaml. Returns `section.option: before -> now` for each change. UsageError if that fails.
+    """
+    before, now = _options(earlier), _options(_repeatable(config))
+    changes = [f"{name}: {before[name]} -> {value}" for name, value in now.items() if value != before[name]]
+    if changes:
+        kept = _unused(folder / f"config-before-{since}", ".yaml")
+        with writing(kept):
+            write_bytes(kept, (folder / "config.yaml").read_bytes())
+        _write_config(folder, _repeatable(config))
+    return changes
+
+
+def _repeatable(config: Config) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"run_dir": None, "resume": "never"})})
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    write_bytes(folder / "config.yaml", text.encode())
+
+
+def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
+    """Every option by its dotted name, in the types that trackers take.
+
+    >>> hyperparameters(Config())["log.trackers"]
+    "['tensorboard']"
+    """
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in _options(config).items()}
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Every option by its dotted name, as config.yaml has it."""
+    sections = config.model_dump(mode="json")
+    recipe = sections.pop("recipe")
+    return {"recipe": recipe} | {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
 def continuation(folder: Path, resume: str = "auto") -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastgessl import checkpoint, pipelines, runs
 from fastgessl.build import Plan, build_accelerator, build_loader, make_plan, needs_fresh_views
 from fastgessl.config import Config
-from fastgessl.evaluate.run import RunEvaluation
-from fastgessl.fit import fit_to_images
+from fastgessl.evaluate.run import RunEvaluation, trained_on
+from fastgessl.fit import as_chosen_before, fit_to_images, leaves_open
 from fastgessl.guard import FiniteGuard, poisoned
 from fastgessl.metrics_log import MetricsLog
 from fastgessl.optimizers import set_learning_rate, set_weight_decay
@@ -36,18 +36,21 @@ def train(config: Config) -> int:
         run, accelerator = _open(config, folder, job)
         images = pipelines.open_images(config.data.name, config.data.root)
         assert images is not None  # only a test split can be absent
-        config, reasons = fit_to_images(config, len(images), accelerator.num_processes * config.train.accumulate)
-        accelerator.print("".join(f"chosen: {reason}\n" for reason in reasons), end="")
-        loader = build_loader(config, images, accelerator)
-        plan = make_plan(config, images, loader, accelerator)
+        resumed = checkpoint.find(run, config.train.resume)
+        earlier = _earlier_config(config, run, resumed)
+        seen = trained_on(config, images)
+        config = _fitted(config, earlier, len(seen), accelerator)
+        if len(seen) < len(images):
+            accelerator.print(f"held out: {len(images) - len(seen)} of {len(images)} images, to be judged on; there is no test split.")
+        loader = build_loader(config, seen, accelerator)
+        plan = make_plan(config, seen, loader, accelerator)
         evaluation = RunEvaluation(config, images, accelerator)
         training = Training(config, plan, accelerator, loader, evaluation.probe)
-        resumed = checkpoint.find(run, config.train.resume)
         first_step = training.load(resumed) if resumed else 0
         if accelerator.is_main_process:
-            _describe(run, config, plan, resumed)
+            _describe(run, config, plan, resumed, first_step, earlier)
         accelerator.wait_for_everyone()
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers("fastgessl", config=runs.hyperparameters(config))
 
         with StopRequest() as stop:
             stopped_at = _steps(training, evaluation, run, first_step, stop)
@@ -89,7 +92,7 @@ def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step:
             set_learning_rate(training.optimizer, float(rates[step]))
             set_weight_decay(training.optimizer, float(decays[step]))
             guard.remember(step)
-            results, labels = [], []
+            results, shown = [], []
             for _ in range(config.train.accumulate):
                 batch = next(batches)
                 views, query_views = _split(batch, config)
@@ -97,7 +100,7 @@ def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step:
                     result = training.objective(views, step, query_views, float(alphas[step]), batch.label)
                     accelerator.backward(poisoned(result.loss))
                 results.append(result)
-                labels.append(batch.label)
+                shown.append((batch.label, batch.index))
             for parameter in training.method.frozen(step):
                 parameter.grad = None
             last = step + 1 == plan.total_steps
@@ -108,8 +111,8 @@ def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step:
                 training.clip_gradients(reading.gradient_norm)
                 training.optimizer.step()
                 training.method.update_state([(result.outputs, result.targets) for result in results], step)
-                for result, label in zip(results, labels, strict=True):
-                    evaluation.observe(result.outputs, label)
+                for result, (label, index) in zip(results, shown, strict=True):
+                    evaluation.observe(result.outputs, label, index)
             training.optimizer.zero_grad(set_to_none=True)
             step += 1
 
@@ -148,11 +151,31 @@ def _open(config: Config, folder: Path, job: Job) -> tuple[Path, Accelerator]:
     return agreed, accelerator
 
 
-def _describe(run: Path, config: Config, plan: Plan, resumed: Path | None) -> None:
-    """Write config.yaml and environment.json, and say what is about to happen."""
+def _earlier_config(config: Config, run: Path, resumed: Path | None) -> Config | None:
+    """What a run that is continued was started with: this folder's configuration, or, if something is left open, that of the run whose
+    checkpoint is given."""
+    if resumed is None:
+        return None
+    folders = (run, resumed.parent.parent) if leaves_open(config) else (run,)
+    return next((runs.read_config(folder) for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
+def _fitted(config: Config, earlier: Config | None, images: int, accelerator: Accelerator) -> Config:
+    """`config` with what it leaves open filled in, as in the run that is continued, or from the number of images; the latter is said."""
+    kept = as_chosen_before(config, earlier) if earlier else config
+    fitted, reasons = fit_to_images(kept, images, accelerator.num_processes * config.train.accumulate)
+    accelerator.print("".join(f"chosen: {reason}\n" for reason in reasons), end="")
+    return fitted
+
+
+def _describe(run: Path, config: Config, plan: Plan, resumed: Path | None, first_step: int, earlier: Config | None) -> None:
+    """Write config.yaml and environment.json, leave no later steps in the way, and say what is about to happen."""
     facts = {"plan": dataclasses.asdict(plan)}
-    if resumed is None or not (run / "config.yaml").is_file():
+    if resumed and (branch := checkpoint.set_aside(run, resumed, first_step)):
+        print(f"set aside: what this run did after step {first_step}. It can go on too:\n  {runs.continuation(branch)}")
+    if resumed is None or earlier is None or not (run / "config.yaml").is_file():
         runs.create(run, config, facts)
     else:
         runs.write_json(run / f"environment-{resumed.name}.json", runs.environment() | facts)
+        print("".join(f"changed: {change}\n" for change in runs.record_changes(run, earlier, config, resumed.name)), end="")
     print(opening_lines(config, plan, run, resumed), flush=True)

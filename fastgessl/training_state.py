@@ -190,7 +190,9 @@ class Training:
         """The backbone, whole and callable on every rank. Collective if it is sharded."""
         if not is_sharded(self.objective):
             return self.method.backbone
-        whole = build_backbone(self.config.model).to(self.accelerator.device)
+        # Its first weights are drawn and thrown away; in the middle of training that must not move what the next step draws.
+        with torch.random.fork_rng(devices=[]):
+            whole = build_backbone(self.config.model).to(self.accelerator.device)
         whole.load_state_dict(whole_tensors(self.method.backbone))
         return whole
 

@@ -77,3 +77,62 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
     torch.save({"format": 99}, saved / "state.pt")
     with pytest.raises(UsageError, match="format 99"):
         checkpoint.load(saved)
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    for value in (1.0, 2.0):
+        saved = checkpoint.save(tmp_path, 5, STATE | {"objective": {"weight": torch.tensor(value)}}, keep=2)
+    assert checkpoint.load(saved)["objective"]["weight"].item() == 2.0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
+
+
+def test_a_kill_while_replacing_leaves_one_of_the_two_whole(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 5, STATE | {"objective": {"weight": torch.tensor(1.0)}}, keep=1)
+    replace = os.replace
+    for killed_before in (True, False):
+
+        def killed(source, target, killed_before=killed_before):
+            if not killed_before:
+                replace(source, target)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 5, STATE | {"objective": {"weight": torch.tensor(2.0)}}, keep=1)
+        monkeypatch.undo()
+        found = checkpoint.find(tmp_path, "auto")
+        assert found is not None
+        assert checkpoint.load(found)["objective"]["weight"].item() == (1.0 if killed_before else 2.0)
+
+
+def test_what_was_just_written_is_never_the_one_that_is_deleted(tmp_path):
+    for step in (7, 9):
+        checkpoint.save(tmp_path, step, {}, keep=2)
+    for keep in (2, 1):
+        saved = checkpoint.save(tmp_path, 3, {}, keep=keep)
+        assert saved in checkpoint.complete(tmp_path)
+        assert len(checkpoint.complete(tmp_path)) == keep
+
+
+def test_what_comes_after_the_step_that_a_run_goes_on_from_is_set_aside_whole(tmp_path):
+    for step in (2, 4, 6, 8):
+        checkpoint.save(tmp_path, step, STATE | {"objective": {"step": step}}, keep=9)
+    for name in ("config.yaml", "metrics.jsonl", "encoder.safetensors"):
+        (tmp_path / name).write_text(name)
+    resumed = tmp_path / "checkpoints" / "step-000000004"
+    assert checkpoint.set_aside(tmp_path, resumed, 4) == tmp_path / "branch-1"
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000000002", "step-000000004"]
+    assert [checkpoint.load(path)["objective"]["step"] for path in checkpoint.complete(tmp_path / "branch-1")] == [6, 8]
+    assert {path.name for path in (tmp_path / "branch-1").iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "encoder.safetensors",
+    }
+    assert not (tmp_path / "encoder.safetensors").exists() and (tmp_path / "metrics.jsonl").exists()
+    assert checkpoint.set_aside(tmp_path, resumed, 4) is None
+    # Back on the first branch: what the second one made of the same step and later ones goes, earlier ones stay.
+    checkpoint.save(tmp_path, 6, {}, keep=9)
+    assert checkpoint.set_aside(tmp_path, tmp_path / "branch-1" / "checkpoints" / "step-000000006", 6) == tmp_path / "branch-2"
+    assert [path.name for path in checkpoint.complete(tmp_path / "branch-2")] == ["step-000000006"]
+    assert len(checkpoint.complete(tmp_path / "branch-1")) == 2

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 import fastgessl as package
+from fastgessl.cli import COMMANDS
+from fastgessl.config import Config
+from fastgessl.pipelines.prepare import Report
+from fastgessl.view_grid import Grid
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "bench").glob("*.md"))]
@@ -32,22 +39,79 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), scope)
 
 
-def _commands() -> list[str]:
-    """`fastgessl train ...` and its equals in the pages' shell blocks."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
-            joined = block.replace("\\\n", " ")
-            found += re.findall(r"(?:fastgessl|-m fastgessl) (train [^\n#]+)", joined)
-    return sorted(set(found))
+def _shell_lines(page: Path) -> list[str]:
+    """The lines of a page's shell blocks, and the pieces of code within its sentences."""
+    blocks, inside, language = [], False, ""
+    text: list[str] = []
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            inside, language = not inside, line.removeprefix("```").strip()
+        elif not inside:
+            text.append(line)
+        elif language in ("", "sh", "bash", "console"):
+            blocks.append(line)
+    commands = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return commands + [piece for piece in re.findall(r"`([^`]+)`", "\n".join(text)) if "\n" not in piece]
 
 
-@pytest.mark.parametrize("command", _commands())
-def test_a_training_command_of_the_pages_parses(command, fastgessl):
+def _commands(pattern: str) -> list[str]:
+    """What `pattern` finds behind the program's name, for a page's own commands: not for forms such as `RECIPE [--option …]`."""
+    lines = [line for page in PAGES for line in _shell_lines(page) if not re.search(r"[…\[\]]|RECIPE", line)]
+    return sorted({found.strip() for line in lines for found in re.findall(pattern, line)})
+
+
+@pytest.fixture
+def idle(monkeypatch) -> list[str]:
+    """What commands begin once their options are understood is left undone; the names of what was begun."""
+    begun: list[str] = []
+    results = {
+        "evaluate.subject.base_config": Config(),
+        "evaluate.subject.open_subject": None,
+        "evaluate.run.evaluate_subject": None,
+        "evaluate.embed.embed": 0,
+        "report.write_report": "report.html",
+        "export.export_run": "export",
+        "prepare.prepare_folder": Report(),
+        "prepare.fetch": None,
+        "view_grid.write_view_grid": Grid(Path(), 2, (), 0.0, 0.0),
+        "doctor.print_findings": None,
+    }
+    for name, result in results.items():
+        monkeypatch.setattr(f"fastgessl.{name}", lambda *_, name=name, result=result, **__: begun.append(name) or result)
+    return begun
+
+
+@pytest.mark.parametrize("command", _commands(rf"(?:^|\s)fastgessl ((?:{'|'.join(COMMANDS)})(?: [^#]+)?)"))
+def test_a_command_of_the_pages_parses(command, fastgessl, idle):
     words = shlex.split(command)
-    if words[1].endswith(".yaml"):
-        pytest.skip("names a file of the reader's")
-    assert fastgessl(*words, "--print_config").code == 0
+    if len(words) == 1 and words[0] not in ("recipes", "doctor"):
+        pytest.skip("a command's name within a sentence")
+    if any(word.endswith(".yaml") for word in words) or any("simsiam" in word for word in words):
+        pytest.skip("names what the reader writes")
+    train = words[0] == "train" and "--help" not in words
+
+    outcome = fastgessl(*words, *(["--print_config"] if train else []))
+
+    assert outcome.code == 0, outcome.err
+    assert idle or words[0] in ("train", "recipes")
+
+
+@pytest.mark.parametrize("command", _commands(r"python -m (bench[.\w]*(?: [^#]+)?)"))
+def test_a_benchmark_of_the_pages_takes_its_options(command, monkeypatch):
+    class Understood(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def understood(parser, *arguments):
+        parse(parser, *arguments)
+        raise Understood
+
+    module, *options = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [module, *options])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", understood)
+    with pytest.raises(Understood):
+        runpy.run_module(module if "." in module else f"{module}.__main__", run_name="__main__")
 
 
 def test_links_between_pages_lead_somewhere():
@@ -57,6 +121,9 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_every_results_file_that_is_named_exists():
+    written = {path.name for path in (ROOT / "bench" / "results").rglob("*.json")}
     for page in PAGES:
         for target in re.findall(r"bench/results/[\w./-]+\.json", page.read_text()):
             assert (ROOT / target).is_file(), f"{page.name}: {target}"
+        for name in re.findall(r"\d{4}-\d\d-\d\d-[\w-]+\.json", page.read_text()):
+            assert name in written, f"{page.name}: {name}"

@@ -33,9 +33,23 @@ for folder in sys.argv[1:]:
 assert not [name for name in sys.modules if name.startswith(("fastgessl", "sklearn", "accelerate"))], "more than the named library"
 """
 EXPORTS = {
-    "timm": {"tiny": None, "narrow": {"name": "resnet18", "width": 0.5}, "vit": {"name": "vit_tiny_patch16_224"}},
-    "torchvision": {"small": {"name": "resnet18", "stem": "small"}, "bottleneck": {"name": "resnet50"}},
+    "timm": {
+        "tiny": None,
+        "narrow": {"name": "resnet18", "width": 0.5},
+        "wide": {"name": "resnet18", "stem": "small", "dimension": 1024, "dimension_bottleneck": 64},
+        "vit": {"name": "vit_tiny_patch16_224"},
+        "vit_at_64": {"name": "vit_tiny_patch16_224"},
+        "vit_hub": {"name": "vit_tiny_patch16_224"},
+        "hub": {"name": "resnet18"},
+        "wide_folder": {"name": "resnet18", "dimension": 600},
+    },
+    "torchvision": {
+        "small": {"name": "resnet18", "stem": "small"},
+        "bottleneck": {"name": "resnet50"},
+        "wide": {"name": "resnet18", "dimension": 1024},
+    },
 }
+HUB_FOLDERS = ("hub", "vit_hub", "wide_folder")
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +77,7 @@ def ours(run: Path, views: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("library", list(EXPORTS))
 def test_exported_folders_give_our_features_in_a_clean_process_with_that_library_alone(run, tmp_path, fastgessl, library):
-    kinds = {name: (library, model) for name, model in EXPORTS[library].items()}
-    if library == "timm":
-        kinds["hub"] = ("hub-folder", {"name": "resnet18"})
+    kinds = {name: ("hub-folder" if name in HUB_FOLDERS else library, model) for name, model in EXPORTS[library].items()}
     expected = {}
     for name, (kind, model) in kinds.items():
         source = run if model is None else with_model(run, tmp_path / "of" / name, **model)
@@ -82,7 +94,11 @@ def test_exported_folders_give_our_features_in_a_clean_process_with_that_library
     for name, features in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / name / "features.pt"), features, rtol=1e-5, atol=1e-5)
     if library == "timm":
-        torch.testing.assert_close(torch.load(tmp_path / "hub" / "from_hub.pt"), expected["hub"], rtol=1e-5, atol=1e-5)
+        for name in ("hub", "vit_hub"):
+            torch.testing.assert_close(torch.load(tmp_path / name / "from_hub.pt"), expected[name], rtol=1e-5, atol=1e-5)
+            assert "local-dir:" in (tmp_path / name / "README.md").read_text()
+        # timm alone would not know of the further layers, and the card says so.
+        assert "from load import load" in (tmp_path / "wide_folder" / "README.md").read_text()
         files = {"model.safetensors", "config.json", "README.md", "load.py"}
         assert files <= {path.name for path in (tmp_path / "hub").iterdir()}
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fastgessl.config import UsageError
-from fastgessl.fit import fit_to_images
+from fastgessl.fit import as_chosen_before, fit_to_images
 from fastgessl.recipes import load
 
 
@@ -25,6 +25,32 @@ def test_batch_epochs_and_queue_follow_the_number_of_images(images, parts, batch
         f"train.epochs {epochs}",
         f"method.queue_length {queue}",
     ]
+
+
+@pytest.mark.parametrize(("images", "queue"), [(1200, 512), (50_000, 24_832), (1_000_000, 65_536)])
+def test_an_npz_s_queue_of_negatives_is_no_longer_than_half_of_its_images(images, queue):
+    config, reasons = fit_to_images(load("npz-moco").config, images)
+    assert config.method.queue_length == queue
+    assert "negatives are older views" in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "images", "queue"), [("folder-swav", 400_000, 3840), ("npz-swav", 400_000, 3840), ("npz-swav", 2000, 768)]
+)
+def test_swav_s_queue_is_the_published_one_or_what_fits(recipe, images, queue):
+    config, reasons = fit_to_images(load(recipe).config, images)
+    assert config.method.queue_length == queue
+    assert "negatives" not in reasons[-1] and "balanced assignment" in reasons[-1]
+
+
+@pytest.mark.parametrize("recipe", ["folder-moco", "npz-moco"])
+def test_a_run_that_goes_on_keeps_what_was_chosen_on_other_processes(recipe):
+    opened = load(recipe).config
+    chosen, _ = fit_to_images(opened, 100_000, 32)
+    again, reasons = fit_to_images(as_chosen_before(opened, chosen), 100_000, 24)
+    assert (again, reasons) == (chosen, [])
+    given = opened.model_copy(update={"train": opened.train.model_copy(update={"batch_size": 96, "epochs": 3})})
+    assert as_chosen_before(given, chosen).train == given.train
 
 
 def test_what_the_user_gives_is_kept():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fastgessl.config import Config, UsageError
-from fastgessl.recipes import dotted_keys, load, names, parts
+from fastgessl.recipes import backbones, dotted_keys, load, names, parts
 
 
 @pytest.mark.parametrize("name", names())
@@ -43,7 +43,7 @@ def test_later_parts_win():
 
 
 def test_a_backbone_has_numbers_of_its_own_on_one_data_set_whether_named_or_the_default(monkeypatch):
-    special = parts("methods")["mocov3"]["per_data"]["imagenet"]["per_backbone"]["vit_small_patch16_224"]["config"]
+    special = parts("methods")["mocov3"]["per_backbone"]["vit_small_patch16_224"]["config"]
     plain, named = load("imagenet-mocov3").config, load("imagenet-mocov3-vit_small_patch16_224").config
     monkeypatch.setitem(parts("data")["imagenet"]["config"]["model"], "name", "vit_small_patch16_224")
     default = load("imagenet-mocov3").config
@@ -51,6 +51,22 @@ def test_a_backbone_has_numbers_of_its_own_on_one_data_set_whether_named_or_the_
     for config in (named, default):
         assert config.optim == plain.optim.model_copy(update=special["optim"])
         assert (config.schedule.warmup_epochs, config.train.epochs, config.train.batch_size) == (40, 300, 4096)
+
+
+@pytest.mark.parametrize(("method", "rate", "decay"), [("dino", 5e-4, 0.04), ("mocov3", 1.5e-4, 0.1)])
+def test_a_transformer_has_its_own_numbers_on_every_data_set(method, rate, decay):
+    for data in ("imagenet", "imagenet100"):
+        optim = load(f"{data}-{method}-vit_small_patch16_224").config.optim
+        assert (optim.name, optim.base_lr, optim.weight_decay) == ("adamw", rate, decay)
+    assert load(f"imagenet100-{method}-vit_small_patch16_224").config.train.epochs == 400
+
+
+@pytest.mark.parametrize("data", ["imagenet", "imagenet100"])
+@pytest.mark.parametrize("method", [name for name in parts("methods") if name not in ("dino", "mocov3")])
+def test_a_transformer_is_not_offered_with_numbers_of_a_resnet(data, method):
+    assert "vit_small_patch16_224" not in backbones(data, method)
+    with pytest.raises(UsageError, match=f"{data}-{method} has numbers for resnet"):
+        load(f"{data}-{method}-vit_small_patch16_224")
 
 
 def test_no_two_parts_are_twins():

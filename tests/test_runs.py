@@ -1,11 +1,13 @@
 """The run's folder: never overwritten, readable again."""
 
+import itertools
 import json
 
 import pytest
 
 from fastgessl import runs
 from fastgessl.config import Config, UsageError
+from fastgessl.recipes import load
 
 
 def _config(**train: object) -> Config:
@@ -51,6 +53,19 @@ def test_the_configuration_comes_back_as_written(tmp_path):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["fact"] == 1
     assert environment["versions"]["torch"]
+
+
+def test_a_changed_configuration_is_written_and_the_earlier_ones_are_kept(tmp_path):
+    configs = [_config(epochs=epochs) for epochs in (3, 4, 5)]
+    runs.create(tmp_path, configs[0], {})
+    assert runs.record_changes(tmp_path, configs[0], _config(epochs=3, run_dir=tmp_path, resume="auto"), "step-9") == []
+    assert not list(tmp_path.glob("config-*"))
+    for before, now in itertools.pairwise(configs):
+        changes = runs.record_changes(tmp_path, before, now, "step-9")
+        assert changes == [f"train.epochs: {before.train.epochs} -> {now.train.epochs}"]
+    assert runs.read_config(tmp_path) == configs[-1]
+    kept = [load(str(tmp_path / f"config-before-step-9{number}.yaml")).config for number in ("", "-2")]
+    assert kept == configs[:-1]
 
 
 def test_a_configuration_of_another_version_is_refused(tmp_path):

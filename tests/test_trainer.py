@@ -16,9 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import TINY, read_lines
+
+from fastgessl import checkpoint, fit
+from fastgessl.runs import read_config
 
 GESSL = ("digits-simclr-gessl", *TINY)
 
@@ -46,7 +50,10 @@ def test_a_run_writes_everything_and_evaluates(fastgessl, tmp_path):
         "summary.json",
     ):
         assert (run / file).is_file(), file
-    assert list((run / "tensorboard").glob("events*"))
+    assert list((run / "tensorboard" / "fastgessl").glob("events*"))
+    (recorded,) = (run / "tensorboard").rglob("hparams.yml")
+    options = yaml.safe_load(recorded.read_text())
+    assert (options["recipe"], options["optim.base_lr"], options["views.size"]) == ("digits-simclr-gessl", 0.01, 8)
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(math.isfinite(line["loss"]) for line in lines)
@@ -92,13 +99,51 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(fastgessl, tmp_pa
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert fastgessl("train", *options, "--train.run_dir", whole).code == 0
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("encoder*", "evaluation*", "summary*"))
-    for checkpoint in (resumed / "checkpoints").iterdir():
-        if int(checkpoint.name.split("-")[1]) > stopped_at:
-            shutil.rmtree(checkpoint)
+    for folder in (resumed / "checkpoints").iterdir():
+        if int(folder.name.split("-")[1]) > stopped_at:
+            shutil.rmtree(folder)
     outcome = fastgessl("train", *options, "--train.run_dir", resumed, "--train.resume", "auto")
     assert f"continued from step-{stopped_at:09d}" in outcome.out
     for file in ("metrics.jsonl", "encoder.safetensors", "evaluation.json"):
         assert (whole / file).read_bytes() == (resumed / file).read_bytes(), file
+
+
+def test_going_on_from_an_older_checkpoint_is_the_run_from_then_on_and_loses_nothing(fastgessl, tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again"
+    options = (*GESSL, "--train.checkpoint_every", 1, "--train.keep_checkpoints", 2, "--train.max_steps")
+    assert fastgessl("train", *options, 4, "--train.run_dir", run).code == 0
+    finished = load_file(run / "encoder.safetensors")
+    older = run / "checkpoints" / "step-000000003"
+    outcome = fastgessl("train", *options, 4, "--train.run_dir", run, "--train.resume", older, "--optim.base_lr", 0.5)
+    assert outcome.code == 0, outcome.err
+    assert "changed: optim.base_lr: 0.01 -> 0.5\n" in outcome.out
+    branch = run / "branch-1"
+    assert f"--train.run_dir {branch} --train.resume auto" in outcome.out
+    # The checkpoint of step 4 is the new one: its weights are those of the encoder that was written at the end.
+    weights, kept = load_file(run / "encoder.safetensors"), load_file(branch / "encoder.safetensors")
+    saved = checkpoint.load(run / "checkpoints" / "step-000000004")["objective"]
+    assert all(torch.equal(saved[f"method.backbone.{name}"], value) for name, value in weights.items())
+    assert all(torch.equal(kept[name], value) for name, value in finished.items())
+    assert any(not torch.equal(weights[name], value) for name, value in finished.items())
+    # What was overridden is written down, so that the command that goes on keeps it.
+    assert (read_config(run).optim.base_lr, read_config(branch).optim.base_lr) == (0.5, 0.01)
+    shutil.copytree(run, again)
+    assert fastgessl("train", run / "config.yaml", "--train.run_dir", run, "--train.resume", "auto", "--train.max_steps", 5).code == 0
+    assert fastgessl("train", *options, 5, "--optim.base_lr", 0.5, "--train.run_dir", again, "--train.resume", "auto").code == 0
+    assert (run / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_goes_on_keeps_the_batch_that_was_chosen_for_it(fastgessl, tmp_path, monkeypatch):
+    options = (*GESSL, "--train.batch_size", 0, "--train.run_dir", tmp_path / "run", "--train.resume", "if_any", "--train.max_steps")
+    first = fastgessl("train", *options, 2)
+    assert "chosen: train.batch_size 64" in first.out
+    # As on other processes, or beside other images: another batch would be chosen now.
+    monkeypatch.setattr(fit, "BATCHES", (16, 32))
+    second = fastgessl("train", *options, 4)
+    assert second.code == 0, second.err
+    assert "4 steps of 64 images" in second.out and "chosen:" not in second.out
+    assert read_config(tmp_path / "run").train.batch_size == 64
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
@@ -241,6 +286,8 @@ def test_two_processes_equal_one_on_plain_ssl(tmp_path):
         (("--evaluate.tasks", "knn", "lineer"), "linear"),
         (("--evaluate.knn_k", 100000), "100000"),
         (("--train.precision", "fp16"), "GPU"),
+        (("--train.seed", 5000000000), "less than 2147483648"),
+        (("--optim.name", "adamw", "--optim.momentum", 1.0), "less than 1"),
         (("--train.compile", "True", "--gessl.inner_steps", 1), "compile"),
         pytest.param(
             ("--train.device", "cuda"), "GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

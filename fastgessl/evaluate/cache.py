@@ -118,11 +118,19 @@ def digest_of_images(images: Images) -> str:
         digest.update(np.ascontiguousarray(images.images).data)
         return digest.hexdigest()
     for path in getattr(images, "paths", ()) or getattr(images, "shards", ()):
-        status = os.stat(path)
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(f"{path}\0{_state_of(path)}\n".encode("utf-8", "surrogateescape"))
     for place in ("shard", "offset", "length"):
         digest.update(np.ascontiguousarray(getattr(images, place, np.empty(0))).tobytes())
     return digest.hexdigest()
+
+
+def _state_of(path: Path) -> str:
+    """Size and time of change of a file; one that is gone is left out of the features, and found again it must change them."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "absent"
+    return f"{status.st_size}\0{status.st_mtime_ns}"
 
 
 def _open(folder: Path, key: str) -> None:

@@ -21,7 +21,8 @@ from fastgessl.pipelines.images import Images
 def embed(subject: Subject, path: Path, out: Path) -> int:
     """Write `out`: features (N, F) float32, files (N,) names below `path`, and labels (N,) with classes where folders are classes.
 
-    Every image under `path` once, in the order of the names, both splits of a folder that has them, without augmentation. Returns N.
+    Every image under `path` once, in the order of the names, both splits of a folder that has them, without augmentation; bad files that
+    are skipped have no row. Returns N.
     UsageError for features that are NaN, or where `out` cannot be written.
     """
     accelerator = build_accelerator(subject.config, subject.folder)
@@ -37,12 +38,13 @@ def embed(subject: Subject, path: Path, out: Path) -> int:
         loader.close()
         found.require_finite(str(path))
         features.append(found.features.numpy())
-        files += _names(images, path, split)
-        labels.append(images.labels)
+        names = _names(images, path, split)
+        files += [names[image] for image in found.index.tolist()]
+        labels.append(found.labels)
         classes = images.classes or classes
     arrays: dict[str, NDArray[np.generic]] = {"features": np.concatenate(features), "files": np.array(files)}
     if all(each is not None for each in labels):
-        arrays |= {"labels": np.concatenate([each for each in labels if each is not None]), "classes": np.array(classes)}
+        arrays |= {"labels": np.concatenate([each.numpy() for each in labels if each is not None]), "classes": np.array(classes)}
     packed = io.BytesIO()
     np.savez(packed, **arrays)  # type: ignore[arg-type]
     runs.write_bytes(out, packed.getvalue())

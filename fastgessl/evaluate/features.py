@@ -143,13 +143,13 @@ def _gather(views: list[Tensor], labels: Tensor | None, index: Tensor) -> list[A
     """Views (n, F) each, labels (n,) or None and index (n,) of this rank -> those of all ranks, one after the other."""
     if not (dist.is_available() and dist.is_initialized()):
         if not views:
-            raise ValueError("The loader yields no batch, so there are no features.")
+            raise UsageError("The loader yields no batch: not one image could be read, so there are no features.")
         return [*views, labels, index]
     headers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(headers, (len(index), [view.shape[1] for view in views], labels is not None))
     counts = [count for count, _, _ in headers]
     if sum(counts) == 0:
-        raise ValueError("The loader yields no batch on any rank, so there are no features.")
+        raise UsageError("The loader yields no batch on any rank: not one image could be read, so there are no features.")
     # A rank whose shard is empty knows neither the width nor whether there are labels.
     widths, labelled = next((widths, labelled) for count, widths, labelled in headers if count)
     views = views or [torch.empty(0, width) for width in widths]

@@ -17,7 +17,7 @@ from fastgessl.evaluate.learning import along_checkpoints
 from fastgessl.evaluate.progress import shown
 from fastgessl.evaluate.sources import Source
 from fastgessl.evaluate.suite import Extracted
-from fastgessl.evaluate.supervised import splits, task_model
+from fastgessl.evaluate.supervised import task_model
 from fastgessl.evaluate.tasks import IMAGE_TASKS
 from fastgessl.evaluate.universality import TaskSigma, choose_probe, summed, task_sigma
 
@@ -58,7 +58,7 @@ def measure_further(
 
 def _finetune(rows: Rows, source: Source, extraction: Extraction) -> dict[str, Any]:
     """Row -> one result a share of the labels; raw pixels have no weights to fine-tune."""
-    config, train_and_test = extraction.config, splits(source, extraction.config.train.seed)
+    config, train_and_test = extraction.config, source.splits(extraction.config.train.seed)
     encoders = {name: encoder for name, encoder in rows.items() if isinstance(encoder, nn.Module)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in encoders}
     runs = [(name, share) for name in encoders for share in config.evaluate.label_fractions]

@@ -19,7 +19,7 @@ class OnlineProbe(nn.Module):
     """Linear classifier (N, F) -> (N, C) on detached, standardised features, with an optimiser of its own.
 
     `update` is called after a training step with that step's features; it reads them and touches nothing else: no weight, buffer, gradient
-    or random number of the encoder's. Ranks average statistics and gradients, so that their probes stay equal. `state_dict` includes the
+    or random number of the encoder's. Ranks share statistics and gradients, so that their probes stay equal. `state_dict` includes the
     optimiser.
 
     >>> probe = OnlineProbe(feature_dim=8, classes=3)
@@ -50,18 +50,24 @@ class OnlineProbe(nn.Module):
         return F.linear(standardised, self.weight, self.bias)
 
     @torch.enable_grad()
-    def update(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One step on features (N, F), labels (N,) in 0 … C−1 -> this rank's loss (nats) and accuracy before the step, () each."""
+    def update(self, features: Tensor, labels: Tensor, chosen: Tensor | None = None) -> dict[str, Tensor]:
+        """One step on features (N, F), labels (N,) in 0 … C−1 -> this rank's loss (nats) and accuracy before the step, () each.
+
+        `chosen` (N,) bool: the rows to learn from, None for all. A mask, because a rank that has none of them must still meet the others.
+        """
         features = features.float()
+        rows = torch.ones_like(features[:, 0]) if chosen is None else chosen.float()
+        count, mine = _sum_over_ranks(rows.sum()), rows.sum().clamp(min=1)
         with torch.autocast(features.device.type, enabled=False):
-            self._follow(features)
+            self._follow(features, rows, count)
             logits = self(features)
-            loss = F.cross_entropy(logits, labels)
-            gradients = torch.autograd.grad(loss, [self.weight, self.bias])
-        self.weight.grad, self.bias.grad = (_mean_over_ranks(gradient) for gradient in gradients)
+            losses = rows * F.cross_entropy(logits, labels, reduction="none")
+            gradients = torch.autograd.grad(losses.sum() / count.clamp(min=1), [self.weight, self.bias])
+        self.weight.grad, self.bias.grad = (_sum_over_ranks(gradient) for gradient in gradients)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.detach(), "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+        right = (rows * (logits.argmax(dim=1) == labels)).sum()
+        return {"loss": losses.detach().sum() / mine, "accuracy": right / mine}
 
     @torch.no_grad()
     def accuracy(self, test: Features) -> float:
@@ -72,15 +78,16 @@ class OnlineProbe(nn.Module):
         return (logits.argmax(dim=1).cpu() == test.labels).double().mean().item()
 
     @torch.no_grad()
-    def _follow(self, features: Tensor) -> None:
-        """Move the running mean and variance towards the batch's over all ranks; the first batch sets them."""
-        mean = _mean_over_ranks(features.mean(dim=0))
-        variance = _mean_over_ranks((features - mean).square().mean(dim=0))
+    def _follow(self, features: Tensor, rows: Tensor, count: Tensor) -> None:
+        """Move the running mean and variance towards those of the batch's `rows`, (N,) of 0 and 1, `count` of them over all ranks; the
+        first batch sets them."""
+        mean = _sum_over_ranks(rows @ features) / count.clamp(min=1)
+        variance = _sum_over_ranks(rows @ (features - mean).square()) / count.clamp(min=1)
         # A tensor, so that a GPU is not waited for.
-        share = torch.where(self.updates == 0, 1.0, STATISTICS_MOMENTUM)
+        share = torch.where(self.updates == 0, 1.0, STATISTICS_MOMENTUM) * (count > 0)
         self.mean.lerp_(mean, share)
         self.variance.lerp_(variance, share)
-        self.updates += 1
+        self.updates += count > 0
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -89,8 +96,7 @@ class OnlineProbe(nn.Module):
         self.optimizer.load_state_dict(state)
 
 
-def _mean_over_ranks(value: Tensor) -> Tensor:
+def _sum_over_ranks(value: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value)
-        value = value / dist.get_world_size()
     return value

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from fastgessl import pipelines, runs
 from fastgessl.build import build_accelerator
-from fastgessl.config import Config, UsageError
+from fastgessl.config import Config, EvaluateConfig, UsageError
 from fastgessl.evaluate.cache import FeatureCache
 from fastgessl.evaluate.extraction import Extraction
 from fastgessl.evaluate.further import Rows, measure_further, require_one_process
 from fastgessl.evaluate.online import OnlineProbe
 from fastgessl.evaluate.report import Report, plain
 from fastgessl.evaluate.sources import Source, open_transfer
+from fastgessl.evaluate.splits import require_labels
 from fastgessl.evaluate.subject import Subject
 from fastgessl.evaluate.suite import EvaluationData, Extracted, held_out_test, measure, monitor
 from fastgessl.evaluate.tables import tables
 from fastgessl.evaluate.tasks import DEFAULT_TASKS, TRANSFER_TASKS, named_tasks, plan_tasks
-from fastgessl.methods import Outputs
+from fastgessl.methods import METHODS, Outputs
 from fastgessl.models import build_backbone, feature_width
 from fastgessl.pipelines.images import Images
 
@@ -39,27 +40,26 @@ class RunEvaluation:
         self._config, self._accelerator = config, accelerator
         self._source = Source(config.data.name, images, pipelines.open_images(config.data.name, config.data.root, "test"))
         labels = _labels(images)
-        self._tasks, _ = plan_tasks(config.evaluate, *self._judged_labels(labels), has_views=True)
+        self._held_out = self._source.held_out(config.train.seed)
+        self._tasks, _ = plan_tasks(config.evaluate, *_judged_labels(self._source, config.train.seed), has_views=True)
         require_one_process(self._tasks, accelerator.num_processes)
         self._transfer = _transfer_sources(config)
+        for source in self._transfer:
+            _require_measurable(source, config, self._tasks)
         self._extraction = Extraction(config, accelerator, cache or FeatureCache(None))
         self.probe: OnlineProbe | None = None
         if config.evaluate.every_epochs and labels is not None:
             width = feature_width(build_backbone(config.model))
             self.probe = OnlineProbe(width, int(labels.max()) + 1).to(accelerator.device)
+        # A method that reads labels never gets the images that are held out, and numbers the others anew: see `trained_on`.
+        unlearned = self._held_out[:0] if _reads_labels(config) else self._held_out
+        self._unlearned = unlearned.to(accelerator.device)
 
-    def _judged_labels(self, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The labels that probes will learn from and be judged by."""
-        test = self._source.test
-        if test is not None or labels is None:
-            return labels, None if test is None else _labels(test)
-        kept, held = held_out_test(labels, self._config.train.seed)
-        return labels[kept], labels[held]
-
-    def observe(self, outputs: Outputs, labels: Tensor | None) -> None:
-        """Let the online probe, if there is one, learn from the first view's features of a training step."""
+    def observe(self, outputs: Outputs, labels: Tensor | None, index: Tensor) -> None:
+        """Let the online probe, if there is one, learn from the first view's features (V, N, F) of a training step on the images `index`
+        (N,): from those that it will not be judged on."""
         if self.probe is not None and labels is not None:
-            self.probe.update(outputs.features[0], labels)
+            self.probe.update(outputs.features[0], labels, ~torch.isin(index, self._unlearned))
 
     def during_training(self, backbone: nn.Module) -> dict[str, float]:
         """Effective rank, and with labels k-NN accuracy and the online probe's. Every rank calls it."""
@@ -68,7 +68,8 @@ class RunEvaluation:
         loaders = [self._extraction.loader(images, still) for images in (self._source.train, test) if images is not None]
         try:
             device, seed = self._accelerator.device, self._config.train.seed
-            return monitor(backbone, EvaluationData(*loaders), self._config.evaluate, seed, device, probe=self.probe)
+            data = EvaluationData(loaders[0], None if test is None else loaders[1], held_out=self._held_out)
+            return monitor(backbone, data, self._config.evaluate, seed, device, probe=self.probe)
         finally:
             for loader in loaders:
                 loader.close()
@@ -95,13 +96,11 @@ class RunEvaluation:
     def _report(self, source: Source, features: Mapping[str, Extracted], *, transfer: bool) -> Report:
         """The feature tasks on one data set; on a further one those that say something of transfer."""
         settings, progress = self._config.evaluate, self._accelerator.is_main_process
-        lenient = transfer and (not settings.tasks or "all" in settings.tasks)
+        lenient = transfer and _lenient(settings)
         if transfer:
-            wanted = named_tasks(settings.tasks) or DEFAULT_TASKS
-            tasks = tuple(task for task in wanted if task in TRANSFER_TASKS)
-            if not tasks:
+            settings = _transfer_settings(settings)
+            if not settings.tasks:
                 return Report({}, (), {}, {}, settings, source.name)
-            settings = settings.model_copy(update={"tasks": tasks})
         try:
             report = measure(features, source.test is None, settings, self._config.train.seed, progress, lenient)
         except UsageError as error:
@@ -112,6 +111,31 @@ class RunEvaluation:
         console = Console()
         for table in [*(report.table() for report in reports), *tables(further)]:
             console.print(table)
+
+
+def trained_on(config: Config, images: Images) -> Images:
+    """The images that training may see: all of them, but for a method that reads labels those that the run will be judged on.
+
+    Where there is a test split, these are all of them too. UsageError for a method that does not exist is left to whoever builds it.
+    """
+    if not _reads_labels(config):
+        return images
+    test = pipelines.open_images(config.data.name, config.data.root, "test")
+    return images if test is not None else Source(config.data.name, images, None).splits(config.train.seed)[0]
+
+
+def _reads_labels(config: Config) -> bool:
+    method = METHODS.get(config.method.name)
+    return method is not None and method.needs_labels
+
+
+def _judged_labels(source: Source, seed: int) -> tuple[Tensor | None, Tensor | None]:
+    """The labels that probes will learn from and be judged by."""
+    labels = _labels(source.train)
+    if source.test is not None or labels is None:
+        return labels, None if source.test is None else _labels(source.test)
+    kept, held = held_out_test(labels, seed)
+    return labels[kept], labels[held]
 
 
 def evaluate_subject(subject: Subject) -> None:
@@ -136,6 +160,31 @@ def _transfer_sources(config: Config) -> list[Source]:
             f"evaluate.transfer: two data sets are called '{twice}', the run's own included. Leave one out or rename its file."
         )
     return sources
+
+
+def _transfer_settings(settings: EvaluateConfig) -> EvaluateConfig:
+    """What is asked of a data set to transfer to: of the tasks that are meant those that say something of transfer."""
+    wanted = named_tasks(settings.tasks) or DEFAULT_TASKS
+    return settings.model_copy(update={"tasks": tuple(task for task in wanted if task in TRANSFER_TASKS)})
+
+
+def _lenient(settings: EvaluateConfig) -> bool:
+    """Whether a data set to transfer to may miss tasks: those that nobody asked for by name."""
+    return not settings.tasks or "all" in settings.tasks
+
+
+def _require_measurable(source: Source, config: Config, tasks: tuple[str, ...]) -> None:
+    """UsageError, naming the data set, for a task that a data set to transfer to does not allow."""
+    train, test = _judged_labels(source, config.train.seed)
+    pool = _labels(source.train) if source.test is None else None
+    settings = _transfer_settings(config.evaluate)
+    try:
+        if settings.tasks:
+            plan_tasks(settings, train, test, has_views=False, pool=pool, lenient=_lenient(config.evaluate))
+        if "universality" in tasks:
+            require_labels("universality", train, test)
+    except UsageError as error:
+        raise UsageError(f"{source.name}: {error}") from None
 
 
 def _earlier_facts(folder: Path) -> dict[str, Any]:

@@ -6,8 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fastgessl import pipelines
 from fastgessl.config import UsageError
+from fastgessl.evaluate.cache import subset
+from fastgessl.evaluate.suite import held_out_test
 from fastgessl.pipelines.images import Images
 
 
@@ -24,6 +30,24 @@ class Source:
     def slug(self) -> str:
         """The name as a part of a file's name."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name)
+
+    def held_out(self, seed: int) -> Tensor:
+        """(H,) int64, increasing: the training images that probes are judged on; none with a test split or without labels.
+
+        Drawn from the labels of the whole data set: training, probes and supervised models leave out the same images, whichever files
+        are found to be bad on the way.
+        """
+        if self.test is not None or self.train.labels is None:
+            return torch.empty(0, dtype=torch.int64)
+        return held_out_test(torch.from_numpy(self.train.labels), seed)[1]
+
+    def splits(self, seed: int) -> tuple[Images, Images]:
+        """Training and test images: without a test split those that are not held out and those that are; without labels all, twice."""
+        if self.test is not None or self.train.labels is None:
+            return self.train, self.train if self.test is None else self.test
+        held = self.held_out(seed).numpy()
+        kept = np.setdiff1d(np.arange(len(self.train)), held)
+        return subset(self.train, kept), subset(self.train, held)
 
 
 def open_source(name: str, root: Path | None, shown: str = "") -> Source:

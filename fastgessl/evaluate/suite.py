@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -42,6 +42,8 @@ class EvaluationData:
     """The same for the test split; without one, a stratified fifth of the labelled training images is held out."""
     views: Iterable[Any] | None = None
     """Two augmented views an image, for geometry."""
+    held_out: Tensor | None = None
+    """(H,) which training images are held out without a test split; None draws a fifth of those that the loader yields."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def monitor(
 
     Takes the same images as `evaluate` with the same `seed`, and leaves the encoder as it was. Every rank calls it.
     """
-    features = _extract(encoder, EvaluationData(data.train, data.test), settings, seed, device, precision, progress=False)
+    features = _extract(encoder, replace(data, views=None), settings, seed, device, precision, progress=False)
     return on_first_rank(lambda: _quick_look(features, settings, probe))
 
 
@@ -135,7 +137,7 @@ def _extract(
     if data.test is not None:
         test = extract_features(encoder, data.test, device, precision, progress)
     else:
-        train, test = hold_out_features(train, seed)
+        train, test = hold_out_features(train, _drawn(train, seed) if data.held_out is None else data.held_out)
     wants_geometry = wants_views(settings)
     views = extract_views(encoder, data.views, device, precision, progress) if data.views is not None and wants_geometry else None
     return Extracted(train, test, views)
@@ -146,12 +148,15 @@ def wants_views(settings: EvaluateConfig) -> bool:
     return bool({"geometry", "conditions"} & set(named_tasks(settings.tasks) or DEFAULT_TASKS))
 
 
-def hold_out_features(features: Features, seed: int) -> tuple[Features, Features]:
-    """(kept, held out) of training features for which there is no test split; without labels nothing is held out."""
-    if features.labels is None:
-        return features, features.subset(torch.empty(0, dtype=torch.int64))
-    kept, held = held_out_test(features.labels, seed)
-    return features.subset(kept), features.subset(held)
+def hold_out_features(features: Features, held: Tensor) -> tuple[Features, Features]:
+    """(kept, held out) of training features for which there is no test split; `held` (H,) are images, not rows."""
+    judged = torch.isin(features.index, held)
+    return features.subset((~judged).nonzero().squeeze(1)), features.subset(judged.nonzero().squeeze(1))
+
+
+def _drawn(features: Features, seed: int) -> Tensor:
+    """The images that are held out of those with features; none without labels."""
+    return features.index[:0] if features.labels is None else features.index[held_out_test(features.labels, seed)[1]]
 
 
 def measure(

@@ -10,14 +10,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgessl.evaluate.cache import digest_of, subset
+from fastgessl.evaluate.cache import digest_of
 from fastgessl.evaluate.classifier import Classifier, logits_of, train_classifier
 from fastgessl.evaluate.extraction import Extraction
 from fastgessl.evaluate.finetune import numbered
 from fastgessl.evaluate.sources import Source
 from fastgessl.evaluate.splits import require_labels
 from fastgessl.evaluate.subject import untrained_encoder
-from fastgessl.evaluate.suite import held_out_test
 from fastgessl.pipelines.images import Images
 
 # AdamW with a batch of 128, as DeiT-style recipes scale it for small sets.
@@ -40,7 +39,7 @@ def task_model(source: Source, extraction: Extraction, folder: Path) -> TaskMode
 
     Kept as `<folder>/<data set>.safetensors` and trained anew if the model, the images, the views or the settings have changed.
     """
-    train, test = splits(source, extraction.config.train.seed)
+    train, test = source.splits(extraction.config.train.seed)
     labels, _ = require_labels("universality", _tensor(train), _tensor(test))
     classes = labels.unique()
     train, test = numbered(train, classes), numbered(test, classes)
@@ -51,14 +50,6 @@ def task_model(source: Source, extraction: Extraction, folder: Path) -> TaskMode
     accuracy = (test_logits.features.argmax(dim=1) == test_logits.labels).double().mean().item()
     own, unseen = (found.features.double().log_softmax(dim=1) for found in (logits, test_logits))
     return TaskModel(own, unseen, accuracy)
-
-
-def splits(source: Source, seed: int) -> tuple[Images, Images]:
-    """Training and test images; without a test split the same fifth is held out that probes are judged on."""
-    if source.test is not None or source.train.labels is None:
-        return source.train, source.train if source.test is None else source.test
-    kept, held = held_out_test(torch.from_numpy(source.train.labels), seed)
-    return subset(source.train, kept.numpy()), subset(source.train, held.numpy())
 
 
 def _kept_or_trained(train: Images, classes: int, extraction: Extraction, path: Path) -> Classifier:

@@ -212,11 +212,16 @@ def _check(config: DsaConfig, method: Method, facts: RunFacts) -> None:
 
 
 def _projection_width(method: Method, facts: RunFacts, view_size: int) -> int:
-    """D of the method's projections, seen in a forward of two black images that leaves no trace."""
+    """D of the method's projections, seen in a forward of two black images that leaves no trace. UsageError if a view has none."""
     parameter = next(method.parameters())
     mode = method.training
     views = [torch.zeros(2, 3, view_size, view_size, dtype=parameter.dtype, device=parameter.device)] * facts.global_views
     with torch.no_grad():
-        width = method.eval()(views).projections.shape[-1]
+        projected, _, width = method.eval()(views).projections.shape
     method.train(mode)
+    if projected < facts.global_views:
+        raise UsageError(
+            f"dsa compares the projections of two views of full size, and {type(method).__name__} projects {projected} of "
+            f"{facts.global_views} with these settings. Set --method.symmetric True, or --dsa.weight 0."
+        )
     return width

@@ -73,7 +73,7 @@ class SwAV(Method):
         self.queued = 0
 
     def get_extra_state(self) -> Tensor:
-        """How many rows entered the queue since its first epoch. No buffer: asking a GPU for it would make every step wait."""
+        """How many rows entered the queue since queue_start_epoch. No buffer: asking a GPU for it would make every step wait."""
         return torch.tensor(self.queued)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -24,9 +24,9 @@ class Widening(nn.Module):
     def __init__(self, inputs: int, bottleneck: int, outputs: int):
         super().__init__()
         self.layers = nn.Sequential(
-            *_convolution(inputs, bottleneck, 1), nn.ReLU(inplace=True),
-            *_convolution(bottleneck, bottleneck, 3), nn.ReLU(inplace=True),
-            *_convolution(bottleneck, outputs, 1),
+            *convolution(inputs, bottleneck, 1), nn.ReLU(inplace=True),
+            *convolution(bottleneck, bottleneck, 3), nn.ReLU(inplace=True),
+            *convolution(bottleneck, outputs, 1),
         )  # fmt: skip
         self.repeats = outputs // inputs if outputs % inputs == 0 else 0
 
@@ -41,7 +41,8 @@ def widen(backbone: Any, bottleneck: int, outputs: int) -> None:
     backbone.num_features = backbone.head_hidden_size = outputs
 
 
-def _convolution(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution, nn.BatchNorm2d(outputs)
+def convolution(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:
+    """A bias-free convolution of the same size, and its batch norm. Exported encoders carry the source of this and of `Widening`."""
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layer, nn.BatchNorm2d(outputs)

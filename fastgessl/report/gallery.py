@@ -45,9 +45,10 @@ class Gallery:
             (self._seen,) = self._extraction.features(subject.name, encoder, f"{config.data.name}-test", test, [self._extraction.still])
         self._seen.require_finite(f"Run '{subject.folder}'")
         count = len(self._seen)
-        self._rows = torch.randperm(count, generator=torch.Generator().manual_seed(config.train.seed))[:POINTS].sort().values
-        self._sample = self._seen.subset(self._rows)
-        self._thumbnails = self._pictures(subset(self._shown, self._rows.numpy()))
+        rows = torch.randperm(count, generator=torch.Generator().manual_seed(config.train.seed))[:POINTS].sort().values
+        self._sample = self._seen.subset(rows)
+        # A bad file has no row, so that rows are not numbers of images.
+        self._thumbnails = self._pictures(subset(self._shown, self._sample.index.numpy()))
 
     def styles(self) -> str:
         """CSS that holds the thumbnails."""
@@ -75,8 +76,8 @@ class Gallery:
     def points(self) -> list[dict[str, Any]]:
         """For each dot: its name, its label, and where its picture lies on the sheet."""
         return [
-            {"name": self._name(int(row)), "label": self._label(number), "place": self._thumbnails.place(number).split(":")[1]}
-            for number, row in enumerate(self._rows)
+            {"name": self._name(image), "label": self._label(number), "place": self._thumbnails.place(number).split(":")[1]}
+            for number, image in enumerate(self._sample.index.tolist())
         ]
 
     def neighbours(self) -> str:
@@ -130,9 +131,9 @@ class Gallery:
         loader.close()
         return sheet(torch.cat(views), self._config.views.mean, self._config.views.std)
 
-    def _name(self, row: int) -> str:
+    def _name(self, image: int) -> str:
         paths = getattr(self._shown, "paths", None)
-        return paths[row].name if paths is not None else f"image {row}"
+        return paths[image].name if paths is not None else f"image {image}"
 
     def _label(self, number: int) -> str:
         """The class name of a point of the sample; empty without labels."""

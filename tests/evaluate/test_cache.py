@@ -126,6 +126,14 @@ def test_the_key_of_image_files_follows_their_size_and_time(tmp_path):
     assert digest_of(net(), images, [VIEW]) != before
 
 
+def test_the_key_of_a_file_that_is_gone_changes_when_it_is_back(tmp_path):
+    images = pipelines.FileImages((tmp_path / "a.png",))
+    before = digest_of(net(), images, [VIEW])
+    (tmp_path / "a.png").write_bytes(b"back")
+
+    assert digest_of(net(), images, [VIEW]) != before
+
+
 def test_a_subset_holds_the_chosen_images_and_labels(tmp_path):
     chosen = np.array([7, 2])
     files = pipelines.FileImages(tuple(tmp_path / f"{i}.png" for i in range(10)), np.arange(10), ())

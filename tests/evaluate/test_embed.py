@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,34 @@ def test_both_splits_of_an_npz_are_embedded(finished_run, tmp_path, fastgessl):
     with np.load(tmp_path / "out.npz", allow_pickle=False) as written:
         assert written["files"].tolist() == [*(f"train/{n}" for n in range(5)), *(f"test/{n}" for n in range(4))]
         assert written["features"].shape == (9, 64) and "labels" not in written
+
+
+def test_names_and_labels_stay_with_their_features_where_a_file_is_skipped(finished_run, photos, tmp_path, fastgessl):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    assert fastgessl("embed", run, photos, "--out", tmp_path / "whole.npz").code == 0
+    (photos / "cat" / "1.png").write_bytes(b"broken")
+
+    with pytest.warns(UserWarning, match="1.png"):
+        outcome = fastgessl("embed", run, photos, "--out", tmp_path / "out.npz", "--data.bad_files", "skip")
+
+    assert outcome.code == 0 and outcome.out.startswith("5 images"), outcome.err
+    rest = [0, 2, 3, 4, 5]
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "out.npz") as found:
+        np.testing.assert_allclose(found["features"], whole["features"][rest], rtol=1e-4, atol=1e-5)
+        assert found["files"].tolist() == whole["files"][rest].tolist()
+        assert found["labels"].tolist() == whole["labels"][rest].tolist()
+    assert (run / "bad_files.txt").read_text().splitlines() == [str(photos / "cat" / "1.png")]
+
+
+@pytest.mark.filterwarnings("ignore:data.bad_files skip")
+def test_a_folder_of_bad_files_alone_is_one_line_and_exit_code_2(finished_run, photos, tmp_path, fastgessl):
+    for file in photos.rglob("*.png"):
+        file.write_bytes(b"broken")
+    run = shutil.copytree(finished_run, tmp_path / "run")
+
+    outcome = fastgessl("embed", run, photos, "--out", tmp_path / "out.npz", "--data.bad_files", "skip")
+
+    assert outcome.code == 2 and "not one image could be read" in outcome.err and outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("path", "expected"), [("nowhere", "does not exist"), ("empty", "holds no images")])

@@ -55,9 +55,9 @@ def test_an_error_on_the_first_rank_is_raised_on_all(ranks):
 
 
 def test_online_probes_of_all_ranks_equal_one_trained_on_all_rows(ranks, alone):
-    for rank in ranks:
-        for name, value in alone["probe"].items():
-            assert rank["probe"][name].equal(ranks[0]["probe"][name])
-            torch.testing.assert_close(rank["probe"][name], value, rtol=1e-4, atol=1e-5)
+    for rank, probe in itertools.product(ranks, ("probe", "probe_of_few")):
+        for name, value in alone[probe].items():
+            assert rank[probe][name].equal(ranks[0][probe][name])
+            torch.testing.assert_close(rank[probe][name], value, rtol=1e-4, atol=1e-5)
     mean_loss = torch.stack([rank["probe_losses"] for rank in ranks]).mean(dim=0)
     torch.testing.assert_close(mean_loss, alone["probe_losses"], rtol=1e-4, atol=1e-5)

@@ -80,6 +80,23 @@ def test_update_equals_adam_on_a_linear_layer_over_standardised_features():
     torch.testing.assert_close(probe.weight, layer.weight, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_that_are_not_chosen_leave_no_trace():
+    batches = torch.randn(4, 16, 5, generator=torch.Generator().manual_seed(0)) * 3 + 10
+    labels, chosen = torch.arange(16) % 3, torch.arange(16) % 4 > 0
+    spoiled = torch.where(chosen[:, None], batches, 1e3)
+    probe, alone, idle = OnlineProbe(5, 3), OnlineProbe(5, 3), OnlineProbe(5, 3)
+
+    idle.update(spoiled[0], labels, torch.zeros(16, dtype=torch.bool))
+    assert idle.updates == 0 and (idle.weight == 0).all() and (idle.mean == 0).all()
+
+    for batch, whole in zip(spoiled, batches, strict=True):
+        found, expected = probe.update(batch, labels, chosen), alone.update(whole[chosen], labels[chosen])
+        assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+        assert found["accuracy"].item() == pytest.approx(expected["accuracy"].item())
+    torch.testing.assert_close(probe.mean, alone.mean)
+    torch.testing.assert_close(probe.variance, alone.variance)
+
+
 def test_the_online_probe_learns_what_is_linearly_there(cluster_features):
     train, test = cluster_features(120, 10, 4, seed=0), cluster_features(200, 10, 4, seed=1)
     probe = OnlineProbe(10, 4)

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_run import TINY
 
-from fastgessl.evaluate import features
+from fastgessl.evaluate import features, held_out_test
 
 IMAGE_SETTINGS = (
     "--evaluate.finetune_epochs", "2", "--evaluate.label_fractions", "0.1", "--evaluate.learning_tasks", "1",
@@ -48,6 +50,14 @@ def few(tmp_path) -> tuple[str, ...]:
     pixels = np.random.default_rng(0).integers(0, 100, (120, 8, 8)) + 40 * labels[:, None, None]
     np.savez(tmp_path / "few.npz", train_x=pixels.astype(np.uint8), train_y=labels)
     return ("--data.name", "npz", "--data.root", str(tmp_path / "few.npz"))
+
+
+@pytest.fixture
+def noise(tmp_path) -> Path:
+    """320 images of noise with random labels of ten classes and no test split: whatever is right above 1 in 10 was looked up."""
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "noise.npz", train_x=draw.integers(0, 256, (320, 8, 8), dtype=np.uint8), train_y=draw.integers(0, 10, 320))
+    return tmp_path / "noise.npz"
 
 
 def measured(run: Path) -> dict:
@@ -224,3 +234,103 @@ def test_a_run_without_weights_or_checkpoints_says_so(run, fastgessl):
     (run / "encoder.safetensors").unlink()
     outcome = fastgessl("evaluate", run)
     assert outcome.code == 2 and "has not been trained to its end" in outcome.err
+
+
+def test_a_method_that_reads_labels_does_not_see_the_images_it_will_be_judged_on(noise, tmp_path, fastgessl):
+    sizes = ("--views.size", "8", "--model.width", "0.125", "--train.batch_size", "64", "--train.max_steps", "100")
+    still = ("--views.flip_probability", "0", "--views.jitter_probability", "0", "--views.blur_probability", "0")
+    # Views that hardly change and this rate: all 320 labels are learned by heart, and 100 % were right when the fifth was among them.
+    by_heart = (*still, "--views.crop_scale", "1", "1", "--views.grayscale_probability", "0", "--optim.base_lr", "0.5")
+    options = (*sizes, *by_heart, "--evaluate.tasks", "linear", "--train.run_dir", tmp_path / "run")
+
+    outcome = fastgessl("train", "npz-supervised", "--data.root", noise, *options)
+
+    assert outcome.code == 0, outcome.err
+    found = measured(tmp_path / "run")
+    labels = torch.from_numpy(np.load(noise)["train_y"])
+    assert found["images"]["test"] == len(held_out_test(labels, 0)[1]) and found["images"]["held_out"] == 1
+    # Four standard deviations of 65 guesses above chance.
+    assert found["rows"]["this run"]["linear"]["accuracy"] < 0.25
+    assert f"held out: {found['images']['test']} of 320 images" in outcome.out
+
+
+def test_the_online_probe_learns_nothing_from_images_that_are_held_out(noise):
+    from accelerate import Accelerator
+
+    from fastgessl import pipelines
+    from fastgessl.evaluate import OnlineProbe
+    from fastgessl.evaluate.run import RunEvaluation
+    from fastgessl.methods import Outputs
+    from fastgessl.recipes import load
+
+    config = load("npz-simclr").config
+    data, evaluate = config.data.model_copy(update={"root": noise}), config.evaluate.model_copy(update={"every_epochs": 1.0})
+    config = config.model_copy(update={"data": data, "evaluate": evaluate})
+    images = pipelines.open_images("npz", noise)
+    evaluation = RunEvaluation(config, images, Accelerator(cpu=True))
+    width, labels = evaluation.probe.weight.shape[1], torch.from_numpy(images.labels)
+    kept, _ = held_out_test(labels, config.train.seed)
+    points = torch.randn(320, width, generator=torch.Generator().manual_seed(0))
+    index = torch.randperm(320, generator=torch.Generator().manual_seed(1))[:100]
+    seen = index[torch.isin(index, kept)]
+    assert 0 < len(seen) < 100
+    alone = OnlineProbe(width, 10)
+
+    for _ in range(3):
+        evaluation.observe(Outputs(points[index][None], points[index][None]), labels[index], index)
+        alone.update(points[seen], labels[seen])
+
+    torch.testing.assert_close(evaluation.probe.weight, alone.weight)
+    torch.testing.assert_close(evaluation.probe.mean, alone.mean)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two classes of 30 photos; three of the first one are no pictures, and a fourth is gone, with a link that leads nowhere."""
+    draw = np.random.default_rng(0)
+    for number in range(60):
+        file = tmp_path / "photos" / "ab"[number // 30] / f"{number:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 100 + 2 * number, (9, 9, 3), dtype=np.uint8)).save(file)
+    for number in (2, 3, 20):
+        (tmp_path / "photos" / "a" / f"{number:02d}.png").write_bytes(b"no picture")
+    (tmp_path / "photos" / "a" / "11.png").unlink()
+    (tmp_path / "photos" / "a" / "11.png").symlink_to("nowhere.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.filterwarnings("ignore:data.bad_files skip")
+def test_bad_files_are_left_out_and_listed_and_move_no_image_between_train_and_test(run, photos, fastgessl):
+    from fastgessl import pipelines
+
+    options = ("--data.name", "folder", "--data.root", photos, "--data.bad_files", "skip", "--evaluate.ways", "2", *IMAGE_SETTINGS)
+    names = [path.name for path in pipelines.open_images("folder", photos).paths]
+    bad = {names.index(f"{number:02d}.png") for number in (2, 3, 11, 20)}
+    held = set(held_out_test(torch.arange(60) // 30, 0)[1].tolist())
+
+    outcome = fastgessl("evaluate", run, *options, "--tasks", "linear", "finetune", "universality")
+
+    assert outcome.code == 0, outcome.err
+    found = measured(run)
+    assert found["images"] == {"train": 60 - len(held | bad), "test": len(held - bad), "classes": 2, "held_out": 1}
+    sizes = {task["group"]: task["images"] for task in found["universality"]["rows"]["this run"]["tasks"]}
+    assert sizes == {"discriminability": found["images"]["train"], "generalisation": found["images"]["test"]}
+    assert {Path(line).name for line in (run / "bad_files.txt").read_text().splitlines()} == {names[image] for image in bad}
+
+    # The supervised models' rows stand beside those of the features.
+    supervised = ("--tasks", "universality", "--evaluate.sigma_against", "supervised")
+    assert fastgessl("evaluate", run, *options, *supervised).code == 0
+    assert fastgessl("embed", run, photos, "--out", run / "e.npz", "--data.bad_files", "skip").out.startswith("56 images")
+
+
+def test_a_transfer_set_that_cannot_be_measured_is_refused_before_training(tmp_path, fastgessl):
+    np.savez(tmp_path / "unlabelled.npz", train_x=np.zeros((20, 8, 8), dtype=np.uint8))
+    options = (*TINY, "--evaluate.transfer", tmp_path / "unlabelled.npz", "--train.run_dir", tmp_path / "run")
+
+    for task in ("knn", "universality"):
+        outcome = fastgessl("train", "digits-simclr", *options, "--evaluate.tasks", task)
+
+        assert outcome.code == 2 and outcome.err.count("\n") == 1
+        assert f"unlabelled: Task {task}: the training images have no labels" in outcome.err
+        assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step" not in outcome.err
+    assert fastgessl("train", "digits-simclr", *options, "--evaluate.tasks", "geometry").code == 0

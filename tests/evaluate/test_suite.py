@@ -167,6 +167,20 @@ def test_without_a_test_split_a_seeded_stratified_fifth_is_held_out(loader):
     assert "18 held out of the training images" in " ".join(printed(report).split())
 
 
+def test_images_that_are_held_out_by_number_stay_so_where_others_are_missing(loader):
+    images, labels = pictures(90, 3, seed=0)
+    held = held_out_test(labels, seed=4)[1]
+    present = torch.tensor([image for image in range(90) if image not in (0, 1, 2, 3, 4, int(held[0]))])
+    kept, judged = present[~torch.isin(present, held)], held[1:]
+    readable = EvaluationData(loader([images], labels, order=present), held_out=held)
+    split = EvaluationData(loader([images[kept]], labels[kept]), loader([images[judged]], labels[judged]))
+
+    found, expected = (evaluate({"x": "pixels"}, data, SETTINGS, seed=4).rows for data in (readable, split))
+
+    assert found == expected
+    assert monitor(encoder(), readable, SETTINGS) == pytest.approx(monitor(encoder(), split, SETTINGS))
+
+
 def test_no_test_label_reaches_a_choice_in_the_suite(data, loader):
     images, labels = pictures(60, 3, seed=1)
     blind = EvaluationData(data.train, loader([images], labels[torch.randperm(60, generator=torch.Generator().manual_seed(0))]), data.views)

@@ -199,6 +199,18 @@ def test_settings_that_cannot_work_are_refused(settings, images, message):
         toy(settings=settings, images=images)
 
 
+def test_a_method_that_projects_one_of_the_two_views_is_refused():
+    """Of an asymmetric MoCo with smaller views, the second projection would be that of a smaller view."""
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    backbone.num_features = 6
+    facts = RunFacts(images_per_forward=8, local_views=1)
+    heads = MethodConfig(name="moco", projector_hidden=8, projector_out=4, queue_length=16)
+    DSA(SETTINGS, build_method(heads, backbone, facts), facts, view_size=2)
+    asymmetric = build_method(heads.model_copy(update={"symmetric": False}), backbone, facts)
+    with pytest.raises(UsageError, match=r"MoCo projects 1 of 2 with these settings\. Set --method\.symmetric True"):
+        DSA(SETTINGS, asymmetric, facts, view_size=2)
+
+
 def test_a_supervised_method_and_a_single_view_are_refused():
     backbone = nn.Flatten()
     backbone.num_features = 12

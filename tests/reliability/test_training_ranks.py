@@ -57,6 +57,11 @@ def test_a_sharded_run_goes_on_in_one_process_and_the_log_of_both_is_alike(repor
     assert moments and all(entry["momentum_buffer"].shape for entry in moments.values())
 
 
+def test_looking_at_the_encoder_during_training_draws_no_random_number(reports):
+    drew = {key: report[key]["drew"] for report in reports for key in report if isinstance(report[key], dict) and "drew" in report[key]}
+    assert len(drew) > 20 and not any(drew.values())
+
+
 def test_keys_passed_around_give_the_weights_of_keys_gathered(reports):
     for report in reports:
         for name, weight in report["global"]["weights"].items():

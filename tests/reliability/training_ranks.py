@@ -34,9 +34,12 @@ def outcome(data, folder, name, sections):
     held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in training.method.parameters())
     run_steps(training, folder)
     weights = {key: value.clone() for key, value in whole_tensors(training.method).items() if isinstance(value, torch.Tensor)}
+    generator = torch.get_rng_state()
     encoder = training.encoder()
+    drew = not torch.equal(generator, torch.get_rng_state())
     views = torch.ones(2, 3, 8, 8)
-    return {"weights": weights, "share": held / sum(w.numel() for w in weights.values()), "features": encoder.eval()(views).detach()}
+    share = held / sum(w.numel() for w in weights.values())
+    return {"weights": weights, "share": share, "features": encoder.eval()(views).detach(), "drew": drew}
 
 
 class BadOnOneRank(SimCLR):

@@ -102,6 +102,36 @@ def test_names_of_classes_files_and_recipes_are_escaped(labelled_run, fastgessl)
     assert "<b>bold.png" in {point["name"] for point in points}
 
 
+@pytest.mark.filterwarnings("ignore:data.bad_files skip")
+def test_a_skipped_file_moves_no_name_and_no_picture(labelled_run, tmp_path, fastgessl):
+    from fastgessl import pipelines
+    from fastgessl.build import build_accelerator
+    from fastgessl.evaluate.subject import base_config, open_subject
+    from fastgessl.report.gallery import Gallery
+
+    for number, file in enumerate(sorted((tmp_path / "photos" / "val").rglob("*.png"))):
+        Image.new("RGB", (12, 12), (30 * number, 0, 0)).save(file.with_name(f"{30 * number:03d}.png"))
+        file.unlink()
+    (tmp_path / "photos" / "val" / "plain" / "150.png").write_bytes(b"no picture")
+    config = base_config(str(labelled_run))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"bad_files": "skip"})})
+    subject = open_subject(str(labelled_run), config)
+    images, test = (pipelines.open_images("folder", tmp_path / "photos", split) for split in ("train", "test"))
+
+    shown = []
+    pictures = Gallery._pictures
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Gallery, "_pictures", lambda self, images: shown.append(images) or pictures(self, images))
+        gallery = Gallery(subject, images, test, build_accelerator(config, labelled_run))
+    points = gallery.points()
+
+    names = [point["name"] for point in points]
+    assert len(points) == 7 and "150.png" not in names
+    assert [path.name for path in shown[0].paths] == names
+    classes = {path.name: path.parent.name for path in test.paths}
+    assert all(point["label"] == classes[point["name"]] for point in points)
+
+
 def test_a_run_that_was_stopped_gets_its_curves_and_says_what_is_missing(two_runs, tmp_path, fastgessl):
     run = Path(shutil.copytree(two_runs[0], tmp_path / "run"))
     (run / "encoder.safetensors").unlink()

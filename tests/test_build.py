@@ -1,0 +1,29 @@
+"""What follows from a configuration: steps, and trackers that are there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from reliability.small_training import small_config, start
+
+from fastgessl import build
+from fastgessl.config import UsageError
+
+
+@pytest.fixture
+def data(tmp_path):
+    np.savez(tmp_path / "images.npz", train_x=np.zeros((184, 8, 8, 3), dtype=np.uint8))
+    return tmp_path / "images.npz"
+
+
+def test_epochs_of_a_broken_number_of_steps_end_with_the_last_whole_step(data, tmp_path):
+    # 23 batches of 8 an epoch, ten of them a step: 1,150 batches in 50 epochs.
+    train = {"batch_size": 80, "accumulate": 10, "epochs": 50, "max_steps": None}
+    plan = start(small_config(data, train=train), tmp_path).plan
+    assert (plan.total_steps, plan.steps_per_epoch) == (115, 2.3)
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "get_available_trackers", list)
+    with pytest.raises(UsageError, match=r"log.trackers tensorboard: its package is not installed here. pip install tensorboard"):
+        start(small_config(data, log={"trackers": ("tensorboard",)}), tmp_path)

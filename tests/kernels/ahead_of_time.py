@@ -15,6 +15,8 @@ from triton.compiler import ASTSource
 from fastgessl.kernels import similarity_triton, similarity_triton_second
 from fastgessl.kernels.similarity_tiles import Tile
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 KERNELS = {
     kernel.__name__: kernel
     for kernel in (
@@ -69,12 +71,12 @@ def resources(
                 "*i64" if argument in ("p_positives", "p_exclude") else f"*{dtype}" if argument in IN_OPERAND_DTYPE else "*fp32"
             )
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = _source(kernel, signature, constants, attributes)
+    program = source(kernel, signature, constants, attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return _read(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
+    return read(triton.compile(program, target=GPUTarget("cuda", architecture, 32), options=options))
 
 
-def _source(kernel, signature, constants, attributes):
+def source(kernel, signature, constants, attributes):
     if "constexprs" in inspect.signature(ASTSource).parameters:
         return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     from triton.backends.compiler import AttrsDescriptor  # before triton 3.3
@@ -85,7 +87,7 @@ def _source(kernel, signature, constants, attributes):
     return ASTSource(fn=kernel, signature=plain, constants=constants, attrs=descriptor)
 
 
-def _read(compiled) -> Resources:
+def read(compiled) -> Resources:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(compiled.asm["cubin"])

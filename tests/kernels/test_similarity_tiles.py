@@ -1,7 +1,6 @@
 """Every tile of the launch table, compiled ahead of time for its card: no spill, shared memory within limits, matrix instructions."""
 
 import os
-from importlib.metadata import version
 
 import pytest
 
@@ -34,11 +33,8 @@ EVERY = [
 QUICK = [case for case in EVERY if case[1] in (80, 90, 100) and case[2] == 128 and case[4] == "bf16" and not case[3]]
 
 
-TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
-
-
 def check(name, architecture, width, teacher, dtype):
-    if architecture >= 100 and TRITON < (3, 3):
+    if architecture >= 100 and ahead_of_time.TRITON < (3, 3):
         pytest.skip("Triton 3.2 does not know this generation; `dispatch` does not send it there")
     tile = tile_of(name, architecture, width, teacher, dtype == "fp32")
     plain = name.removesuffix("[mirror]")
@@ -47,7 +43,7 @@ def check(name, architecture, width, teacher, dtype):
         found = ahead_of_time.resources(plain, architecture, width, teacher, tile, dtype, of_teacher, mirror=2 * name.endswith("[mirror]"))
         print(f"{name:28} sm_{architecture} D={width:<5}{dtype} teacher={teacher:d} to_teacher={of_teacher:d} {tile} -> {found}")
         # Older compilers spill a few bytes in some tiles (3.2 at most 168, for sm_80): slower, not wrong.
-        assert found.stack == 0 or TRITON < (3, 6)
+        assert found.stack == 0 or ahead_of_time.TRITON < (3, 6)
         assert found.shared <= ahead_of_time.SHARED_LIMIT[architecture]
         # tf32 in three passes has no wgmma or tcgen05 form everywhere: any matrix instruction will do there.
         assert found.instruction == INSTRUCTION[architecture] or (dtype == "fp32" and found.instruction != "FMA")

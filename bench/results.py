@@ -40,9 +40,14 @@ def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Pa
 
 
 def commit() -> str:
-    """Of the working tree, `-dirty` if it holds something else."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "unknown"
+    """Of the working tree, `-dirty` if its code is not that commit's; results and pages that a run has just written do not count."""
+    code = (".", ":(exclude)bench/results", ":(exclude)docs")
+    known, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    return f"{known}-dirty" if changed else known or "unknown"
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT.parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _processor() -> str:

@@ -20,6 +20,25 @@ def test_a_result_names_versions_processor_and_commit(tmp_path):
     assert path.parent == tmp_path / results.machine()
 
 
+def test_the_commit_is_dirty_if_code_changed_and_not_if_results_did(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(results, "ROOT", tmp_path / "bench")
+    assert results.commit() == "unknown"
+    for name in ("bench/results/one.json", "code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = results.commit()
+    (tmp_path / "bench/results/one.json").write_text("2")
+    assert results.commit() == clean and "dirty" not in clean
+    (tmp_path / "code.py").write_text("2")
+    assert results.commit() == f"{clean}-dirty"
+
+
 def test_the_gpu_program_tries_itself_out_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--profile", "--seconds", "60", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

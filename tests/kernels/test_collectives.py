@@ -1,5 +1,7 @@
 """Losses over a group of ranks equal one process on all rows: values, gradients and Hessian-vector products (two gloo ranks)."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +24,24 @@ from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean
 
 RANKS, ROWS, D = 2, 5, 4
 TOTAL = RANKS * ROWS
+
+
+@contextmanager
+def _joined(rank, store):
+    """The group of all ranks, which a rank leaves when all are done: a peer that leaves early makes gloo abort the others."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    assert dist.get_world_size() == RANKS
+    yield dist.group.WORLD
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _average(tensor):
+    """What DDP does to losses and gradients."""
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor / RANKS
 
 
 def _inputs():
@@ -67,27 +87,17 @@ def _derivatives(data, positives, bias, weight, group, mode, average):
 
 
 def _compare(rank, store, mode):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    assert dist.get_world_size() == RANKS
     weight, data, positives, bias = _inputs()
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
-
-    def average(tensor):
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        return tensor / RANKS
-
-    found = _derivatives(data[:, mine], positives[mine], bias[mine], weight, dist.group.WORLD, mode, average)
-    expected = _derivatives(data, positives, bias, weight, None, "gather", lambda tensor: tensor)
-    for a, b in zip(found, expected, strict=True):
-        # In norm: an entry may be what is left of far larger ones. The dense table itself, its rows in another order, gives entries that
-        # differ by 2e-11 of themselves and by 3e-15 of the norm.
-        assert (a - b).norm() <= 5e-13 * b.norm()
-    potentials = sinkhorn_potentials(data[0][mine], data[1], epsilon=0.5, group=dist.group.WORLD)
-    torch.testing.assert_close(potentials, sinkhorn_potentials(data[0], data[1], epsilon=0.5))
-    dist.barrier()  # a peer that leaves early makes gloo abort the others
-    dist.destroy_process_group()
+    with _joined(rank, store) as group:
+        found = _derivatives(data[:, mine], positives[mine], bias[mine], weight, group, mode, _average)
+        expected = _derivatives(data, positives, bias, weight, None, "gather", lambda tensor: tensor)
+        for a, b in zip(found, expected, strict=True):
+            # In norm: an entry may be what is left of far larger ones. The dense table itself, its rows in another order, gives entries
+            # that differ by 2e-11 of themselves and by 3e-15 of the norm.
+            assert (a - b).norm() <= 5e-13 * b.norm()
+        potentials = sinkhorn_potentials(data[0][mine], data[1], epsilon=0.5, group=group)
+        torch.testing.assert_close(potentials, sinkhorn_potentials(data[0], data[1], epsilon=0.5))
 
 
 @pytest.mark.parametrize("mode", ["gather", "ring"])
@@ -108,26 +118,16 @@ def _transforms(data, positives, bias, weight, group, average):
 
 
 def _forward(rank, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    assert dist.get_world_size() == RANKS
     weight, data, positives, bias = _inputs()
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
-
-    def average(tensor):
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        return tensor / RANKS
-
-    found = _transforms(data[:, mine], positives[mine], bias[mine], weight, dist.group.WORLD, average)
-    for a, b in zip(found, _transforms(data, positives, bias, weight, None, lambda tensor: tensor), strict=True):
-        assert (a - b).norm() <= 5e-13 * b.norm()
-    query, key = data[:2, mine]
-    for transform in (jvp, lambda loss, at, way: jvp(grad(loss), at, way)):
-        with pytest.raises(RuntimeError, match='forward mode is not implemented for mode="ring"'):
-            transform(lambda query: info_nce(query, key, group=dist.group.WORLD, mode="ring"), (query,), (query,))
-    dist.barrier()
-    dist.destroy_process_group()
+    with _joined(rank, store) as group:
+        found = _transforms(data[:, mine], positives[mine], bias[mine], weight, group, _average)
+        for a, b in zip(found, _transforms(data, positives, bias, weight, None, lambda tensor: tensor), strict=True):
+            assert (a - b).norm() <= 5e-13 * b.norm()
+        query, key = data[:2, mine]
+        for transform in (jvp, lambda loss, at, way: jvp(grad(loss), at, way)):
+            with pytest.raises(RuntimeError, match='forward mode is not implemented for mode="ring"'):
+                transform(lambda query: info_nce(query, key, group=group, mode="ring"), (query,), (query,))
 
 
 def test_forward_mode_through_a_gather_equals_one_process_and_through_a_ring_raises(tmp_path):
@@ -135,17 +135,15 @@ def test_forward_mode_through_a_gather_equals_one_process_and_through_a_ring_rai
 
 
 def _unequal(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    with pytest.raises(ValueError, match=r"key must have as many rows on every rank .* found \[3, 4\]"):
-        info_nce(torch.ones(3, 2), torch.ones(3 + rank, 2), group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"query must have as many rows on every rank .* found \[3, 4\]"):
-        softmax_marginal(torch.ones(3 + rank, 2), torch.ones(5, 2), group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"teacher_features must have as many rows on every rank .* found \[6, 8\]"):
-        DINOLoss(output_dim=5).update_center(torch.ones(2, 3 + rank, 2), torch.ones(5, 2))
-    with pytest.raises(ValueError, match=r"world_size is 8, but the default process group has 2 ranks"):
-        ClipLoss(world_size=8)(torch.eye(3), torch.eye(3), 1.0)
-    dist.barrier()
-    dist.destroy_process_group()
+    with _joined(rank, store) as group:
+        with pytest.raises(ValueError, match=r"key must have as many rows on every rank .* found \[3, 4\]"):
+            info_nce(torch.ones(3, 2), torch.ones(3 + rank, 2), group=group)
+        with pytest.raises(ValueError, match=r"query must have as many rows on every rank .* found \[3, 4\]"):
+            softmax_marginal(torch.ones(3 + rank, 2), torch.ones(5, 2), group=group)
+        with pytest.raises(ValueError, match=r"teacher_features must have as many rows on every rank .* found \[6, 8\]"):
+            DINOLoss(output_dim=5).update_center(torch.ones(2, 3 + rank, 2), torch.ones(5, 2))
+        with pytest.raises(ValueError, match=r"world_size is 8, but the default process group has 2 ranks"):
+            ClipLoss(world_size=8)(torch.eye(3), torch.eye(3), 1.0)
 
 
 def test_ranks_with_unequal_rows_all_raise_instead_of_hanging(tmp_path):
@@ -154,22 +152,19 @@ def test_ranks_with_unequal_rows_all_raise_instead_of_hanging(tmp_path):
 
 def _adjoints(rank, store):
     """⟨gather(x), y⟩ summed over ranks equals ⟨x, backward(y)⟩ summed over ranks; the same once more for the backward, and for the mean."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    group = dist.group.WORLD
-    torch.manual_seed(rank)
-    for operation, shape in ((all_gather_rows, (3, 2)), (all_reduce_mean, (4,))):
-        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        image = operation(x, group)
-        y = torch.randn_like(image).requires_grad_()
-        (pulled,) = torch.autograd.grad(image, x, y, create_graph=True)
-        z = torch.randn_like(x)
-        (pushed,) = torch.autograd.grad(pulled, y, z)
-        sums = torch.stack([(image * y).sum(), (x * pulled).sum(), (pulled * z).sum(), (y * pushed).sum()]).detach()
-        dist.all_reduce(sums)
-        torch.testing.assert_close(sums[0], sums[1])
-        torch.testing.assert_close(sums[2], sums[3])
-    dist.barrier()
-    dist.destroy_process_group()
+    with _joined(rank, store) as group:
+        torch.manual_seed(rank)
+        for operation, shape in ((all_gather_rows, (3, 2)), (all_reduce_mean, (4,))):
+            x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            image = operation(x, group)
+            y = torch.randn_like(image).requires_grad_()
+            (pulled,) = torch.autograd.grad(image, x, y, create_graph=True)
+            z = torch.randn_like(x)
+            (pushed,) = torch.autograd.grad(pulled, y, z)
+            sums = torch.stack([(image * y).sum(), (x * pulled).sum(), (pulled * z).sum(), (y * pushed).sum()]).detach()
+            dist.all_reduce(sums)
+            torch.testing.assert_close(sums[0], sums[1])
+            torch.testing.assert_close(sums[2], sums[3])
 
 
 def test_backwards_of_collectives_are_their_adjoints_at_both_orders(tmp_path):

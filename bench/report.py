@@ -37,6 +37,7 @@ ABOUT = {
     "dsa-digits": "DSA against plain and supervised training, with outliers among the training images; mean ± s.d. over seeds.",
     "evaluate": "Extraction (medians of rounds in turns), probe and k-NN (one call each) beside scikit-learn and lightly, 50,000 + 10,000 "
     "images of 32 pixels, 512 features.",
+    "evaluation-tables": "The tables that evaluation.md shows, one seed; they stand there.",
     "ladder-digits": "The levers of the idealised representations, one after the other; mean ± s.d. over seeds.",
     "methods-digits": "Every method's digits recipe, beside raw pixels and the untrained encoder; mean ± s.d. over seeds.",
     "kernels": "The losses beside dense PyTorch and other packages; seconds are the best round's, whose rates are beside; above 4,096 rows "

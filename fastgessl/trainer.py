@@ -62,15 +62,21 @@ def train(config: Config) -> int:
             )
             accelerator.end_training()
             return stop.exit_code
-        if training.skipped:
-            accelerator.print(f"{training.skipped} of {plan.total_steps} steps were skipped because their loss or gradient was not finite.")
-        encoder = training.encoder()
-        if accelerator.is_main_process:
-            weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-            runs.write_bytes(run / "encoder.safetensors", safetensors.torch.save(weights))
-        evaluation.finish(encoder, run, facts={"steps": stopped_at, "plan": dataclasses.asdict(plan)})
+        _finish(training, evaluation, run, stopped_at)
         accelerator.end_training()
     return 0
+
+
+def _finish(training: Training, evaluation: RunEvaluation, run: Path, steps: int) -> None:
+    """Write the encoder and what it has learned."""
+    accelerator, plan = training.accelerator, training.plan
+    if training.skipped:
+        accelerator.print(f"{training.skipped} of {plan.total_steps} steps were skipped because their loss or gradient was not finite.")
+    encoder = training.encoder()
+    if accelerator.is_main_process:
+        weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+        runs.write_bytes(run / "encoder.safetensors", safetensors.torch.save(weights))
+    evaluation.finish(encoder, run, facts={"steps": steps, "plan": dataclasses.asdict(plan)})
 
 
 def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step: int, stop: StopRequest) -> int:

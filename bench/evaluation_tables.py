@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _tables(name: str, words: Sequence[str]) -> str:
-    """What the command prints from its first table on."""
+    """What the command prints from its first table on, without the run's folder."""
     print(f"== {name}: fastgessl {' '.join(words)}", file=sys.stderr, flush=True)
     said = subprocess.run([sys.executable, "-m", "fastgessl", *words], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return said[said.index("Frozen features") :]
+    tables = said[said.index("Frozen features") : said.rindex("run folder: ")]
+    return "\n".join(line.rstrip() for line in tables.splitlines())
 
 
 if __name__ == "__main__":

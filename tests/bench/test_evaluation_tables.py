@@ -24,9 +24,9 @@ def test_every_table_of_the_page_stands_in_the_file_that_it_names():
     printed = "\n".join(json.loads((ROOT / named[0]).read_text())["output"].values())
     tables = re.findall(r"^```text\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     assert len(tables) >= 3
-    lines = {line.rstrip() for line in printed.splitlines()}
+    lines = set(printed.splitlines())
     for table in tables:
-        assert [line for line in table.splitlines() if line.rstrip() not in lines] == []
+        assert [line for line in table.splitlines() if line not in lines] == []
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def commands(monkeypatch) -> list[list[str]]:
 
     def run(words, **_):
         begun.extend([words[3:]] if "fastgessl" in words else [])
-        return SimpleNamespace(stdout="epoch 1 of 12, 3 s\nFrozen features, digits\n 1 2\n")
+        return SimpleNamespace(stdout="epoch 1 of 12, 3 s\nFrozen features, digits\n 1 2  \nrun folder: x\n")
 
     monkeypatch.setattr(evaluation_tables.subprocess, "run", run)
     return begun
@@ -56,12 +56,12 @@ def test_the_page_names_the_commands_that_are_run(commands, tmp_path):
         )
 
 
-def test_what_precedes_the_first_table_is_left_out(commands, tmp_path):
+def test_what_stands_around_the_tables_is_left_out(commands, tmp_path):
     evaluation_tables.main(["--work", str(tmp_path), "--out", str(tmp_path)])
 
     (written,) = tmp_path.rglob("*.json")
     assert len(commands) == 3
-    assert set(json.loads(written.read_text())["output"].values()) == {"Frozen features, digits\n 1 2\n"}
+    assert set(json.loads(written.read_text())["output"].values()) == {"Frozen features, digits\n 1 2"}
 
 
 def test_a_command_that_fails_is_not_a_table(tmp_path, monkeypatch):

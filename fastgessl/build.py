@@ -23,6 +23,7 @@ from fastgessl import pipelines
 from fastgessl.config import Config, UsageError
 from fastgessl.methods import DSA, Method, RunFacts, build_method
 from fastgessl.models import build_backbone, load_weights, synchronise_batch_norm
+from fastgessl.models.frozen import run_of
 from fastgessl.objective import GeSSL
 from fastgessl.objective.gradient_cache import CachedObjective
 from fastgessl.optimizers import scaled_learning_rate
@@ -178,7 +179,7 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
         )
     engine, reason = pipelines.choose_engine(images, config.data.engine, str(accelerator.device), config.data.resident_limit)
     several_plain = accelerator.num_processes > 1 and config.gessl.w_sigma == 0
-    batch_norm, negatives = config.model.batch_norm, config.method.negatives
+    negatives = config.method.negatives
     return Plan(
         world_size=accelerator.num_processes,
         images=len(images),
@@ -187,12 +188,25 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
         steps_per_epoch=len(loader) / config.train.accumulate,
         total_steps=max(total_steps, 1),
         peak_learning_rate=scaled_learning_rate(config.optim, config.train.batch_size),
-        batch_norm=("synchronised" if several_plain else "local") if batch_norm == "auto" else batch_norm,
+        batch_norm=_batch_norm(config, several_plain),
         negatives=("global" if several_plain else "local") if negatives == "auto" else negatives,
         engine=engine,
         engine_reason=reason,
         precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
     )
+
+
+def _batch_norm(config: Config, several_plain: bool) -> Literal["local", "synchronised"]:
+    """Statistics of all ranks for plain training, and of one where a mini-batch is a task or its keys are dealt out among ranks."""
+    shuffles = config.method.name == "moco" and config.method.shuffle_batch_norm
+    if config.model.batch_norm == "synchronised" and shuffles:
+        raise UsageError(
+            "method.shuffle_batch_norm deals images out so that local batch norm does not tell the batch that a key came in; under "
+            "model.batch_norm synchronised there is nothing to hide. Leave out one of the two."
+        )
+    if config.model.batch_norm != "auto":
+        return config.model.batch_norm
+    return "synchronised" if several_plain and not shuffles else "local"
 
 
 def run_facts(config: Config, plan: Plan) -> RunFacts:
@@ -203,14 +217,17 @@ def run_facts(config: Config, plan: Plan) -> RunFacts:
         steps_per_epoch=plan.steps_per_epoch,
         images_per_forward=plan.images_per_forward,
         negatives="local" if plan.negatives == "local" else "global",
+        bi_level=config.gessl.w_sigma > 0,
         global_views=full_size,
         local_views=local_views,
         classes=plan.classes,
     )
 
 
-def build_model(config: Config, plan: Plan) -> Method:
-    """Backbone and method with weights that depend on the seed alone. UsageError for names that do not exist."""
+def build_model(config: Config, plan: Plan, *, filled_later: bool = False) -> Method:
+    """Backbone and method with weights that depend on the seed, and on those that the configuration starts from unless a checkpoint's are
+    `filled_later`. UsageError for names that do not exist."""
+    config = _without_sources(config) if filled_later else config
     set_seed(config.train.seed)
     facts = run_facts(config, plan)
     backbone = build_backbone(config.model)
@@ -225,6 +242,14 @@ def build_model(config: Config, plan: Plan) -> Method:
     return method
 
 
+def _without_sources(config: Config) -> Config:
+    """The same model without the weights that it once started from, which need not be there any longer. A helper network that a run has
+    trained is built as that run's configuration says, and keeps its source."""
+    model = config.model.model_copy(update={"weights": "none"})
+    dsa = config.dsa if run_of(config.dsa.helper_weights) else config.dsa.model_copy(update={"helper_weights": "none"})
+    return config.model_copy(update={"model": model, "dsa": dsa})
+
+
 def _pass_keys_around(config: Config, method: Method) -> None:
     able = [part for part in method.modules() if isinstance(part, Method) and part.rings]
     if not able:
@@ -236,10 +261,11 @@ def _pass_keys_around(config: Config, method: Method) -> None:
         part.exchange = "ring"
 
 
-def build_objective(config: Config, plan: Plan) -> GeSSL | CachedObjective:
-    """The one module that DDP wraps. UsageError where its settings ask for a second derivative that the method does not have."""
+def build_objective(config: Config, plan: Plan, *, filled_later: bool = False) -> GeSSL | CachedObjective:
+    """The one module that DDP wraps, around `build_model`. UsageError where its settings ask for a second derivative that the method does
+    not have."""
     _check_sharding(config, plan)
-    method = build_model(config, plan)
+    method = build_model(config, plan, filled_later=filled_later)
     if config.train.compile:
         method.backbone.compile()
     if not config.train.gradient_cache:

@@ -120,7 +120,7 @@ class ModelConfig(Section):
     """What the encoder starts from: none (random), pretrained (timm's, fetched once), a .safetensors file, or the folder of a run."""
     batch_norm: Literal["auto", "local", "synchronised"] = "auto"
     """Whose rows batch norm averages over in training: this rank's, or all ranks'. auto: synchronised for plain SSL, local under
-    GeSSL, where a task is rank-local."""
+    GeSSL, where a task is rank-local, and under method.shuffle_batch_norm."""
 
 
 class MethodConfig(Section):
@@ -150,7 +150,8 @@ class MethodConfig(Section):
     symmetric: bool = True
     """Both views query the momentum encoder of the other (v2+), or the first view only (v2) (MoCo)."""
     shuffle_batch_norm: bool = False
-    """Deal the momentum encoder's images out among ranks, so that local batch norm tells nothing of the batch they came in (MoCo)."""
+    """Deal the momentum encoder's images out among ranks, so that batch norm, which it makes local, tells nothing of the batch they came
+    in; with one process there is nobody to deal to (MoCo)."""
     sinkhorn_epsilon: PositiveFloat = 0.05
     """Temperature of the balanced assignment (SwAV)."""
     sinkhorn_iterations: Positive = 3

@@ -31,7 +31,8 @@ def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, 
     train, method, reasons = config.train, config.method, []
     if train.batch_size == 0:
         train = train.model_copy(update={"batch_size": _batch(images, parts)})
-        reasons.append(f"train.batch_size {train.batch_size}: a sixteenth of {images} images, from {BATCHES[0]} to {BATCHES[1]}")
+        bounds = f"from {BATCHES[0]} to {BATCHES[1]}"
+        reasons.append(f"train.batch_size {train.batch_size}: the power of two next below a sixteenth of {images} images, {bounds}")
     if train.epochs == 0:
         steps = max(images // train.batch_size, 1)
         train = train.model_copy(update={"epochs": min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1])})

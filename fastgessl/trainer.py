@@ -45,7 +45,7 @@ def train(config: Config) -> int:
         loader = build_loader(config, seen, accelerator)
         plan = make_plan(config, seen, loader, accelerator)
         evaluation = RunEvaluation(config, images, accelerator)
-        training = Training(config, plan, accelerator, loader, evaluation.probe)
+        training = Training(config, plan, accelerator, loader, evaluation.probe, filled_later=resumed is not None)
         first_step = training.load(resumed) if resumed else 0
         if accelerator.is_main_process:
             _describe(run, config, plan, resumed, first_step, earlier)

@@ -48,13 +48,22 @@ class Moment:
 class Training:
     """The parts of a run that a checkpoint must restore: objective, optimiser, scaler, loader, online probe, random states."""
 
-    def __init__(self, config: Config, plan: Plan, accelerator: Accelerator, loader: Loader, probe: OnlineProbe | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        accelerator: Accelerator,
+        loader: Loader,
+        probe: OnlineProbe | None,
+        *,
+        filled_later: bool = False,
+    ) -> None:
         self.config, self.plan, self.accelerator, self.loader, self.probe = config, plan, accelerator, loader, probe
         self.skipped = 0
         self.symptoms: dict[str, dict[str, Any]] = {"seen": {}, "readings": {}}
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        objective = build_objective(config, plan)
+        objective = build_objective(config, plan, filled_later=filled_later)
         self.method = objective.method
         self.objective: nn.Module
         if config.train.sharding == "fsdp":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from reliability.small_training import small_config, start
 
-from fastgessl import build
+from fastgessl import build, pipelines
 from fastgessl.config import UsageError
+from fastgessl.recipes import load
 
 
 @pytest.fixture
@@ -27,3 +30,26 @@ def test_a_tracker_whose_package_is_missing_is_refused(data, tmp_path, monkeypat
     monkeypatch.setattr(build, "get_available_trackers", list)
     with pytest.raises(UsageError, match=r"log.trackers tensorboard: its package is not installed here. pip install tensorboard"):
         start(small_config(data, log={"trackers": ("tensorboard",)}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shuffles", "asked", "planned"),
+    [
+        ("digits-moco", False, "auto", "synchronised"),
+        ("digits-moco", True, "auto", "local"),
+        ("digits-moco", True, "local", "local"),
+        ("digits-moco-gessl", False, "auto", "local"),
+        ("digits-moco", True, "synchronised", None),
+    ],
+)
+def test_keys_that_are_dealt_out_among_ranks_keep_statistics_of_their_own(data, recipe, shuffles, asked, planned):
+    base = load(recipe).config
+    method, model = base.method.model_copy(update={"shuffle_batch_norm": shuffles}), base.model.model_copy(update={"batch_norm": asked})
+    config = base.model_copy(update={"method": method, "model": model})
+    two = SimpleNamespace(num_processes=2, device="cpu", mixed_precision="no")
+    images = pipelines.open_images("npz", data)
+    if planned is None:
+        with pytest.raises(UsageError, match=r"there is nothing to hide\. Leave out one of the two"):
+            build.make_plan(config, images, range(10), two)
+    else:
+        assert build.make_plan(config, images, range(10), two).batch_norm == planned

@@ -91,6 +91,6 @@ def test_a_folder_s_run_says_what_was_chosen_and_records_it(tmp_path, fastgessl)
     words = ["--data.root", tmp_path / "photos", "--train.run_dir", tmp_path / "run", *options.split()]
     outcome = fastgessl("train", "folder-simclr", *words)
     assert outcome.code == 0, outcome.err
-    assert "chosen: train.batch_size 16: a sixteenth of 20 images" in outcome.out
+    assert "chosen: train.batch_size 16: the power of two next below a sixteenth of 20 images" in outcome.out
     config = read_config(tmp_path / "run")
     assert (config.train.batch_size, config.train.epochs) == (16, 1000)

@@ -147,3 +147,21 @@ def test_a_regulator_composes_with_a_preset_in_either_order():
     first, second = load("digits-byol-dsa-gessl-head").config, load("digits-byol-gessl-head-dsa").config
     assert first.model_copy(update={"recipe": ""}) == second.model_copy(update={"recipe": ""})
     assert first.dsa.weight > 0 and first.gessl.w_sigma > 0 and load("digits-byol").config.dsa.weight == 0
+
+
+def test_barlow_twins_biases_learn_at_their_published_rate():
+    """LARS leaves biases and norms alone, and the loss's scale sets their rate: 0.0048 beside 0.2 (Zbontar et al. 2021, section 2.2)."""
+    config = load("imagenet-barlow").config
+    assert (config.optim.name, config.optim.base_lr, config.optim.weight_decay) == ("lars", 0.2, 1.5e-6)
+    assert config.optim.base_lr * config.method.loss_scale == pytest.approx(0.0048)
+
+
+@pytest.mark.parametrize(("data", "width"), [("cifar10", 2048), ("imagenet100", 2048), ("folder", 2048), ("imagenet", 8192)])
+def test_barlow_twins_projector_has_three_layers_as_published(data, width):
+    method = load(f"{data}-barlow").config.method
+    assert (method.projector_layers, method.projector_hidden, method.projector_out) == (3, width, width)
+
+
+def test_a_transformer_s_momentum_is_its_own_at_any_length():
+    assert load("imagenet-mocov3-1000ep").config.method.momentum_start == 0.996
+    assert load("imagenet-mocov3-vit_small_patch16_224-1000ep").config.method.momentum_start == 0.99

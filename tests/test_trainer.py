@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import TINY, read_lines
 
 from fastgessl import checkpoint, fit
+from fastgessl.models import build_backbone
+from fastgessl.recipes import load
 from fastgessl.runs import read_config
 
 GESSL = ("digits-simclr-gessl", *TINY)
@@ -106,6 +109,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(fastgessl, tmp_pa
     assert f"continued from step-{stopped_at:09d}" in outcome.out
     for file in ("metrics.jsonl", "encoder.safetensors", "evaluation.json"):
         assert (whole / file).read_bytes() == (resumed / file).read_bytes(), file
+
+
+def test_a_run_that_started_from_weights_goes_on_when_they_are_gone(fastgessl, tmp_path):
+    source, run = tmp_path / "source.safetensors", tmp_path / "run"
+    save_file(build_backbone(load("digits-simclr").config.model.model_copy(update={"width": 0.125})).state_dict(), source)
+    options = ("digits-simclr-dsa", *TINY, "--model.weights", source, "--dsa.helper", "test_resnet", "--dsa.neighbours", 4)
+    helper = tmp_path / "helper.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), helper)
+    options = (*options, "--dsa.helper_weights", helper, "--train.run_dir", run, "--train.max_steps")
+    assert fastgessl("train", *options, 2).code == 0
+    source.unlink(), helper.unlink()
+
+    outcome = fastgessl("train", *options, 3, "--train.resume", "auto")
+    assert outcome.code == 0, outcome.err
+    assert fastgessl("evaluate", run, "--tasks", "knn").code == 0
+    refused = fastgessl("train", *options, 3, "--train.run_dir", tmp_path / "new")
+    assert refused.code == 2 and "there is no such file" in refused.err
 
 
 def test_going_on_from_an_older_checkpoint_is_the_run_from_then_on_and_loses_nothing(fastgessl, tmp_path):

@@ -108,7 +108,8 @@ def along_checkpoints(run: Path, source: Source, extraction: Extraction) -> list
     places = np.linspace(0, len(kept) - 1, min(config.evaluate.learning_checkpoints, len(kept))).round().astype(int)
     tasks = _held_out_tasks(source, extraction)
     loader = extraction.loader(source.train, [extraction.still], sharded=False)
-    method = build_model(config, make_plan(config, source.train, loader, extraction.accelerator)).to(extraction.accelerator.device)
+    plan = make_plan(config, source.train, loader, extraction.accelerator)
+    method = build_model(config, plan, filled_later=True).to(extraction.accelerator.device)
     loader.close()
     points = []
     for folder in shown([kept[place] for place in places], "learning universality", extraction.accelerator.is_main_process):

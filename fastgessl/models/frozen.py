@@ -55,11 +55,11 @@ def label_free(name: str, weights: str) -> bool:
     >>> label_free("resnet18", "swav/resnet18_a1.safetensors"), label_free("resnet50", "labels/resnet50-swav.safetensors")
     (False, True)
     """
-    if (run := _run_of(weights)) is not None:
+    if (run := run_of(weights)) is not None:
         config = read_config(run)
         start = config.model.weights
         # One step back and no further: a run that started from another run is taken at its name.
-        unlabelled_start = start == "none" or (_run_of(start) is None and label_free(config.model.name, start))
+        unlabelled_start = start == "none" or (run_of(start) is None and label_free(config.model.name, start))
         return config.method.name != "supervised" and unlabelled_start
     tag = timm.get_pretrained_cfg(name)
     words = f"{name}.{'' if tag is None else tag.tag}" if weights == "pretrained" else Path(weights).stem
@@ -69,7 +69,7 @@ def label_free(name: str, weights: str) -> bool:
 
 def _network(name: str, weights: str, option: str) -> nn.Module:
     """timm's own network, or the one that the run behind `weights` trained."""
-    run = _run_of(weights)
+    run = run_of(weights)
     if run is None:
         return timm.create_model(name, pretrained=False, num_classes=0)
     model = read_config(run).model
@@ -78,7 +78,7 @@ def _network(name: str, weights: str, option: str) -> nn.Module:
     return build_backbone(model)
 
 
-def _run_of(weights: str) -> Path | None:
+def run_of(weights: str) -> Path | None:
     """The folder of the run that `weights` names, by itself or by its encoder; None if they are no run's."""
     path = Path(weights).expanduser()
     folder = path.parent if path.name == "encoder.safetensors" else path

@@ -16,8 +16,8 @@ from fastgessl.config import UsageError
 def load_weights(network: nn.Module, name: str, source: str, option: str) -> None:
     """Fill `network`, timm's `name` without classifier, with the weights that `source` names; `option` is how the user calls it.
 
-    `source`: none (leave it as it is), pretrained (timm's, fetched once), a .safetensors file, or the folder of a finished run. Raises
-    UsageError if they cannot be had, or belong to another architecture.
+    `source`: none (leave it as it is), pretrained (timm's, fetched once), a .safetensors file, or the folder of a finished run. A
+    classifier in the file is left out. Raises UsageError if they cannot be had, or belong to another architecture.
 
     >>> load_weights(nn.Linear(2, 2), "linear", "none", "model.weights")
     """
@@ -25,6 +25,7 @@ def load_weights(network: nn.Module, name: str, source: str, option: str) -> Non
         return
     weights = _pretrained(name, option) if source == "pretrained" else _stored(source, option)
     expected = network.state_dict()
+    weights = _without_classifier(weights, name, expected)
     if misfits := _misfits(weights, expected):
         raise UsageError(
             f"{option} '{source}' belongs to another network than this {name}: {misfits}. Set --model.name, --model.stem, --model.width "
@@ -57,6 +58,14 @@ def _stored(source: str, option: str) -> Mapping[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UsageError(f"{option} '{source}' cannot be read as safetensors ({error}). Give another file.") from error
+
+
+def _without_classifier(weights: Mapping[str, Tensor], name: str, expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`weights` less those of timm's classification layers, which published files of `name` hold and an encoder lacks."""
+    known = timm.get_pretrained_cfg(name)
+    layers = known.classifier or () if known else ()
+    prefixes = tuple(f"{layer}." for layer in ((layers,) if isinstance(layers, str) else layers))
+    return {key: value for key, value in weights.items() if key in expected or not key.startswith(prefixes)}
 
 
 def _misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

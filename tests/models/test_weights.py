@@ -39,6 +39,19 @@ def test_timm_s_weights_are_asked_of_timm(monkeypatch):
     assert asked[0] == ("resnet18", {"pretrained": True, "num_classes": 0}) and asked[1].keys() == made.state_dict().keys()
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_a_published_file_with_a_classifier_gives_its_encoder(tmp_path, name):
+    import timm
+
+    published = timm.create_model(name)
+    save_file(published.state_dict(), tmp_path / "model.safetensors")
+    encoder = timm.create_model(name, num_classes=0)
+    load_weights(encoder, name, str(tmp_path / "model.safetensors"), "model.weights")
+    assert all(torch.equal(value, published.state_dict()[key]) for key, value in encoder.state_dict().items())
+    with pytest.raises(UsageError, match=r"are not known such as fc\.bias" if name == "resnet18" else "are not known such as head"):
+        load_weights(encoder, "linear", str(tmp_path / "model.safetensors"), "model.weights")
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [

@@ -98,20 +98,21 @@ def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step:
             set_learning_rate(training.optimizer, float(rates[step]))
             set_weight_decay(training.optimizer, float(decays[step]))
             guard.remember(step)
+            last = step + 1 == plan.total_steps
+            saving = last or (step + 1) % save_every == 0
+            due = saving or (step + 1) % log.every == 0
             results, shown = [], []
             for _ in range(config.train.accumulate):
                 batch = next(batches)
                 views, query_views = _split(batch, config)
                 with accelerator.accumulate(training.objective):
-                    result = training.objective(views, step, query_views, float(alphas[step]), batch.label)
+                    result = training.objective(views, step, query_views, float(alphas[step]), batch.label, measured=due)
                     accelerator.backward(poisoned(result.loss))
                 results.append(result)
                 shown.append((batch.label, batch.index))
             for parameter in training.method.frozen(step):
                 parameter.grad = None
-            last = step + 1 == plan.total_steps
-            saving = last or (step + 1) % save_every == 0
-            reading = log.read(results, stop, due=saving or (step + 1) % log.every == 0)
+            reading = log.read(results, stop, due=due)
             passed = guard.passes(reading.gradient_norm, results)
             if passed:
                 training.clip_gradients(reading.gradient_norm)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import TINY, read_lines
 
 from fastgessl import checkpoint, fit
+from fastgessl.methods.dissl import DISSL
 from fastgessl.models import build_backbone
 from fastgessl.recipes import load
 from fastgessl.runs import read_config
@@ -126,6 +127,20 @@ def test_a_run_that_started_from_weights_goes_on_when_they_are_gone(fastgessl, t
     assert fastgessl("evaluate", run, "--tasks", "knn").code == 0
     refused = fastgessl("train", *options, 3, "--train.run_dir", tmp_path / "new")
     assert refused.code == 2 and "there is no such file" in refused.err
+
+
+@pytest.mark.parametrize("cached", [0, 32])
+def test_a_method_is_measured_on_the_steps_that_are_logged_and_trains_the_same(fastgessl, tmp_path, monkeypatch, cached):
+    measured, measures = [], DISSL.measures
+    monkeypatch.setattr(DISSL, "measures", lambda self, out, aux=None: measured.append(0) or measures(self, out, aux))
+    options = ("digits-dissl", *TINY, "--train.gradient_cache", cached, "--train.run_dir")
+    assert fastgessl("train", *options, tmp_path / "every").code == 0
+    assert len(measured) == 4
+    assert fastgessl("train", *options, tmp_path / "second", "--log.every", 2).code == 0
+    assert len(measured) == 4 + 2
+
+    every, second = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("every", "second"))
+    assert second == every[1::2] and "maximality" in second[0]
 
 
 def test_going_on_from_an_older_checkpoint_is_the_run_from_then_on_and_loses_nothing(fastgessl, tmp_path):

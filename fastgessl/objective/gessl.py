@@ -31,9 +31,8 @@ class Result:
     loss: Tensor
     """(), with gradient."""
     metrics: dict[str, Tensor]
-    """loss_ssl and the method's own measures; on σ steps also sigma (nats), delta_loss = L(θ_t) - L(θ), and inner_lr where it is scheduled.
-
-    Each (), detached, of this rank."""
+    """loss_ssl and, unless left out, the method's own measures; on σ steps also sigma (nats), delta_loss = L(θ_t) - L(θ), and inner_lr
+    where it is scheduled. Each (), detached, of this rank."""
     outputs: Outputs
     """Of the one forward at the present weights, detached."""
     targets: Any
@@ -77,16 +76,19 @@ class GeSSL(nn.Module):
         query_views: Sequence[Tensor] | None = None,
         inner_lr: float | None = None,
         labels: Tensor | None = None,
+        *,
+        measured: bool = True,
     ) -> Result:
         """V views of N samples, whatever the method takes (images: each (N, 3, S, S)) -> Result. `step` is the optimiser step.
 
         `query_views`, further views of the same samples, are needed for `query: fresh_views` on the steps that compute σ; `inner_lr`,
         this step's α (`schedules.inner_learning_rate`), where `inner_lr_schedule` is not constant; `labels` (N,) int64 by a method that
-        learns from them. UsageError if they are missing, or if there are more or fewer views than the method takes.
+        learns from them. `measured`: whether the method's own measures are wanted, as they are on steps that are logged. UsageError if
+        views or labels are missing, or if there are more or fewer views than the method takes.
         """
         check_views(self.method, views, labels)
         with retained_when_compiled(self.settings.w_sigma > 0):
-            return self._forward(views, step, query_views, inner_lr, labels)
+            return self._forward(views, step, query_views, inner_lr, labels, measured)
 
     def _forward(
         self,
@@ -95,21 +97,24 @@ class GeSSL(nn.Module):
         query_views: Sequence[Tensor] | None,
         inner_lr: float | None,
         labels: Tensor | None,
+        measured: bool,
     ) -> Result:
         settings = self.settings
-        measures = settings.w_sigma > 0 and step % settings.every == 0
-        if measures:
+        sigma = settings.w_sigma > 0 and step % settings.every == 0
+        if sigma:
             # Here and not at the start: modules are sharded after they are built.
             check_sharding(self.method)
-        with attention_for(measures and second_order(settings) and settings.scope == "all"):
+        with attention_for(sigma and second_order(settings) and settings.scope == "all"):
             aux = self.method.targets(views, labels)
             noise = Noise.now(views[0].device)
             out = self.method(views)
         with full_precision(views[0].device.type):
             settled = self._settled(out, aux)
             loss_ssl = self.method.loss(out, settled)
-        loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()} | self._measures(out, settled)
-        if measures:
+        loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()}
+        if measured:
+            metrics |= self._measures(out, settled)
+        if sigma:
             with attention_for(second_order(settings)):
                 task = self._task(views, labels, aux if self._compares_ranks() else settled, noise, out)
                 query = task if settings.query == "same" else self._fresh_task(query_views, labels)

@@ -60,6 +60,8 @@ class CachedObjective(nn.Module):
         query_views: Sequence[Tensor] | None = None,
         inner_lr: float | None = None,
         labels: Tensor | None = None,
+        *,
+        measured: bool = True,
     ) -> Result:
         """V views of N samples -> Result, as `GeSSL.forward` gives it; `query_views` and `inner_lr` belong to GeSSL and are not used."""
         check_views(self.method, views, labels)
@@ -72,7 +74,7 @@ class CachedObjective(nn.Module):
         noises, outputs = self._embed(parts)
         with torch.no_grad(), full_precision(views[0].device.type):
             aux = self.method.settle(outputs, aux)
-        loss, slopes, metrics = self._loss(outputs, aux)
+        loss, slopes, metrics = self._loss(outputs, aux, measured)
         gradients = self._gradients(parts, noises, slopes)
         weights = [weight for weight in self.method.parameters() if weight.requires_grad]
         loss = self.settings.w_ssl * attach_gradients(loss, weights, gradients)
@@ -90,14 +92,14 @@ class CachedObjective(nn.Module):
         rows = {name: torch.cat([getattr(out, name) for out in found], dim=1) for name in _BY_ROW if getattr(found[0], name) is not None}
         return noises, replace(found[0], **rows)
 
-    def _loss(self, outputs: Outputs, aux: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def _loss(self, outputs: Outputs, aux: Any, measured: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """L over all rows, ∂L/∂outputs by field, and what to log."""
         with torch.enable_grad(), full_precision(outputs.features.device.type):
             leaves = {name: value.detach().requires_grad_() for name, value in _tensors(outputs).items()}
             loss = self.method.loss(replace(outputs, **leaves), aux)
             slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             with torch.no_grad():
-                metrics = {"loss_ssl": loss.detach()} | self.method.measures(outputs, aux)
+                metrics = {"loss_ssl": loss.detach()} | (self.method.measures(outputs, aux) if measured else {})
         return loss.detach(), {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}, metrics
 
     def _gradients(self, parts: Sequence[Sequence[Tensor]], noises: Sequence[Noise], slopes: dict[str, Tensor]) -> list[Tensor]:

@@ -100,7 +100,7 @@ def tracker_folders(folder: Path) -> ProjectConfiguration:
 def _precision(config: Config, on_cpu: bool) -> str:
     precision = config.train.precision
     if precision == "auto":
-        return "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and on_cpu:
         raise UsageError("train.precision fp16 needs a GPU (its small range needs a gradient scaler). On a CPU take fp32 or bf16.")
     return precision

@@ -302,7 +302,8 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast type of the encoder; auto takes bf16 on a GPU and fp32 on a CPU."""
+    """Autocast type of the encoder; auto takes bf16 on a GPU, fp16 on one that only emulates bf16 (before
+    Ampere), and fp32 on a CPU."""
     compile: bool = False
     """torch.compile the encoder; refused where the objective needs second derivatives."""
     deterministic: bool = False

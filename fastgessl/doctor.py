@@ -41,7 +41,7 @@ def _gpus() -> list[tuple[str, str, str]]:
     rows = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         rows.append((f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}", f"training in {precision}"))
     return rows

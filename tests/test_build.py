@@ -53,3 +53,10 @@ def test_keys_that_are_dealt_out_among_ranks_keep_statistics_of_their_own(data, 
             build.make_plan(config, images, range(10), two)
     else:
         assert build.make_plan(config, images, range(10), two).batch_norm == planned
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp16(monkeypatch, native, precision):
+    """Without an argument torch counts emulation as support."""
+    monkeypatch.setattr(build.torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert build._precision(load("digits-simclr").config, on_cpu=False) == precision

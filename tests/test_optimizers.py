@@ -62,6 +62,31 @@ def test_lars_over_several_steps_keeps_a_momentum_of_scaled_gradients_outside_of
         torch.testing.assert_close(parameter.detach(), weight, rtol=1e-6, atol=1e-9)
 
 
+def _stepped(config: OptimConfig, gradients: list[torch.Tensor], rate: float) -> torch.Tensor:
+    """A vector that starts at 0 and has no weight decay, after a step a gradient."""
+    parameter = nn.Parameter(torch.zeros_like(gradients[0]))
+    optimizer = build_optimizer(nn.ParameterList([parameter]), config, rate)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_sgd_keeps_its_momentum_outside_of_the_learning_rate():
+    first, second = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    found = _stepped(OptimConfig(name="sgd", momentum=0.8), [first, second], 0.1)
+    torch.testing.assert_close(found, -0.1 * (first + (0.8 * first + second)))
+
+
+def test_adamw_takes_momentum_as_its_first_beta():
+    """Kingma and Ba 2015, algorithm 1, at the second step."""
+    first, second = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    found = _stepped(OptimConfig(name="adamw", momentum=0.8), [first, second], 0.1)
+    mean = (0.8 * 0.2 * first + 0.2 * second) / (1 - 0.8**2)
+    square = (0.999 * 0.001 * first**2 + 0.001 * second**2) / (1 - 0.999**2)
+    torch.testing.assert_close(found, -0.1 * first / (first.abs() + 1e-8) - 0.1 * mean / (square.sqrt() + 1e-8))
+
+
 def test_each_gradient_is_shortened_to_the_longest_norm_by_itself():
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     expected = []

@@ -26,6 +26,8 @@ class RunFacts:
     """Images of one forward pass of all ranks together."""
     negatives: Literal["local", "global"] = "local"
     """Whether losses that compare images, or average over them, see this rank's images or all ranks'."""
+    bi_level: bool = False
+    """Whether GeSSL's inner steps run the loss as well, on this rank's images alone."""
     global_views: int = 2
     """How many of an image's views are of the full size. They come first."""
     local_views: int = 0

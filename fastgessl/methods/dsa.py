@@ -7,7 +7,7 @@ than its paper (the pairs of the two mixed blocks, a helper network trained with
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class RegulatedTargets:
 class DSA(Method):
     """L + λ1 · log(1 + mean exp(s_i d_ij (2 M_ij - 1) / T)) + λ2 · mean_b ‖M_b - M°_b‖_F over the four pairs of views b.
 
+    The mean is over b and all N² pairs of images; a view of an image against itself counts 0 in it, where the formula has exp(0) = 1.
     d_ij: distance of two normalised projections. M_ij in (0, 1): a discriminator's belief that they are alike, an MLP of their difference.
     M°_ij = exp(-‖y_i - y_j‖ / τ): what the helper network y believes. s_i: how many of image i's neighbours are good ones, so that an
     outlier moves nothing (`inlier_weights`). State: that of the method and, if it is the helper, a slow copy of the encoder.
@@ -108,6 +109,10 @@ class DSA(Method):
         """The method's targets, and the helper's features of the two views."""
         seen = encode(self.helper, views[:2]).float() if views[0].dtype != torch.float64 else encode(self.helper, views[:2])
         return RegulatedTargets(self.method.targets(views, labels), normalize(seen, dim=-1))
+
+    def settle(self, out: Outputs, aux: Any = None) -> RegulatedTargets:
+        """`targets` with the method's settled; what the helper sees is constant already."""
+        return replace(aux, method=self.method.settle(out, aux.method))
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
         """The method's loss plus the two terms. Returns (); the terms are the same on every rank where they compare all ranks' images."""
@@ -166,11 +171,13 @@ def inlier_weights(features: Tensor, neighbours: int, good_paths: int) -> Tensor
     """s (N,) in [0, 1] of images with `features` (N, F): the share of an image's `neighbours` that are good ones.
 
     With A_il = [l is among i's nearest], neighbour j of i is good if more than `good_paths` of j's nearest have i among theirs: (A²)_ji.
+    UsageError unless there are more images than neighbours.
 
     >>> three = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1]])
     >>> inlier_weights(torch.cat([three, torch.tensor([[-1.0, 0.0]])]), 2, 0).tolist()
     [1.0, 1.0, 1.0, 0.0]
     """
+    _check_neighbours(neighbours, len(features))
     unit = normalize(features, dim=1)
     alike = (unit @ unit.T).fill_diagonal_(-torch.inf)
     adjacent = torch.zeros_like(alike).scatter_(1, alike.topk(neighbours, dim=1).indices, 1.0)
@@ -203,10 +210,16 @@ def _check(config: DsaConfig, method: Method, facts: RunFacts) -> None:
             f"dsa.weight {config.weight:g} regulates a self-supervised method with two views of full size, and this is "
             f"{type(method).__name__} with {facts.global_views}. Set --dsa.weight 0, or take another method."
         )
-    images = facts.images_per_forward // (1 if facts.negatives == "global" else world_size())
-    if images <= config.neighbours:
+    alone = facts.negatives == "local" or facts.bi_level
+    images = facts.images_per_forward // (world_size() if alone else 1)
+    compared = " (in GeSSL's inner steps those of one process)" if facts.bi_level and facts.negatives == "global" else ""
+    _check_neighbours(config.neighbours, images, compared)
+
+
+def _check_neighbours(neighbours: int, images: int, compared: str = "") -> None:
+    if images <= neighbours:
         raise UsageError(
-            f"dsa.neighbours {config.neighbours} are chosen among the images that are compared, and there are {images}. "
+            f"dsa.neighbours {neighbours} are chosen among the images that are compared{compared}, and there are {images}. "
             f"Raise --train.batch_size, or lower --dsa.neighbours below {images}."
         )
 

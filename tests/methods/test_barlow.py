@@ -1,5 +1,6 @@
 import pytest
 import torch
+from methods.lightly_heads import assert_heads_agree
 from torch import nn
 
 from fastgessl.config import MethodConfig
@@ -69,6 +70,12 @@ def test_barlow_s_measures_add_up_to_its_loss():
     out = Outputs(pair, pair)
     terms = method.measures(out)
     torch.testing.assert_close(0.1 * (terms["invariance"] + terms["redundancy"]), method.loss(out))
+
+
+def test_the_projector_of_three_layers_and_its_gradients_are_lightly_s():
+    heads = pytest.importorskip("lightly.models.modules.heads", reason="lightly is the oracle here")
+    oracle = heads.BarlowTwinsProjectionHead(6, 8, 4).double()
+    assert_heads_agree(toy(projector_layers=3).projector, oracle, rows=torch.randn(9, 6, dtype=torch.float64))
 
 
 def test_barlow_s_projector_has_as_many_layers_as_asked_for():

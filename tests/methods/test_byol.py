@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from methods.lightly_heads import assert_heads_agree
 from torch import nn
 
-from fastgessl.config import MethodConfig
+from fastgessl.config import MethodConfig, ModelConfig
 from fastgessl.methods import Outputs, RunFacts, build_method
+from fastgessl.models import build_backbone
 
 
 def toy(total_steps=10, **options):
@@ -34,12 +36,23 @@ def test_byol_s_loss_is_the_squared_distance_of_unit_vectors_summed_over_both_di
     torch.testing.assert_close(toy().loss(out, targets), expected, rtol=1e-12, atol=0)
 
 
-def test_byol_s_loss_is_lightly_s_negative_cosine_similarity_up_to_its_constants():
+def test_byol_s_loss_and_gradient_are_lightly_s_negative_cosine_similarity_up_to_its_constants():
     lightly = pytest.importorskip("lightly.loss", reason="lightly is the oracle here")
     out, targets = outputs_and_targets()
     criterion = lightly.NegativeCosineSimilarity()
+    found = toy().loss(out, targets)
     expected = sum(2 + 2 * criterion(out.predictions[view], targets[1 - view]) for view in (0, 1))
-    torch.testing.assert_close(toy().loss(out, targets), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    slopes = [torch.autograd.grad(loss, out.predictions)[0] for loss in (found, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("part", ["projector", "predictor"])
+def test_projector_and_predictor_and_their_gradients_are_lightly_s(part):
+    heads = pytest.importorskip("lightly.models.modules.heads", reason="lightly is the oracle here")
+    ours = getattr(toy(), part)
+    oracle = heads.BYOLProjectionHead(6, 8, 4) if part == "projector" else heads.BYOLPredictionHead(4, 8, 4)
+    assert_heads_agree(ours, oracle.double(), rows=torch.randn(5, ours[0].in_features, dtype=torch.float64))
 
 
 def test_byol_s_pi_is_the_softmax_of_predictions_over_the_other_view_s_momentum_projections():
@@ -83,6 +96,20 @@ def test_the_momentum_encoder_has_its_own_batch_statistics_and_no_gradient():
     assert torch.equal(method.backbone[2].running_mean, online_before)
     rows = method.momentum_backbone[1](torch.cat(views()).flatten(1)).detach()
     torch.testing.assert_close(method.momentum_backbone[2].running_mean, 0.9 * momentum_before + 0.1 * rows.mean(0))
+
+
+def test_the_momentum_encoder_leaves_out_no_branch():
+    backbone = build_backbone(ModelConfig(stem="small", width=0.125, drop_path=0.5))
+    for part in backbone.modules():
+        # timm starts the last norm of a branch from 0, and whether such a branch is left out does not show.
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.ones_(part.weight)
+    config = MethodConfig(name="byol", projector_hidden=8, projector_out=4, predictor_hidden=8)
+    method = build_method(config, backbone, RunFacts(total_steps=10))
+    images = torch.randn(8, 3, 8, 8)
+    assert method.training and method.momentum_backbone.training
+    assert torch.equal(method.targets([images, images]), method.targets([images, images]))
+    assert not torch.equal(method.backbone(images), method.backbone(images))
 
 
 def test_a_step_past_the_end_of_the_run_is_an_error():

@@ -53,6 +53,13 @@ def test_cissl_s_student_is_linear_and_its_teacher_is_not():
         assert torch.allclose(total, getattr(both, name), atol=1e-12) == linear
 
 
+def test_both_of_cissl_s_heads_end_in_a_batch_norm_over_the_rows_of_both_views():
+    out = toy()(features=3 + torch.randn(2, 50, 6, dtype=torch.float64))
+    for rows in (out.predictions.flatten(0, 1), out.projections.flatten(0, 1)):
+        torch.testing.assert_close(rows.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(rows.var(0, correction=0), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-2)
+
+
 def test_cissl_s_pi_is_the_softmax_of_its_loss():
     method, out = toy(), outputs()
     (pi,) = method.similarity(out)

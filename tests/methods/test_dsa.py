@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,12 +6,13 @@ import pytest
 import torch
 from methods.dsa_ranks import BI_LEVEL, SETTINGS, step, toy, views
 from rank_launch import launch
+from tiny_run import TINY
 from torch import nn
 
 from fastgessl.config import DsaConfig, GesslConfig, MethodConfig, UsageError
-from fastgessl.methods import DSA, RunFacts, build_method
+from fastgessl.methods import DSA, Method, RunFacts, build_method, dsa
 from fastgessl.methods.dsa import inlier_weights
-from fastgessl.objective import GeSSL
+from fastgessl.objective import GeSSL, measure_sigma
 
 
 def inlier_weights_by_lists(features, neighbours, good_paths):
@@ -85,6 +87,13 @@ def test_inlier_weights_are_those_of_neighbour_lists(neighbours, good_paths):
     assert 0 < expected.mean() < 1
 
 
+@pytest.mark.parametrize("images", [3, 4])
+def test_images_too_few_for_the_neighbours_are_refused_by_a_task_of_any_size(images):
+    """Of as many images as neighbours, an image would be a neighbour of its own."""
+    with pytest.raises(UsageError, match=rf"dsa\.neighbours 4 are chosen among the images .* and there are {images}\."):
+        measure_sigma(toy(), BI_LEVEL, views(images=images))
+
+
 def test_an_outlier_moves_nothing():
     torch.manual_seed(0)
     clusters = [centre + 0.1 * torch.randn(12, 4, dtype=torch.float64) for centre in 3 * torch.eye(4, dtype=torch.float64)[:2]]
@@ -105,6 +114,32 @@ def test_the_helper_follows_the_encoder_and_is_not_trained():
     torch.testing.assert_close(method.helper[1].weight, 0.9 * before + 0.1 * method.backbone[1].weight.detach())
 
 
+def test_dsa_passes_on_every_function_of_a_method():
+    functions = {name for name, value in vars(Method).items() if callable(value) and not name.startswith("_")}
+    assert functions <= set(vars(DSA)) and {"settle", "frozen", "measures"} < functions
+
+
+def test_a_regulated_swav_holds_its_prototypes_still_for_as_many_steps():
+    method = toy("swav")
+    assert [id(parameter) for parameter in method.frozen(1)] == [id(method.method.prototypes)] and not list(method.frozen(2))
+
+
+def test_a_regulated_barlow_has_the_curves_of_its_own_loss():
+    method = toy("barlow")
+    out, targets = method(views()), method.targets(views())
+    terms = method.measures(out, targets)
+    expected = method.method.loss(out, targets.method) / method.method.loss_scale
+    torch.testing.assert_close(terms["invariance"] + terms["redundancy"], expected)
+
+
+def test_smaller_views_do_not_move_the_regulator():
+    # In evaluation mode, where views share no batch statistics.
+    method, pair = toy("byol").eval(), views()
+    plain, cropped = (method.measures(method(given), method.targets(given)) for given in (pair, [*pair, *views(1)]))
+    assert all(torch.equal(value, cropped[key]) for key, value in plain.items())
+    assert 0 < plain["dsa_inlier_weight"] < 1
+
+
 def test_a_regulated_byol_still_moves_its_own_momentum_encoder():
     method, plain = toy("byol"), toy("byol").method
     for each in (method, plain):
@@ -118,25 +153,28 @@ def test_a_regulated_byol_still_moves_its_own_momentum_encoder():
     assert (method.method.momentum_backbone[1].weight - method.backbone[1].weight).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["simclr", "swav"])
 @pytest.mark.parametrize("scope", ["all", "head"])
-def test_dsa_under_exact_inner_steps_equals_central_differences(scope):
+def test_dsa_under_exact_inner_steps_equals_central_differences(scope, name):
     settings = BI_LEVEL.model_copy(update={"scope": scope, "w_ssl": 0.0})
-    method = toy()
+    method, unmoved = toy(name), toy(name)
     GeSSL(method, settings)(views()).loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in method.parameters() if p.requires_grad])
     torch.manual_seed(3)
     direction = torch.nn.functional.normalize(torch.randn_like(gradient), dim=0)
+    # The helper, a copy of the unmoved encoder, and SwAV's codes are constants of the task.
+    targets = unmoved.targets(views())
+    targets = replace(targets, method=unmoved.method.settle(unmoved.method(views()).detached(), targets.method))
 
     def sigma_of_moved(offset, teacher=None):
         """σ at θ + offset·direction, against the target of θ; literal inner steps on copies."""
-        moved = toy()
+        moved = toy(name)
         place = 0
         with torch.no_grad():
             for parameter in moved.parameters():
                 if parameter.requires_grad:
                     parameter.add_(offset * direction[place : place + parameter.numel()].view_as(parameter))
                     place += parameter.numel()
-        targets = moved.targets(views())
         adapted = [(name, p) for name, p in moved.named_parameters() if p.requires_grad and (scope == "all" or ".backbone." not in name)]
 
         def descend():
@@ -157,7 +195,6 @@ def test_dsa_under_exact_inner_steps_equals_central_differences(scope):
 
     teacher, radius = sigma_of_moved(0.0), 1e-5
     expected = (sigma_of_moved(radius, teacher) - sigma_of_moved(-radius, teacher)) / (2 * radius)
-    # The helper, a copy of the unmoved encoder, is a constant of the task.
     assert (gradient @ direction).item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
@@ -166,7 +203,7 @@ def reports(tmp_path_factory):
     return launch(Path(__file__).with_name("dsa_ranks.py"), 2, tmp_path_factory.mktemp("dsa"))
 
 
-@pytest.mark.parametrize("name", ["simclr", "byol"])
+@pytest.mark.parametrize("name", ["simclr", "byol", "swav"])
 def test_two_ranks_regulate_as_one_process_on_the_concatenated_batch(reports, name):
     method = toy(name, "global", images=16)
     together = [torch.cat(pair) for pair in zip(views(10), views(11), strict=True)]
@@ -183,6 +220,34 @@ def test_under_gessl_each_rank_s_images_are_a_task_of_their_own(reports):
     gradients = [step(method := toy(), GeSSL(method, BI_LEVEL), views(10 + rank))["gradient"] for rank in range(2)]
     for report in reports:
         torch.testing.assert_close(report["tasks"]["gradient"], sum(gradients) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_under_gessl_with_negatives_of_all_ranks_only_the_ssl_loss_sees_them(reports):
+    together = [torch.cat(pair) for pair in zip(views(10), views(11), strict=True)]
+    method = toy("simclr", "global", images=16).eval()
+    ssl = step(method, GeSSL(method, GesslConfig()), together)["gradient"]
+    alone = BI_LEVEL.model_copy(update={"w_ssl": 0.0})
+    sigmas = [step(method := toy().eval(), GeSSL(method, alone), views(10 + rank))["gradient"] for rank in range(2)]
+    for report in reports:
+        torch.testing.assert_close(report["across"]["gradient"], ssl + sum(sigmas) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_neighbours_that_one_rank_s_inner_steps_do_not_have_are_refused_before_training(reports):
+    for report in reports:
+        assert report["refusals"]["plain"] == ""
+        said = r"dsa\.neighbours 4 are .* \(in GeSSL's inner steps those of one process\), and there are 4\. Raise --train\.batch_size"
+        assert re.search(said, report["refusals"]["bi-level"])
+
+
+@pytest.mark.parametrize("w_sigma", [0, 1])
+def test_a_run_under_gessl_counts_the_images_of_one_process(fastgessl, tmp_path, monkeypatch, w_sigma):
+    monkeypatch.setattr(dsa, "world_size", lambda: 2)
+    options = ("--method.negatives", "global", "--gessl.w_sigma", w_sigma, "--train.batch_size", 32, "--train.run_dir", tmp_path / "run")
+    outcome = fastgessl("train", "digits-simclr-dsa", *TINY, "--train.max_steps", 1, *options)
+    if w_sigma:
+        assert outcome.code == 2 and "those of one process), and there are 16. Raise --train.batch_size" in outcome.err
+    else:
+        assert outcome.code == 0, outcome.err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from methods.lightly_heads import assert_heads_agree
 from torch import nn
 
 from fastgessl.config import MethodConfig, UsageError
@@ -40,11 +41,18 @@ def test_simclr_s_loss_and_gradient_are_nt_xent_by_definition(temperature, negat
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
 
 
-def test_simclr_s_loss_is_lightly_s():
+def test_simclr_s_loss_and_gradient_are_lightly_s():
     lightly = pytest.importorskip("lightly.loss", reason="lightly is the oracle here")
     pair = projections()
-    expected = lightly.NTXentLoss(temperature=0.2)(pair[0], pair[1])
-    torch.testing.assert_close(toy(temperature=0.2).loss(Outputs(pair, pair)), expected, rtol=1e-6, atol=0)
+    found, expected = toy(temperature=0.2).loss(Outputs(pair, pair)), lightly.NTXentLoss(temperature=0.2)(pair[0], pair[1])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    slopes = [torch.autograd.grad(loss, pair)[0] for loss in (found, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-5, atol=1e-9)
+
+
+def test_the_projector_and_its_gradients_are_lightly_s():
+    heads = pytest.importorskip("lightly.models.modules.heads", reason="lightly is the oracle here")
+    assert_heads_agree(toy().projector, heads.SimCLRProjectionHead(6, 8, 4).double(), rows=torch.randn(5, 6, dtype=torch.float64))
 
 
 def test_simclr_s_pi_is_the_softmax_over_the_other_view_in_both_directions():

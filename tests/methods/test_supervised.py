@@ -34,6 +34,20 @@ def test_supervised_loss_and_gradient_are_the_mean_negative_log_likelihood_over_
     torch.testing.assert_close(found, expected)
 
 
+def test_the_classifier_has_one_vector_a_class_and_nothing_else():
+    method = toy()
+    assert {name: tuple(weight.shape) for name, weight in method.classifier.named_parameters()} == {"weight": (3, 6)}
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(torch.bfloat16, torch.float32), (None, torch.float32), (None, torch.float64)])
+def test_logits_are_at_least_float32(autocast, dtype):
+    method = toy().to(dtype)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        out = method([view.to(dtype) for view in views()])
+    assert out.features.dtype == (autocast or dtype) and out.projections.dtype == dtype
+    torch.testing.assert_close(out.projections, out.features.to(dtype), rtol=0, atol=0)
+
+
 def test_supervised_accuracy_is_measured_on_the_views():
     method = toy()
     out = method(views())

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,6 +172,16 @@ def test_what_a_forward_gave_does_not_change_with_the_prototypes():
     with torch.no_grad():
         method.prototypes.add_(1.0)
     assert torch.equal(out.prototypes, before)
+
+
+def test_the_gradient_of_a_step_reaches_prototypes_that_are_not_normalised_within_it():
+    """The paper's code makes them of unit length between steps; within one the scores are z·c, also along c."""
+    method = toy(temperature=0.3, sinkhorn_epsilon=0.3)
+    out = method(views())
+    found, expected = method.loss(out), loss_by_definition(replace(out, prototypes=method.prototypes), epsilon=0.3, temperature=0.3)
+    slopes = [torch.autograd.grad(loss, method.prototypes, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
+    assert (slopes[0] * method.prototypes).sum(1).abs().max() > 1e-3
 
 
 def test_too_few_prototypes_and_a_queue_of_parts_of_batches_are_refused():

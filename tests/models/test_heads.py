@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgessl.models import Predictor, Projector, apply_head, encode
+from fastgessl.models import BottleneckHead, Predictor, Projector, apply_head, encode
 
 
 def test_the_projector_is_linear_batch_norm_relu_linear():
@@ -22,6 +22,18 @@ def test_simclr_s_output_norm_standardises_the_projections():
 @pytest.mark.parametrize(("head", "biases"), [(Projector(6, 10, 4), 1), (Projector(6, 10, 4, output_norm=True), 0), (Predictor(4, 10), 1)])
 def test_no_linear_layer_in_front_of_a_batch_norm_has_a_bias(head, biases):
     assert sum(layer.bias is not None for layer in head if isinstance(layer, nn.Linear)) == biases
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_bottleneck_head_starts_from_a_normal_distribution_of_deviation_0_02_and_no_biases(norm):
+    torch.manual_seed(0)
+    layers = [layer for layer in BottleneckHead(200, 300, 100, norm=norm) if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [(200, 300), (300, 300), (300, 100)]
+    for layer in layers:
+        assert layer.weight.mean().abs() < 1e-3 and layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        # A uniform distribution has nothing beyond 1.7 deviations.
+        assert (layer.weight.abs() > 0.04).float().mean().item() == pytest.approx(0.0455, rel=0.1)
+        assert not layer.bias.any()
 
 
 def test_views_of_one_size_share_a_forward_and_its_batch_norm():

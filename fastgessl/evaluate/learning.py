@@ -76,6 +76,8 @@ def adapt(method: Method, settings: GesslConfig, views: Sequence[Tensor], labels
             task = rank_local_task(method, views, labels, settings.scope)
             sgd = Sgd(settings.inner_lr, settings.inner_momentum)
             start = Iterate(as_leaves(adapted_weights(method, settings.scope)))
+            # As in training: what the first outputs determine, such as SwAV's codes, stays as it is while the weights move.
+            task = task.settled(task.outputs(start.weights))
             student = descend(task, sgd, start, settings.inner_steps)[-1]
             losses = [_loss(task, start)]
             teacher, steps, converged = student, 0, False

@@ -90,6 +90,12 @@ class CachedObjective(nn.Module):
         # Should autocast have cached weights that were cast without a graph, it would serve them to the second pass, which needs one.
         torch.clear_autocast_cache()
         rows = {name: torch.cat([getattr(out, name) for out in found], dim=1) for name in _BY_ROW if getattr(found[0], name) is not None}
+        for name in _tensors(found[0]).keys() - rows.keys():
+            if not _shared([getattr(out, name) for out in found]):
+                raise UsageError(
+                    f"gradient caching takes {type(found[0]).__name__}.{name} for a weight, the same for every chunk, and it is not. Keep "
+                    f"what belongs to a sample in {', '.join(_BY_ROW)}, or leave out --train.gradient_cache."
+                )
         return noises, replace(found[0], **rows)
 
     def _loss(self, outputs: Outputs, aux: Any, measured: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

@@ -54,6 +54,27 @@ def test_sigma_is_the_divergence_from_the_model_after_k_steps_to_its_copy_after_
     assert found.steps == 20 and found.loss_after < found.loss_before
 
 
+def test_swav_s_codes_are_those_of_the_model_itself():
+    """At every step new ones would be another task at every step."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    backbone.num_features = 8
+    swav = build_method(MethodConfig(name="swav", projector_hidden=16, projector_out=8, prototypes=6, queue_length=0), backbone, RunFacts())
+    swav.double()
+    views = list(torch.randn(2, 12, 3, 2, 2, generator=torch.Generator().manual_seed(1)).double())
+    model = copy.deepcopy(swav).train()
+    codes = model.settle(model(views).detached(), model.targets(views))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model.loss(model(views), codes).backward()
+        optimizer.step()
+
+    found = adapt(swav, GesslConfig(inner_steps=0, inner_lr=0.1), views, max_steps=20)
+
+    assert found.loss_after == pytest.approx(model.loss(model(views), codes).item(), rel=1e-9)
+
+
 def test_a_model_that_is_its_own_converged_copy_has_no_sigma(method, views):
     expert = descended(method, views, 0.5, 600)
 

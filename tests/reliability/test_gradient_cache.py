@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -216,4 +217,19 @@ def test_targets_that_belong_to_a_chunk_as_a_whole_are_refused():
     torch.manual_seed(0)
     method = Odd(MethodConfig(**METHOD), narrow_backbone(), RunFacts())
     with pytest.raises(UsageError, match="gradient caching would change the loss"):
+        CachedObjective(method, GesslConfig(), chunk=4)(batch(8, torch.float32)[0])
+
+
+def test_outputs_by_row_in_a_field_of_ones_own_are_refused():
+    @dataclass(frozen=True)
+    class Further(Outputs):
+        brightness: torch.Tensor | None = None
+
+    class Odd(METHODS["simclr"]):  # type: ignore[misc, name-defined]
+        def forward(self, views=None, *, features=None):
+            return Further(**vars(super().forward(views, features=features)), brightness=views[0].mean((1, 2, 3)))
+
+    torch.manual_seed(0)
+    method = Odd(MethodConfig(**METHOD), narrow_backbone(), RunFacts())
+    with pytest.raises(UsageError, match=r"takes Further\.brightness for a weight"):
         CachedObjective(method, GesslConfig(), chunk=4)(batch(8, torch.float32)[0])

@@ -50,3 +50,15 @@ def test_projections_on_a_line_are_flagged_in_the_log_and_healthy_ones_are_not(t
     outcome = fastgessl(*run, tmp_path / "line")
     flagged = [line["step"] for line in read_lines(tmp_path / "line" / "metrics.jsonl") if line.get("one_direction")]
     assert flagged == [2, 3, 4] and outcome.err.count("the projections lie on a line") == 1
+
+
+def test_even_assignments_are_flagged_and_those_that_tell_images_apart_are_not(tmp_path, monkeypatch, fastgessl):
+    """A temperature at which every image is assigned evenly, which is where a run of DISSL can stay for good."""
+    monkeypatch.setitem(guard._PATIENCE, "uninformed", 3)
+    run = ["train", "digits-dissl", *TINY, "--train.run_dir"]
+    assert fastgessl(*run, tmp_path / "healthy").code == 0
+    (first, *_) = read_lines(tmp_path / "healthy" / "metrics.jsonl")
+    assert first["information"] == pytest.approx(first["maximality"] - first["determinism"], abs=1e-5) and first["information"] > 0.05
+    outcome = fastgessl(*run, tmp_path / "even", "--method.assignment_temperature", 1000)
+    flagged = [line["step"] for line in read_lines(tmp_path / "even" / "metrics.jsonl") if line.get("uninformed")]
+    assert flagged == [3, 4] and outcome.err.count("the assignments hardly depend on the image") == 1

@@ -3,16 +3,18 @@
     python -m bench.gessl [--images 16] [--rounds 5]          operations, seconds and peak bytes of a step, x a plain step
     python -m bench.gessl --curve [--seeds 5] [--steps 120]   sigma at constant alpha on fixed held-out images, beside plain SSL
 
-Time ratios are medians over rounds in which every contender takes its turn: a shared machine is slow for all of them alike.
+Time ratios are medians over rounds in which a contender and the plain step take turns: a shared machine is slow for both alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import results
+from bench.attempts import NO_ROOM, attempt
 from bench.memory import peak_bytes
+from bench.timing import ratio, timed
 from fastgessl import pipelines
 from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
 from fastgessl.config import Config, GesslConfig, MethodConfig, ModelConfig
@@ -78,29 +82,49 @@ def main() -> None:
 
 def cost(images: int, rounds: int, model: ModelConfig = SMALL, pixels: int = 32) -> dict[str, Any]:
     """Operations, seconds and peak live bytes of a step, averaged over `every` steps (bytes: of the dearest)."""
+    *_, measured = costs(images, rounds, model, pixels, math.inf)
+    return measured
+
+
+def costs(images: int, rounds: int, model: ModelConfig, pixels: int, deadline: float) -> Iterator[dict[str, Any]]:
+    """`cost`, with one contender more each time, until time.perf_counter() is at `deadline`; plain comes first.
+
+    A contender for which a device has no room is absent; one that fails in another way is an error, after which the others go on.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = [torch.randn(images, 3, pixels, pixels, device=device) for _ in range(2)]
-    objectives = {name: _resnet(settings, model).to(device) for name, settings in CONTENDERS.items()}
-    rows: dict[str, dict[str, float]] = {}
-    for name, objective in objectives.items():
-        with FlopCounterMode(display=False) as counter:
-            _steps(objective, views)
-        peak = peak_bytes(lambda objective=objective: _steps(objective, views), objective)  # type: ignore[misc]
-        rows[name] = {"operations": counter.get_total_flops() / objective.settings.every, "peak_bytes": peak}
-    times: dict[str, list[float]] = {name: [] for name in objectives}
+    plain = _resnet(CONTENDERS["plain"], model).to(device)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, settings in CONTENDERS.items():
+        if time.perf_counter() > deadline:
+            rows[name] = {"absent": "no time was left"}
+        elif name != "plain" and "seconds" not in rows["plain"]:
+            rows[name] = {"absent": "there is no plain step to compare with"}
+        else:
+            objective = plain if name == "plain" else _resnet(settings, model).to(device)
+            work = partial(_cost_row, objective, plain, views, rounds, rows.get("plain"))
+            rows[name] = attempt(work, () if name == "plain" else NO_ROOM)
+        case = {"model": model.model_dump(), "projector": "512-128", "pixels": pixels, "images": images, "rounds": rounds}
+        yield case | {"rows": dict(rows)}
+
+
+def _cost_row(objective: GeSSL, plain: GeSSL, views: list[Tensor], rounds: int, beside: dict[str, Any] | None) -> dict[str, Any]:
+    """One contender, its rounds in turns with the plain step's; `beside` is that one's row, None for itself."""
+    with FlopCounterMode(display=False) as counter:
+        _steps(objective, views)
+    operations = counter.get_total_flops() / objective.settings.every
+    peak = peak_bytes(lambda: _steps(objective, views), objective)
+    contenders = {"plain": plain, "": objective} if beside else {"plain": plain}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name, objective in objectives.items():
-            started = time.perf_counter()
-            _steps(objective, views)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - started) / objective.settings.every)
-    for name, row in rows.items():
-        row["seconds"] = statistics.median(times[name])
-        row["seconds_ratio"] = statistics.median(own / plain for own, plain in zip(times[name], times["plain"], strict=True))
-        row["operations_ratio"] = row["operations"] / rows["plain"]["operations"]
-        row["peak_ratio"] = row["peak_bytes"] / rows["plain"]["peak_bytes"]
-    return {"model": model.model_dump(), "projector": "512-128", "pixels": pixels, "images": images, "rounds": rounds, "rows": rows}
+        for name, contender in contenders.items():
+            taken: dict[str, float] = {}
+            timed(taken, "", lambda contender=contender: _steps(contender, views))  # type: ignore[misc]
+            times[name].append(taken[""] / contender.settings.every)
+    own = times["" if beside else "plain"]
+    row = {"operations": operations, "peak_bytes": peak, "seconds": statistics.median(own), "seconds_ratio": ratio(own, times["plain"])}
+    shared = beside or row
+    return row | {"operations_ratio": operations / shared["operations"], "peak_ratio": peak / shared["peak_bytes"]}
 
 
 def _resnet(settings: GesslConfig, model: ModelConfig) -> GeSSL:
@@ -185,6 +209,9 @@ def _cost_table(measured: dict[str, Any]) -> Table:
     for column in ("", "operations", "seconds", "peak bytes", "seconds, absolute", "peak, MiB"):
         table.add_column(column)
     for name, row in measured["rows"].items():
+        if "seconds" not in row:
+            table.add_row(name, row.get("absent", row.get("error")))
+            continue
         ratios = [f"{row[key]:.2f}" for key in ("operations_ratio", "seconds_ratio", "peak_ratio")]
         table.add_row(name, *ratios, f"{row['seconds']:.3f}", f"{row['peak_bytes'] / 2**20:.1f}")
     return table

@@ -16,6 +16,8 @@ import torch
 from fastgessl.runs import environment
 
 ROOT = Path(__file__).resolve().parent
+COMMIT = "FASTGESSL_COMMIT"
+"""The environment variable that names the commit of a tree without .git, or on a machine without git."""
 _KEPT = ("started", "python", "cpu_cores", "gpus", "cuda", "versions")
 ORIGIN = ("name", "commit", "processor", "threads", *_KEPT)
 """What every file says of where it comes from."""
@@ -28,26 +30,39 @@ def machine() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
 
 
-def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Path:
-    """Store a measurement with versions, processor and commit; returns the file. `out` replaces the folder bench/results."""
+def place(name: str, out: Path | None = None) -> Path:
+    """Today's `name` in this machine's folder, which is made. `out` replaces the folder bench/results."""
     folder = (out or ROOT / "results") / machine()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{time.strftime('%Y-%m-%d')}-{name}.json"
+    return folder / f"{time.strftime('%Y-%m-%d')}-{name}"
+
+
+def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Path:
+    """Store a measurement with versions, processor and commit; returns the file. A process that is killed leaves the file as it was."""
+    path = place(f"{name}.json", out)
     facts = {key: value for key, value in environment().items() if key in _KEPT}
     record = {"name": name, "commit": commit(), "processor": _processor(), "threads": torch.get_num_threads(), **facts, **measured}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)
     return path
 
 
 def commit() -> str:
-    """Of the working tree, `-dirty` if its code is not that commit's; results and pages that a run has just written do not count."""
+    """Of the working tree, `-dirty` if its code is not that commit's; results and pages that a run has just written do not count.
+
+    Without git or .git, what the environment variable FASTGESSL_COMMIT says, else `unknown`.
+    """
     code = (".", ":(exclude)bench/results", ":(exclude)docs")
     known, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    return f"{known}-dirty" if changed else known or "unknown"
+    return f"{known}-dirty" if changed else known or os.environ.get(COMMIT) or "unknown"
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT.parent, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT.parent, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # git itself is not there
+        return ""
 
 
 def _processor() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,10 +17,14 @@ from typing import Any
 
 import torch
 
-from bench import results
+from bench import processes, pytest_log, results
 from bench.timing import timed
 
 Rows = Iterator[tuple[str, Any]]
+"""A name that comes again replaces its row: it holds what was found until then."""
+NO_TIME = {"absent": "no time was left"}
+MOST_TEST_PROCESSES = 8
+RUN_FILES = ("metrics.jsonl", "timing.jsonl", "evaluation.json")
 
 
 @dataclass(frozen=True)
@@ -70,17 +75,26 @@ def _samples(work: Callable[[], object], budget: float) -> list[float]:
 
 
 def tests(conditions: Conditions) -> Rows:
-    """`pytest -m gpu`: every kernel on the device against float64, first and second order. A dry run only collects them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
-    try:
-        done = subprocess.run(
-            [*command, *(["--collect-only"] if conditions.dry_run else [])],
-            cwd=results.ROOT.parent, capture_output=True, text=True, check=False, timeout=max(conditions.left, 1),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as cut:
-        yield "pytest", {"exit_code": None, "output": (cut.stdout or b"").decode()[-12000:]}
-        return
-    yield "pytest", {"exit_code": done.returncode, "output": done.stdout[-12000:]}
+    """`pytest -m gpu`: every kernel on the device against float64, first and second order. A dry run only collects them.
+
+    On half of the cores, because most of the time goes into compiling the kernels. Each outcome is in <date>-gpu-tests.jsonl at once.
+    """
+    cores = os.cpu_count() or 1
+    workers = max(1, min(cores // 2, MOST_TEST_PROCESSES))
+    side_by_side = ["-n", str(workers), "--maxschedchunk", "1"] if find_spec("xdist") else []
+    # Only the files that have such tests: each process would spend its first seconds on importing all others.
+    files = [str(path) for path in sorted((results.ROOT.parent / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    options = ["-m", "gpu", *(["--collect-only"] if conditions.dry_run else side_by_side), *files]
+    yield "pytest", run_tests(options, cores // workers, conditions)
+
+
+def run_tests(options: list[str], threads: int, conditions: Conditions) -> dict[str, Any]:
+    """What pytest found until it ended or the stage's time was over."""
+    log = results.place("gpu-tests.jsonl", conditions.out).resolve()
+    own = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.pytest_log", "--outcomes", str(log)]
+    command = [sys.executable, "-m", "pytest", *own, *options]
+    ended = processes.run(command, conditions.left, environment={"OMP_NUM_THREADS": str(threads)})
+    return {"exit_code": ended.exit_code, **pytest_log.summary(log), "output": (ended.out + ended.err)[-4000:]}
 
 
 def kernels(conditions: Conditions) -> Rows:
@@ -92,14 +106,16 @@ def kernels(conditions: Conditions) -> Rows:
 
 def steps(conditions: Conditions) -> Rows:
     """Whole training steps beside other trainers', and where the time goes."""
-    from bench.steps import CASES, TINY_CASES, measure
+    from bench.steps import CASES, TINY_CASES, measurements
 
     cases = TINY_CASES if conditions.dry_run else CASES
     for number, (name, case) in enumerate(cases.items()):
         if conditions.left <= 0:
-            return
+            yield name, NO_TIME
+            continue
         share = conditions.left / (len(cases) - number)
-        yield name, measure(case, 3 if conditions.dry_run else 50, share / 2)
+        for so_far in measurements(case, 3 if conditions.dry_run else 50, share):
+            yield name, so_far
 
 
 def engines(conditions: Conditions) -> Rows:
@@ -124,28 +140,41 @@ def quality(conditions: Conditions) -> Rows:
         return
     else:
         recipe, options = "cifar10-simclr", {"data.name": "npz", "data.root": conditions.cifar10, "train.compile": True}
-    for epochs in (1,) if conditions.dry_run else (20, 200):
-        if conditions.left <= 0:
-            return
-        yield f"{recipe}, {epochs} epochs", _quality(recipe, options | {"train.epochs": epochs}, conditions)
+    short, long = 1 if conditions.dry_run else 20, 200
+    row = _quality(recipe, options | {"train.epochs": short}, f"gpu-quality-{short}-epochs", conditions)
+    yield f"{recipe}, {short} epochs", row
+    if "training_seconds" not in row or conditions.dry_run:
+        return
+    expected = row["seconds"] + (long / short - 1) * row["training_seconds"]
+    if expected > conditions.left:
+        yield f"{recipe}, {long} epochs", {"absent": f"about {expected:.0f} s, and {conditions.left:.0f} s were left"}
+        return
+    yield f"{recipe}, {long} epochs", _quality(recipe, options | {"train.epochs": long}, f"gpu-quality-{long}-epochs", conditions)
 
 
-def _quality(recipe: str, options: dict[str, Any], conditions: Conditions) -> dict[str, Any]:
+def _quality(recipe: str, options: dict[str, Any], name: str, conditions: Conditions) -> dict[str, Any]:
+    """One run. What it measured lies beside the results in the folder `name`, also where the run was cut."""
+    kept = results.place(name, conditions.out)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
         command = [sys.executable, "-m", "fastgessl", "train", recipe, *words, "--train.run_dir", str(run)]
         command += ["--log.trackers", "--evaluate.tasks", "linear", "knn"]
         taken: dict[str, float] = {}
         try:
-            done = timed(taken, "seconds", lambda: subprocess.run(command, capture_output=True, text=True, timeout=conditions.left))
-        except subprocess.TimeoutExpired:
-            return {"absent": f"not done within {conditions.left:.0f} s more"}
-        if done.returncode:
-            return {"error": done.stderr[-4000:]}
-        timing = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
-        trained = sum(line["seconds"] for line in timing)
-        return taken | {"training_seconds": trained, **json.loads((run / "evaluation.json").read_text())["rows"]["this run"]}
+            ended = timed(taken, "seconds", lambda: processes.run(command, conditions.left))
+        finally:
+            kept.mkdir(exist_ok=True)
+            for file in RUN_FILES:
+                if (run / file).exists():
+                    shutil.copy(run / file, kept)
+    if ended.exit_code is None:
+        return {"absent": f"not done within {taken['seconds']:.0f} s", "kept": kept.name}
+    if ended.exit_code:
+        return {"error": ended.err[-4000:], "kept": kept.name}
+    timing = [json.loads(line) for line in (kept / "timing.jsonl").read_text().splitlines()]
+    accuracy = json.loads((kept / "evaluation.json").read_text())["rows"]["this run"]
+    return taken | {"training_seconds": sum(line["seconds"] for line in timing), **accuracy, "kept": kept.name}
 
 
 def scaling(conditions: Conditions) -> Rows:
@@ -162,23 +191,27 @@ def _scaled(ranks: int, conditions: Conditions) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         tiny = ["--tiny"] if conditions.dry_run else []
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command = [*launch, "-m", "bench.scaling", "--to", file.name, *tiny]
-        done = subprocess.run(
-            command, cwd=results.ROOT.parent, capture_output=True, text=True, timeout=max(conditions.left, 30), check=False
-        )
-        return json.loads(Path(file.name).read_text()) if done.returncode == 0 else {"error": done.stderr[-4000:]}
+        ended = processes.run([*launch, "-m", "bench.scaling", "--to", file.name, *tiny], max(conditions.left, 30))
+        if ended.exit_code is None:
+            return {"absent": "not done in the time that was left", "output": ended.err[-4000:]}
+        return json.loads(Path(file.name).read_text()) if ended.exit_code == 0 else {"error": ended.err[-4000:]}
 
 
 def gessl(conditions: Conditions) -> Rows:
-    """Operations, seconds and peak bytes of GeSSL's modes x a plain step: ResNet-18 at 32 px, ResNet-50 at 224 px, batch 256, float32."""
-    from bench.gessl import SMALL, cost
+    """Operations, seconds and peak bytes of GeSSL's modes x a plain step, float32: ResNet-18 at 32 px, batch 256; ResNet-50 at 224 px, 64.
+
+    A view takes 72 MiB of ResNet-50's plain step, and up to 7.4 x that when K = 3 keeps its graph: 66 GiB at 64 images.
+    """
+    from bench.gessl import SMALL, costs
     from fastgessl.config import ModelConfig
 
+    small, large = ModelConfig(name="resnet18", stem="small"), ModelConfig(name="resnet50")
+    cases = {"resnet18": (256, 10, small, 32), "resnet50": (64, 5, large, 224)}
     if conditions.dry_run:
-        yield "resnet18", cost(2, 1, SMALL.model_copy(update={"width": 0.0625}), 16)
-        return
-    yield "resnet18", cost(256, 10, ModelConfig(name="resnet18", stem="small"), 32)
-    yield "resnet50", cost(256, 5, ModelConfig(name="resnet50"), 224)
+        cases = {"resnet18": (2, 1, SMALL.model_copy(update={"width": 0.0625}), 16)}
+    for name, case in cases.items():
+        for so_far in costs(*case, conditions.deadline):
+            yield name, so_far
 
 
 def profile(conditions: Conditions) -> Rows:

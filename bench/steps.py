@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import results
+from bench.attempts import ANYTHING, NO_ROOM, attempt
 from bench.peers import PEERS, Trainer, installed
 from bench.timing import in_turns, ratio, timed, wait
 from fastgessl import pipelines
@@ -37,6 +39,7 @@ from fastgessl.pipelines import ArrayImages, Batch
 from fastgessl.recipes import load, parts
 
 PLAIN, COMPILED = "ours", "ours, compiled"
+PEER_NAMES = {name for made in PEERS.values() for name in made}
 
 
 @dataclass(frozen=True)
@@ -94,49 +97,93 @@ def main() -> None:
 
 def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
     """One case: a row a contender, and where the time of our steps goes."""
+    *_, measured = measurements(case, rounds, seconds)
+    return measured
+
+
+def measurements(case: Case, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """`measure`, with one contender more each time. Absent: a peer that fails, what `seconds` leave no time for. Ours is an error."""
     if case.method not in METHODS:
-        return {"absent": f"no method is registered as {case.method}"}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches, views = batches_of(case, device), case.config.views.global_views or 2
-    steps: dict[str, Step] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for name, make in contenders(case).items():
+        yield {"absent": f"no method is registered as {case.method}"}
+        return
+    # Else the compiled contender meets another case's guards, and torch compiles for any size.
+    torch._dynamo.reset()
+    device, until, made = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter() + seconds, contenders(case)
+    found = _Found(case, device)
+    for number, (name, make) in enumerate(made.items()):
+        left = until - time.perf_counter()
         if make is None:
-            rows[name] = {"absent": "not installed"}
-            continue
-        held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        steps[name] = Step(make(), batches, device)
-        rows[name] = {"peak_bytes": _peak_bytes(steps[name]) - held if device.type == "cuda" else None}
-    samples = in_turns({name: step.group for name, step in steps.items()}, rounds=rounds, budget=seconds)
-    for name, taken in samples.items():
-        each = statistics.median(taken) / steps[name].grouped
-        rows[name] |= {
+            found.rows[name] = {"absent": "not installed"}
+        elif name != PLAIN and "seconds" not in found.rows[PLAIN]:
+            found.rows[name] = {"absent": "there is no step of ours to compare with"}
+        elif name != PLAIN and left <= 0:
+            found.rows[name] = {"absent": "no time was left"}
+        else:
+            work = partial(found.add, name, make, rounds, max(left, 0.0) / (len(made) - number))
+            found.rows[name] = attempt(work, forgiven(name))
+        yield found.record()
+
+
+class _Found:
+    """What is known of a case. Of its contenders only ours stays on the device, because the others take turns with it."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.plain: Step | None = None
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.split: dict[str, dict[str, float]] = {}
+
+    def add(self, name: str, make: Callable[[], Trainer], rounds: int, seconds: float) -> dict[str, Any]:
+        """The row of one contender."""
+        # Batches of its own: an iterator in which one contender has run out of memory has ended for all.
+        batches = batches_of(self.case, self.device)
+        next(batches)
+        held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+        step = Step(make(), batches, self.device)
+        peak = _peak_bytes(step) - held if self.device.type == "cuda" else None
+        plain = self.plain = self.plain or step
+        samples = in_turns({PLAIN: plain.group} | {name: step.group}, rounds=rounds, budget=seconds)
+        if isinstance(step.trainer.module, GeSSL):
+            self.split[name] = split(step)
+        taken, views = samples[name], self.case.config.views.global_views or 2
+        each = statistics.median(taken) / step.grouped
+        return {
+            "peak_bytes": peak,
             "seconds": each,
-            "images_per_second": case.batch / each,
-            "views_per_second": views * case.batch / each,
-            "ratio_to_ours": ratio(taken, samples[PLAIN]) / steps[name].grouped,
-            "samples": [seconds / steps[name].grouped for seconds in taken],
+            "images_per_second": self.case.batch / each,
+            "views_per_second": views * self.case.batch / each,
+            "ratio_to_ours": ratio(taken, samples[PLAIN]) / step.grouped,
+            "samples": [seconds / step.grouped for seconds in taken],
         }
-    return {
-        "recipe": case.recipe,
-        "model": case.model.model_dump(mode="json"),
-        "size": case.size,
-        "batch": case.batch,
-        "precision": "bf16" if device.type == "cuda" else "fp32",
-        "rows": rows,
-        "split": {name: split(step) for name, step in steps.items() if isinstance(step.trainer.module, GeSSL)},
-    }
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "recipe": self.case.recipe,
+            "model": self.case.model.model_dump(mode="json"),
+            "size": self.case.size,
+            "batch": self.case.batch,
+            "precision": "bf16" if self.device.type == "cuda" else "fp32",
+            "rows": dict(self.rows),
+            "split": dict(self.split),
+        }
+
+
+def forgiven(name: str) -> tuple[type[Exception], ...]:
+    """What may keep a contender out: anything a peer, a lack of room a dearer step of ours, nothing ours."""
+    if name in PEER_NAMES:
+        return ANYTHING
+    return () if name == PLAIN else NO_ROOM
 
 
 def contenders(case: Case) -> dict[str, Callable[[], Trainer] | None]:
-    """Who takes part, ours first; None for a trainer that is not installed."""
+    """Who takes part, ours first, and last what must be compiled; None for a trainer that is not installed."""
     found: dict[str, Callable[[], Trainer] | None] = {PLAIN: partial(ours, case, GesslConfig())}
-    if torch.cuda.is_available():
-        found[COMPILED] = partial(ours, case, GesslConfig(), compiled=True)
-    for preset, part in parts("gessl").items():
-        found[f"GeSSL, {preset}"] = partial(ours, case, GesslConfig(**part["config"]["gessl"]))
     for name, peer in PEERS.get(case.method, {}).items():
         found[name] = partial(_peer, peer, case) if installed(name) else None
+    for preset, part in parts("gessl").items():
+        found[f"GeSSL, {preset}"] = partial(ours, case, GesslConfig(**part["config"]["gessl"]))
+    if torch.cuda.is_available():
+        found[COMPILED] = partial(ours, case, GesslConfig(), compiled=True)
     return found
 
 
@@ -256,8 +303,8 @@ def table(name: str, measured: dict[str, Any]) -> Table:
     for column in ("trainer", "images/s", "views/s", "x ours", "ms a step", "peak, MiB"):
         found.add_column(column)
     for trainer, row in measured.get("rows", {}).items():
-        if "absent" in row:
-            found.add_row(trainer, row["absent"])
+        if "seconds" not in row:
+            found.add_row(trainer, row.get("absent", row.get("error")))
             continue
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         rates = f"{row['images_per_second']:.0f}", f"{row['views_per_second']:.0f}", f"{row['ratio_to_ours']:.2f}"

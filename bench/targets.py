@@ -10,19 +10,31 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from bench.peers import installed
-from bench.stages import Conditions, ceilings
+from bench.attempts import ANYTHING, attempt
+from bench.stages import NO_TIME, Conditions, ceilings
 from bench.timing import in_turns, ratio, wait
 from fastgessl.kernels import clip_loss, info_nce, nt_xent, sigma_kl
 
 TEMPERATURE = 0.1
+OURS, OURS_FLOAT32 = "ours", "ours, float32"
 Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Somebody's way to compute a target, and in what."""
+
+    work: Work
+    precision: str = "bf16 operands, float32 sums"
+    beside: str = OURS
+    """Whom it takes turns with: a ratio of two precisions would say nothing about programs."""
 
 
 @dataclass(frozen=True)
@@ -37,67 +49,77 @@ class Target:
     """Exponential passes over the table."""
     goal: float
     """Seconds on one H200; 0 where the goal is a ratio to a peer."""
-    make: Callable[[Tensor, Tensor], dict[str, Work]]
-    """(query, key) -> ours first, then peers."""
+    make: Callable[[Tensor, Tensor], dict[str, Contender]]
+    """(query, key) -> ours first, then ours in float32 where a peer needs it, then peers."""
 
 
 def rows(conditions: Conditions) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A row a target; the device's rates come first."""
+    """A row a target, anew with each contender; the device's rates come first."""
     rates: dict[str, float] = {}
     for name, row in ceilings(Conditions(conditions.deadline, conditions.dry_run, None, None, None)):
         rates[name] = row["rate"]
     yield "rates", rates
     for target in TARGETS:
         if conditions.left <= 0:
-            return
+            yield target.name, NO_TIME
+            continue
         size = min(target.rows, 64) if conditions.dry_run else target.rows
-        yield target.name, _measured(target, size, rates, 0.0 if conditions.dry_run else min(conditions.left, 20.0))
+        for so_far in _measurements(target, size, rates, 0.0 if conditions.dry_run else min(conditions.left, 20.0)):
+            yield target.name, so_far
 
 
-def _measured(target: Target, size: int, rates: dict[str, float], budget: float) -> dict[str, Any]:
-    query, key = _operands(size, target.width)
-    contenders, found = target.make(query, key), {}
-    for name, work in list(contenders.items()):
-        outcome = _peak(work)
-        found[name] = outcome
-        if "absent" in outcome:
-            del contenders[name]
-    if OURS not in contenders:
-        return {"rows": size, "contenders": found}
-    samples = in_turns(contenders, rounds=50, budget=budget)
-    for name, taken in samples.items():
-        found[name] |= {"seconds": statistics.median(taken), "ratio_to_ours": ratio(taken, samples[OURS]), "samples": taken}
+def _measurements(target: Target, size: int, rates: dict[str, float], budget: float) -> Iterator[dict[str, Any]]:
+    """The target's row, with one contender more each time: what a peer does to the device must not cost our own numbers."""
+    # Code that torch has compiled for another size it compiles for any size the second time, and no peer is at its best then.
+    torch._dynamo.reset()
+    contenders = target.make(*_operands(size, target.width))
+    found: dict[str, dict[str, Any]] = {}
+    for name, contender in contenders.items():
+        described = {"precision": contender.precision, "beside": contender.beside}
+        if name == OURS or "seconds" in found[contender.beside]:
+            turns = {contender.beside: contenders[contender.beside].work} | {name: contender.work}
+            work = partial(_outcome, turns, name, budget / len(contenders))
+            found[name] = described | attempt(work, () if name in (OURS, OURS_FLOAT32) else ANYTHING)
+        else:
+            found[name] = described | {"absent": f"there is nothing of {contender.beside} to compare with"}
+        yield _row(target, size, rates, found[OURS].get("seconds")) | {"contenders": dict(found)}
+
+
+def _row(target: Target, size: int, rates: dict[str, float], seconds: float | None) -> dict[str, Any]:
+    """Our seconds beside floor and goal; None where there are none."""
     operations = target.units * 2 * size**2 * target.width
     floor = max(operations / rates["matmul_bf16_tflops"] / 1e12, target.passes * size**2 / rates["exp_per_second"])
-    seconds = found[OURS]["seconds"]
     return {
         "rows": size,
         "width": target.width,
         "seconds": seconds,
-        "tflops": operations / seconds / 1e12,
+        "tflops": seconds and operations / seconds / 1e12,
         "floor_seconds": floor,
-        "share_of_floor_rate": floor / seconds,
+        "share_of_floor_rate": seconds and floor / seconds,
         "goal_seconds": target.goal,
-        "met": seconds <= target.goal if target.goal and size == target.rows else None,
-        "contenders": found,
+        "met": seconds <= target.goal if seconds and target.goal and size == target.rows else None,
     }
 
 
-def _peak(work: Work) -> dict[str, Any]:
-    """Peak bytes above what is held, or why the contender is absent: it does not fit."""
+def _outcome(turns: dict[str, Work], name: str, budget: float) -> dict[str, Any]:
+    """Seconds of `name`, and their ratio to those of the first of `turns`."""
+    peak = _peak(turns[name])
+    samples = in_turns(turns, rounds=50, budget=budget)
+    taken, ours = samples[name], next(iter(samples.values()))
+    return {"peak_bytes": peak, "seconds": statistics.median(taken), "ratio_to_ours": ratio(taken, ours), "samples": taken}
+
+
+def _peak(work: Work) -> int | None:
+    """Most bytes beyond those that are held; the first call does not count, because it compiles."""
+    work()
     if not torch.cuda.is_available():
-        work()
-        return {"peak_bytes": None}
+        return None
     wait()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    try:
-        work()
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"absent": "out of memory"}
+    work()
     wait()
-    return {"peak_bytes": torch.cuda.max_memory_allocated() - held}
+    return torch.cuda.max_memory_allocated() - held
 
 
 def _operands(size: int, width: int) -> tuple[Tensor, Tensor]:
@@ -138,10 +160,7 @@ def _dense_nt_xent(first: Tensor, second: Tensor) -> Tensor:
 def _inf_cl(query: Tensor, key: Tensor) -> Tensor:
     from inf_cl import cal_flash_loss
 
-    return cal_flash_loss(query, key, scale=1 / TEMPERATURE).mean()
-
-
-OURS = "ours"
+    return cal_flash_loss(query, key, scale=1 / TEMPERATURE, head_dim=query.shape[1]).mean()
 
 
 def _ours_info_nce(query: Tensor, key: Tensor) -> Tensor:
@@ -156,15 +175,24 @@ def _ours_nt_xent(first: Tensor, second: Tensor) -> Tensor:
     return nt_xent(first, second, temperature=TEMPERATURE)
 
 
-def _with_peers(own: Callable[[Tensor, Tensor], Tensor], dense: Callable[[Tensor, Tensor], Tensor], *, inf_cl: bool = False) -> Any:
-    """Ours, the dense loss, torch.compile of it (on a GPU), and Inf-CL where it is installed, forward and backward."""
+def _ours_only(work: Callable[[Tensor, Tensor], Work]) -> Any:
+    return lambda query, key: {OURS: Contender(work(query, key))}
 
-    def make(query: Tensor, key: Tensor) -> dict[str, Work]:
-        made = {OURS: _backward(own, query, key), "dense": _backward(dense, query, key)}
+
+def _with_peers(own: Callable[[Tensor, Tensor], Tensor], dense: Callable[[Tensor, Tensor], Tensor], *, inf_cl: bool = False) -> Any:
+    """Ours, the dense loss, torch.compile of it (on a GPU), and Inf-CL beside ours in float32, forward and backward."""
+
+    def make(query: Tensor, key: Tensor) -> dict[str, Contender]:
+        stored = "bf16 products, float32 table"
+        made = {OURS: Contender(_backward(own, query, key)), "dense": Contender(_backward(dense, query, key), stored)}
         if torch.cuda.is_available():
-            made["torch.compile of dense"] = _backward(torch.compile(dense), query, key)
-        if inf_cl and torch.cuda.is_available() and installed("inf_cl"):
-            made["inf-cl"] = _backward(_inf_cl, query, key)
+            compiled = torch.compile(dense, dynamic=False)
+            made["torch.compile of dense"] = Contender(_backward(compiled, query, key), stored)
+        if inf_cl:
+            # Inf-CL turns whatever it is given into float32.
+            wide = [operand.detach().float().requires_grad_() for operand in (query, key)]
+            made[OURS_FLOAT32] = Contender(_backward(own, *wide), "float32 operands, three TF32 products")
+            made["inf-cl"] = Contender(_backward(_inf_cl, *wide), "float32 operands, TF32 products", beside=OURS_FLOAT32)
         return made
 
     return make
@@ -175,20 +203,21 @@ def _halves(make: Any) -> Any:
     return lambda query, key: make(query[: len(query) // 2], key[: len(key) // 2])
 
 
-def _sigma(query: Tensor, key: Tensor) -> dict[str, Work]:
+def _sigma(query: Tensor, key: Tensor) -> Work:
     teacher = (query.detach().roll(1, 0), key.detach())
-    return {OURS: _backward(lambda q, k: sigma_kl(q, k, *teacher, temperature=TEMPERATURE), query, key)}
+    return _backward(lambda q, k: sigma_kl(q, k, *teacher, temperature=TEMPERATURE), query, key)
 
 
 INFO_NCE = _with_peers(_ours_info_nce, _dense_info_nce, inf_cl=True)
 NT_XENT = _halves(_with_peers(_ours_nt_xent, _dense_nt_xent))
+ONE_DIRECTION = _ours_only(partial(_backward, _ours_info_nce))
 TARGETS = (
     Target("NT-Xent 32,768", 32768, 128, 3, 2, 2.0e-3, NT_XENT),
     Target("InfoNCE symmetric 32,768", 32768, 128, 5, 3, 3.4e-3, _with_peers(_ours_clip, _dense_clip)),
-    Target("σ-KL 32,768, student", 32768, 128, 8, 5, 5.6e-3, _sigma),
-    Target("double backward 32,768", 32768, 128, 13, 4, 9.0e-3, lambda q, k: {OURS: _twice(_ours_info_nce, q, k)}),
-    Target("InfoNCE 131,072 D 256", 131072, 256, 5, 2, 110e-3, lambda q, k: {OURS: _backward(_ours_info_nce, q, k)}),
+    Target("σ-KL 32,768, student", 32768, 128, 8, 5, 5.6e-3, _ours_only(_sigma)),
+    Target("double backward 32,768", 32768, 128, 13, 4, 9.0e-3, _ours_only(partial(_twice, _ours_info_nce))),
+    Target("InfoNCE 131,072 D 256", 131072, 256, 5, 2, 110e-3, ONE_DIRECTION),
     *(Target(f"InfoNCE {n:,}", n, 128, 5, 2, 0.0, INFO_NCE) for n in (256, 1024, 4096, 32768)),
     *(Target(f"NT-Xent {n:,}", n, 128, 3, 2, 0.0, NT_XENT) for n in (512, 1024, 4096)),
-    Target("InfoNCE 1,048,576", 1 << 20, 128, 5, 2, 3.6, lambda q, k: {OURS: _backward(_ours_info_nce, q, k)}),
+    Target("InfoNCE 1,048,576", 1 << 20, 128, 5, 2, 3.6, ONE_DIRECTION),
 )  # fmt: skip

@@ -56,6 +56,10 @@ def device_milliseconds(work: Work) -> float:
     return sorted(times)[1]
 
 
+class Unusable(Exception):
+    """A tile that runs and must not be chosen."""
+
+
 class Problem:
     """Operands on which one entry's kernel is run: M = N rows, as many features as it is to be measured at."""
 
@@ -130,24 +134,32 @@ def search(start: Tile, cost: Callable[[Tile], float]) -> dict[Tile, float]:
 
 
 def tune(entry: Entry, rows: int, features: int, device: torch.device, timer: Timer, deadline: float) -> Measured | None:
-    """The fastest tile found before the deadline, and put to use; None if none works."""
-    from triton.errors import TritonError
+    """The fastest tile found before the deadline, and put to use; None if none works. Says which tiles it leaves out, and why.
 
+    Raises RuntimeError if the device fails: nothing that it computes afterwards would mean anything.
+    """
     from fastgessl.kernels import similarity_launch
 
     chosen, shipped = tuned_tiles.tuned_tiles(device), tuned_tiles.shipped_tile(entry, device)
     problem = Problem(entry, rows, features, device)
     expected = [part.double() for part in problem.results(similarity_chunked)]
 
+    def measured(tile: Tile) -> float:
+        chosen[entry] = tile
+        found = problem.results(similarity_launch)
+        if not all(_close(part, wanted, LARGEST_DIFFERENCE[entry.float32]) for part, wanted in zip(found, expected, strict=True)):
+            raise Unusable("its results differ from chunked PyTorch's")
+        return timer(lambda: problem.results(similarity_launch))
+
     def cost(tile: Tile) -> float:
         if tile != shipped and time.monotonic() > deadline:
             return math.inf
-        chosen[entry] = tile
         try:
-            found = problem.results(similarity_launch)
-            right = all(_close(part, wanted, LARGEST_DIFFERENCE[entry.float32]) for part, wanted in zip(found, expected, strict=True))
-            return timer(lambda: problem.results(similarity_launch)) if right else math.inf
-        except TritonError:  # the device has no room for the tile, or its assembler refuses it
+            return measured(tile)
+        except Exception as failure:
+            if not _of_the_tile(failure):
+                raise
+            print(f"  {tile} is left out: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}", flush=True)
             return math.inf
 
     costs = search(shipped, cost)
@@ -157,6 +169,16 @@ def tune(entry: Entry, rows: int, features: int, device: torch.device, timer: Ti
         del chosen[entry]
         return None
     return Measured(best, costs[best], None if math.isinf(costs[shipped]) else costs[shipped])
+
+
+def _of_the_tile(failure: Exception) -> bool:
+    """Whether another tile may do: wrong results, no room for it on the device, its assembler's refusal, or a failed compiler pass.
+
+    The last is a bare RuntimeError, like an error of the device, whose message (CUDA error, Triton Error [CUDA]) tells them apart.
+    """
+    from triton.errors import TritonError
+
+    return isinstance(failure, (Unusable, TritonError)) or (type(failure) is RuntimeError and "CUDA" not in str(failure))
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import peers, steps
+from bench.attempts import failures
 from fastgessl.config import GesslConfig, MethodConfig
 from fastgessl.models import build_backbone
 from fastgessl.recipes import load
@@ -51,3 +52,41 @@ def test_a_trainer_that_is_not_installed_is_a_row_that_says_so(monkeypatch):
     rows = steps.measure(CASE, rounds=3, seconds=0.0)["rows"]
     assert rows["lightly"] == rows["stable-pretraining"] == {"absent": "not installed"}
     assert rows["ours"]["ratio_to_ours"] == 1.0
+
+
+def contenders_with(monkeypatch, **made):
+    """A case's contenders: ours, these, and lightly; a class of an exception stands for one that raises it."""
+
+    def broken(error):
+        raise error("tried to allocate 20 GiB")
+
+    def contenders(case):
+        extra = {name.replace("_", " "): lambda error=error: broken(error) for name, error in made.items()}
+        return {steps.PLAIN: lambda: steps.ours(case, GesslConfig()), **extra, "GeSSL, last": lambda: steps.ours(case, GesslConfig())}
+
+    monkeypatch.setattr(steps, "contenders", contenders)
+
+
+def test_neither_a_peer_that_fails_nor_a_step_without_room_takes_the_others_along(monkeypatch):
+    contenders_with(monkeypatch, lightly=AssertionError, **{"GeSSL,_exact": torch.OutOfMemoryError, "ours,_compiled": RuntimeError})
+    so_far = list(steps.measurements(CASE, rounds=3, seconds=600.0))
+    assert [len(record["rows"]) for record in so_far] == [1, 2, 3, 4, 5]
+    rows = so_far[-1]["rows"]
+    assert rows["lightly"] == {"absent": "AssertionError('tried to allocate 20 GiB')"}
+    assert rows["GeSSL, exact"] == {"absent": "OutOfMemoryError('tried to allocate 20 GiB')"}
+    assert rows["ours"]["seconds"] > 0 and rows["GeSSL, last"]["ratio_to_ours"] > 0
+    assert failures(so_far[-1]) == ["rows, ours, compiled"]
+    assert steps.table("a case", so_far[-1]).row_count == 5
+
+
+def test_without_our_own_step_the_case_is_an_error(monkeypatch):
+    contenders_with(monkeypatch)
+    monkeypatch.setattr(steps, "ours", lambda *_: None)
+    record = steps.measure(CASE, rounds=3, seconds=600.0)
+    assert failures(record) == ["rows, ours"] and "absent" in record["rows"]["GeSSL, last"]
+
+
+def test_contenders_without_time_say_so_and_ours_is_measured_all_the_same():
+    rows = steps.measure(CASE, rounds=3, seconds=0.0)["rows"]
+    assert rows["ours"]["seconds"] > 0
+    assert {row["absent"] for name, row in rows.items() if name != "ours"} <= {"no time was left", "not installed"}

@@ -1,7 +1,9 @@
 """Tuning: the search, what it refuses, the table it writes, and the losses that read it; kernels run in Triton's interpreter."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -227,3 +229,47 @@ def test_a_table_whose_writing_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
         tuned_tiles.write(path, "interpreter", {entry: tuned_tiles.Measured(BEST, 2.0, None)})
 
     assert tuned_tiles.read(path, "interpreter") == {entry: tuned_tiles.Measured(BEST, 1.0, None)}
+
+
+def tuned_where(monkeypatch, failure):
+    """What tuning finds if every tile but the shipped one fails like this; no kernel runs."""
+    from fastgessl.kernels import similarity_launch
+
+    class Problem:
+        def __init__(self, *_):
+            pass
+
+        def results(self, module):
+            if module is similarity_launch and list(tuned_tiles.tuned_tiles(CPU).values()) != [INTERPRETED]:
+                raise failure
+            return (torch.ones(2),)
+
+    monkeypatch.setattr(autotune, "Problem", Problem)
+    monkeypatch.setattr(tuned_tiles, "_in_use", {CPU: {}})
+    return autotune.tune(Entry("statistics_kernel", 128, False, False), 8, 16, CPU, lambda work: 1.0, math.inf)
+
+
+def test_a_tile_on_which_the_compiler_fails_is_left_out_with_its_reason(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    found = tuned_where(monkeypatch, RuntimeError("PassManager::run failed"))
+    assert found == tuned_tiles.Measured(INTERPRETED, 1.0, 1.0)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(list(autotune.neighbours(INTERPRETED)))
+    assert all("is left out: RuntimeError: PassManager::run failed" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: misaligned address"),
+        getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: unspecified launch failure"),
+        torch.OutOfMemoryError("out of memory"),
+        TypeError("a mistake of ours"),
+    ],
+    ids=lambda failure: str(failure)[:24],
+)
+def test_an_error_of_the_device_or_of_ours_ends_tuning(monkeypatch, failure):
+    pytest.importorskip("triton")
+    with pytest.raises(type(failure), match=re.escape(str(failure)[:10])):
+        tuned_where(monkeypatch, failure)

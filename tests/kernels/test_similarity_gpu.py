@@ -1,4 +1,7 @@
-"""The Triton kernels on a GPU: the error against float64 is at most twice that of dense PyTorch in the same dtype (`make gpu`)."""
+"""The Triton kernels on a GPU: their error against float64 beside that of dense PyTorch in the same dtype (`make gpu`)."""
+
+import math
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -15,10 +18,13 @@ from fastgessl.kernels import (
     softmax_marginal,
 )
 
-pytestmark = pytest.mark.gpu
+gpu = pytest.mark.gpu
 
 SHAPES = [(64, 64, 64), (300, 517, 96), (1000, 1000, 128), (513, 700, 256), (200, 333, 768), (130, 257, 2048)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TEMPERATURES = [0.01, 0.1, 0.5]
+FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 1e-3}
+"""In norm; float32 at a temperature of 0.01 has ten times as much."""
 
 
 def operands(M, N, D, dtype, temperature):
@@ -40,6 +46,12 @@ LOSSES = {
     "cross_entropy": lambda q, k, tq, tk, s: soft_cross_entropy(q, k, tq, tk, teacher_temperature=0.3, **s),
     "gessl": lambda q, k, tq, tk, s: sum(part.mean() for part in gessl_loss(q, k, tq, tk, **s)),
 }
+# Every pair of loss, shape, dtype and temperature: 223 kernels to compile, a second or two each, where the full product of 270 has 621.
+CASES = [
+    (name, shape, DTYPES[(i + j) % 3], TEMPERATURES[(2 * i + j + j // 3) % 3])
+    for i, name in enumerate(LOSSES)
+    for j, shape in enumerate(SHAPES)
+]
 
 
 def derivatives(loss, parts, temperature, implementation):
@@ -51,29 +63,41 @@ def derivatives(loss, parts, temperature, implementation):
     return value, *first, *torch.autograd.grad(along * temperature, leaves, materialize_grads=True)
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", LOSSES)
-def test_error_is_at_most_twice_that_of_dense_pytorch_in_the_same_dtype(name, shape, dtype, temperature):
+def test_the_cases_hold_every_pair_of_loss_shape_dtype_and_temperature():
+    choices = [list(LOSSES), SHAPES, DTYPES, TEMPERATURES]
+    for first, second in combinations(range(4), 2):
+        assert {(case[first], case[second]) for case in CASES} == set(product(choices[first], choices[second]))
+
+
+@gpu
+@pytest.mark.parametrize(("name", "shape", "dtype", "temperature"), CASES, ids=str)
+def test_error_is_within_its_floor_beyond_twice_that_of_dense_pytorch(name, shape, dtype, temperature, record_property):
     parts = operands(*shape, dtype, temperature)
     exact = derivatives(LOSSES[name], [part.double() for part in parts], temperature, "reference")
     ours = derivatives(LOSSES[name], parts, temperature, "triton")
     # Dense PyTorch in this dtype: the same definition, its products and its gradients rounded to the dtype as autocast would.
     with torch.autocast("cuda", enabled=False):
         dense = derivatives(LOSSES[name], parts, temperature, "reference")
-    floor = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype] * (10 if temperature == 0.01 else 1)
-    for found, peer, expected in zip(ours, dense, exact, strict=True):
-        size = expected.norm().clamp_min(1e-6)
-        error, allowed = (found.double() - expected).norm() / size, 2 * (peer.double() - expected).norm() / size
-        assert found.isfinite().all() and error <= allowed + floor
+    sizes = [max(expected.norm().item(), 1e-6) for expected in exact]
+    errors, of_dense = (
+        [(part.double() - expected).norm().item() / size for part, expected, size in zip(found, exact, sizes, strict=True)]
+        for found in (ours, dense)
+    )
+    floor = FLOORS[dtype] * (10 if dtype == torch.float32 and temperature == 0.01 else 1)
+    # How near the worst comes to a bound with a fifth of the floor.
+    tightness = max(error / (2 * peer + floor / 5) for error, peer in zip(errors, of_dense, strict=True))
+    record_property("share_of_tight_bound", tightness)
+    print(f"share of the bound with a fifth of the floor: {tightness:.2f}; errors {errors}, dense {of_dense}")
+    assert all(math.isfinite(error) and error <= 2 * peer + floor for error, peer in zip(errors, of_dense, strict=True))
 
 
+@gpu
 def test_a_gpu_tensor_takes_triton_by_itself_and_float64_does_not():
     assert implementation_for(torch.empty(2, 2, device="cuda"))[0] == "triton"
     assert implementation_for(torch.empty(2, 2, device="cuda", dtype=torch.float64))[0] == "chunked"
 
 
+@gpu
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_of_nan_or_infinity_gives_nan_and_no_assertion_that_would_end_the_process(value):
     query, prototypes = operands(64, 64, 128, torch.float32, 0.1)[:2]
@@ -88,12 +112,14 @@ def test_a_row_of_nan_or_infinity_gives_nan_and_no_assertion_that_would_end_the_
     assert info_nce(prototypes, prototypes).isfinite()  # the device still answers
 
 
+@gpu
 def test_results_repeat_bit_for_bit():
     parts = operands(1000, 1000, 128, torch.bfloat16, 0.1)
     runs = [derivatives(LOSSES["gessl"], parts, 0.1, "triton") for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@gpu
 def test_a_step_is_captured_in_one_cuda_graph():
     query, key = (part.requires_grad_() for part in operands(256, 256, 128, torch.bfloat16, 0.1)[:2])
 
@@ -112,6 +138,7 @@ def test_a_step_is_captured_in_one_cuda_graph():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@gpu
 def test_a_million_keys_need_no_table():
     query = normalize(torch.randn(4096, 128, device="cuda"), dim=1).bfloat16().requires_grad_()
     key = normalize(torch.randn(1 << 20, 128, device="cuda"), dim=1).bfloat16()
@@ -121,6 +148,7 @@ def test_a_million_keys_need_no_table():
     assert torch.cuda.max_memory_allocated() - before < 1 << 28
 
 
+@gpu
 def test_grad_scaler_and_autocast_train_in_float16():
     layer = torch.nn.Linear(32, 64).cuda()
     optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.1), torch.amp.GradScaler("cuda")

@@ -32,6 +32,7 @@ ABOUT = {
     "gpu-scaling": "Collectives on several ranks.",
     "steps": "Whole training steps, loader included, beside other trainers in the same run.",
     "gessl": "A step of GeSSL's modes, x a plain step.",
+    "hypergradients": "Gradients of σ against those of exact mode, SimCLR on digits: cosine and ratio of norms, mean ± s.d. over seeds.",
     "does-gessl-help-digits": "Plain training against GeSSL's presets, mean ± s.d. over seeds; differences paired, with 95 % intervals.",
     "does-gessl-help-cifar10-small": "The same on a tenth of CIFAR-10, 16-pixel views, a quarter of the width.",
     "dsa-digits": "DSA against plain and supervised training, with outliers among the training images; mean ± s.d. over seeds.",

@@ -201,7 +201,7 @@ class GesslConfig(Section):
     """Momentum of the inner SGD, from rest at the present weights; the target goes on with the student's velocity."""
     hypergradient: Literal["exact", "first_order", "finite_difference"] = "exact"
     """How the outer gradient passes through the inner steps: exact (second order), first_order (identity Jacobian),
-    finite_difference (central-difference Hessian-vector products)."""
+    finite_difference (central-difference Hessian-vector products: near exact where activations are smooth, as GELU is, not with ReLU)."""
     checkpoint_inner_steps: bool = True
     """exact, K > 1: keep the graph of one inner step at a time and make the others anew. Memory then does not grow with K."""
     scope: Literal["all", "head"] = "all"

@@ -24,7 +24,8 @@ def check_equal_rows(tensor: Tensor, group: dist.ProcessGroup, name: str) -> Non
 
     Raises ValueError on every rank.
     """
-    rows = torch.tensor([len(tensor)], device=tensor.device)
+    # Filled on the device: a number that is copied there from pageable memory, as by torch.tensor, makes the host wait.
+    rows = torch.full((1,), len(tensor), dtype=torch.int64, device=tensor.device)
     found = rows.new_empty(dist.get_world_size(group))
     dist.all_gather_into_tensor(found, rows, group=group)
     message = f"{name} must have as many rows on every rank (drop the last, smaller batch)"

@@ -16,7 +16,11 @@ from torch import Tensor
 IMPLEMENTATIONS = ("reference", "chunked", "triton")
 ENVIRONMENT = "FASTGESSL_KERNELS"
 SMALL_TABLE = 1 << 20
-"""Entries up to which a CPU computes fastest on the stored table: at 1,024 x 1,024 it took 0.80 of the chunked time, at 2,048 1.1 times."""
+"""Entries up to which a CPU computes fastest on the stored table: at 1,024 x 1,024 it took 0.80 of the chunked time, at 2,048 1.1 times.
+
+On a GPU none is stored: forward and backward of the kernels ask it for fewer operations (float32: InfoNCE 12, the stored table 15; CLIP 19
+and 23; σ 13 and 23), which tests count. Whether that is also faster at a few hundred rows, where the host's own time counts, waits for a
+measurement on a GPU."""
 OLDEST_ARCHITECTURE = (8, 0)
 BLACKWELL, OLDEST_TRITON_FOR_BLACKWELL = (10, 0), (3, 3)
 """Triton 3.2 ends the process with a failed assertion when it compiles for compute capability 10."""
@@ -65,7 +69,8 @@ def implementation_for(tensor: Tensor, implementation: str | None = None, entrie
     """The implementation that a loss on `tensor` uses for a table of `entries` similarities, and why:
 
     the argument, else the environment variable FASTGESSL_KERNELS, else the best that works. A small table is stored on a CPU, because that
-    is faster; without `entries` the answer is that for a large one.
+    is faster, and on a GPU not: by the number of operations the kernels have the better of it, which is not yet measured. Without `entries`
+    the answer is that for a large one.
 
     Raises ValueError for an unknown name and for a choice that cannot run.
 

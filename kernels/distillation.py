@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from fastgessl.kernels import reference
 from fastgessl.kernels.arguments import (
+    Given,
     check_bias,
     check_choices,
     check_pair,
@@ -44,6 +45,7 @@ class _Sides(NamedTuple):
     teacher: Side
     implementation: str
     ring: ProcessGroup | None
+    given: Given
 
 
 def _sides(
@@ -53,7 +55,9 @@ def _sides(
     exclude: Tensor | None,
     how: How,
     largest: float = math.inf,
+    chosen: Tensor | None = None,
 ) -> _Sides:
+    """`chosen`: positives that a user passed."""
     group, mode, _ = how
     sides, ring = [], None
     for owner, query, key, given, bias in zip(("student", "teacher"), operands[::2], operands[1::2], temperatures, biases, strict=True):
@@ -65,16 +69,17 @@ def _sides(
             temperature = temperature.detach()
         query, key = as_matmul(query, key)
         scale = scale_of(temperature, query, name)
-        chosen = chosen_for(query, key, exclude, how, largest)
-        key, wide_bias, ring = gathered(key, bias, scale, group, mode, chosen, f"{owner}_key")
+        implementation = chosen_for(query, key, exclude, how, largest)
+        key, wide_bias, ring = gathered(key, bias, scale, group, mode, implementation, f"{owner}_key")
         sides.append(Side(query, key, scale, wide_bias))
     check_teacher(*sides)
-    return _Sides(sides[0], sides[1], chosen, ring)
+    users = Given(*(isinstance(value, Tensor) for value in (*temperatures, *biases, chosen, exclude)))
+    return _Sides(sides[0], sides[1], implementation, ring, users)
 
 
 def _dense_rows(function: Callable[..., Tensor], sides: _Sides, exclude: Tensor | None) -> Tensor:
     student, teacher = sides.student, sides.teacher
-    scale = checked(student.scale, teacher.scale, student.bias, teacher.bias, None, exclude, len(student.key))
+    scale = checked(student.scale, teacher.scale, student.bias, teacher.bias, None, exclude, len(student.key), sides.given)
     operands = (student.query, student.key, teacher.query, teacher.key, scale.reciprocal(), teacher.scale.reciprocal())
     return dense(function, *operands, student.bias, teacher.bias, exclude)
 
@@ -82,7 +87,8 @@ def _dense_rows(function: Callable[..., Tensor], sides: _Sides, exclude: Tensor 
 def _divergence_rows(sides: _Sides, exclude: Tensor | None, entropy: bool) -> Tensor:
     if sides.implementation == "reference":
         return _dense_rows(reference.sigma_kl if entropy else reference.soft_cross_entropy, sides, exclude)
-    lse, _, divergence = similarity_statistics(sides.student, sides.teacher, None, exclude, entropy, sides.implementation, sides.ring)
+    how = (sides.implementation, sides.given, sides.ring)
+    lse, _, divergence = similarity_statistics(sides.student, sides.teacher, None, exclude, entropy, *how)
     return where_columns_are_left(divergence + lse, lse, exclude)
 
 
@@ -194,7 +200,7 @@ def gessl_loss(
     check_choices("none", mode)
     check_pair(student_query, student_key, ("student_query", "student_key"))
     rank, _ = rank_and_size(group)
-    positives = positives_of(positives, student_query, len(student_key), first=rank * len(student_key))
+    chosen, positives = positives, positives_of(positives, student_query, len(student_key), first=rank * len(student_key))
     sides = _sides(
         (student_query, student_key, teacher_query, teacher_key),
         (temperature, teacher_temperature),
@@ -202,11 +208,13 @@ def gessl_loss(
         exclude,
         (group, mode, implementation),
         LARGEST_STORED_GESSL,
+        chosen,
     )
-    excluded, student = exclude_of(exclude, student_query), sides.student
+    excluded, student, given = exclude_of(exclude, student_query), sides.student, sides.given
     if sides.implementation == "reference":
-        scale = checked(student.scale, None, None, None, positives, excluded, len(student.key))
+        scale = checked(student.scale, None, None, None, positives, excluded, len(student.key), given)
         operands = (student.query, student.key, scale.reciprocal(), positives, excluded, student.bias)
         return dense(reference.info_nce, *operands), _dense_rows(reference.sigma_kl, sides, excluded)
-    lse, positive, divergence = similarity_statistics(student, sides.teacher, positives, excluded, True, sides.implementation, sides.ring)
-    return contrastive_rows(lse, positive, positives, excluded), where_columns_are_left(divergence + lse, lse, excluded)
+    how = (sides.implementation, given, sides.ring)
+    lse, positive, divergence = similarity_statistics(student, sides.teacher, positives, excluded, True, *how)
+    return contrastive_rows(lse, positive, positives, excluded, given), where_columns_are_left(divergence + lse, lse, excluded)

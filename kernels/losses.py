@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 
 from fastgessl.kernels import reference
 from fastgessl.kernels.arguments import (
+    Given,
     check_bias,
     check_choices,
     check_pair,
@@ -78,9 +79,10 @@ def where_columns_are_left(values: Tensor, lse: Tensor, exclude: Tensor | None) 
     return values if exclude is None else values.masked_fill(lse == -torch.inf, 0.0)
 
 
-def contrastive_rows(lse: Tensor, positive: Tensor, positives: Tensor, exclude: Tensor | None) -> Tensor:
-    """InfoNCE of each row; 0 where there is no positive or no column."""
-    return where_columns_are_left(lse - positive, lse, exclude).masked_fill(positives < 0, 0.0)
+def contrastive_rows(lse: Tensor, positive: Tensor, positives: Tensor, exclude: Tensor | None, given: Given) -> Tensor:
+    """InfoNCE of each row; 0 where there is no positive or no column, as only given indices have it."""
+    rows = where_columns_are_left(lse - positive, lse, exclude if given.exclude else None)
+    return rows.masked_fill(positives < 0, 0.0) if given.positives else rows
 
 
 def similarity_logsumexp(
@@ -106,13 +108,22 @@ def similarity_logsumexp(
     check_bias(bias, key)
     check_choices("none", mode)
     query, key = as_matmul(query, key)
+    given = Given(scale=isinstance(temperature, Tensor), bias=bias is not None, exclude=exclude is not None)
     scale, excluded = scale_of(temperature, query), exclude_of(exclude, query)
-    name = chosen_for(query, key, excluded, (group, mode, implementation))
+    return logsumexp_rows(query, key, scale, bias, excluded, (group, mode, implementation), given)
+
+
+def logsumexp_rows(
+    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None, exclude: Tensor | None, how: How, given: Given
+) -> Tensor:
+    """`similarity_logsumexp` of operands whose shapes are checked."""
+    group, mode, _ = how
+    name = chosen_for(query, key, exclude, how)
     key, bias, ring = gathered(key, bias, scale, group, mode, name)
     if name == "reference":
-        scale = checked(scale, None, bias, None, None, excluded, len(key))
-        return dense(reference.similarity_logsumexp, query, key, scale.reciprocal(), bias, excluded)
-    return similarity_statistics(Side(query, key, scale, bias), None, None, excluded, False, name, ring)[0]
+        scale = checked(scale, None, bias, None, None, exclude, len(key), given)
+        return dense(reference.similarity_logsumexp, query, key, scale.reciprocal(), bias, exclude)
+    return similarity_statistics(Side(query, key, scale, bias), None, None, exclude, False, name, given, ring)[0]
 
 
 def info_nce(
@@ -140,23 +151,25 @@ def info_nce(
     check_choices(reduction, mode)
     query, key = as_matmul(query, key)
     rank, _ = rank_and_size(group)
+    given = Given(scale=isinstance(temperature, Tensor), positives=positives is not None, exclude=exclude is not None)
     scale, excluded = scale_of(temperature, query), exclude_of(exclude, query)
     positives = positives_of(positives, query, len(key), first=rank * len(key))
-    rows = _info_nce_rows(query, key, scale, positives, excluded, (group, mode, implementation))
+    rows = _info_nce_rows(query, key, scale, positives, excluded, (group, mode, implementation), given)
     return reduced(rows, reduction)
 
 
 def _info_nce_rows(
-    query: Tensor, key: Tensor, scale: Tensor, positives: Tensor, exclude: Tensor | None, how: How, owner: str = "key"
+    query: Tensor, key: Tensor, scale: Tensor, positives: Tensor, exclude: Tensor | None, how: How, given: Given, owner: str = "key"
 ) -> Tensor:
     group, mode, _ = how
     name = chosen_for(query, key, exclude, how)
     key, _, ring = gathered(key, None, scale, group, mode, name, owner)
     if name == "reference":
-        scale = checked(scale, None, None, None, positives, exclude, len(key))
+        scale = checked(scale, None, None, None, positives, exclude, len(key), given)
         return dense(reference.info_nce, query, key, scale.reciprocal(), positives, exclude)
-    lse, positive, _ = similarity_statistics(Side(query, key, scale, None), None, positives, exclude, False, name, ring, tied=key is query)
-    return contrastive_rows(lse, positive, positives, exclude)
+    student = Side(query, key, scale, None)
+    lse, positive, _ = similarity_statistics(student, None, positives, exclude, False, name, given, ring, tied=key is query)
+    return contrastive_rows(lse, positive, positives, exclude, given)
 
 
 def nt_xent(
@@ -184,10 +197,10 @@ def nt_xent(
     wide = torch.float64 if view1.dtype == torch.float64 else torch.float32
     rows = normalize(torch.cat([view1, view2]).to(wide), dim=1).to(view1.dtype)
     (rows,) = as_matmul(rows)
-    rank, _ = rank_and_size(group)
-    own = rank * len(rows) + torch.arange(len(rows), device=rows.device)
-    scale, excluded = scale_of(temperature, rows), exclude_of(own, rows)
-    losses = _info_nce_rows(rows, rows, scale, own.roll(len(view1)), excluded, (group, mode, implementation), "view1")
+    first = rank_and_size(group)[0] * len(rows)
+    own = torch.arange(first, first + len(rows), device=rows.device)
+    scale, given = scale_of(temperature, rows), Given(scale=isinstance(temperature, Tensor))
+    losses = _info_nce_rows(rows, rows, scale, own.roll(len(view1)), own[:, None], (group, mode, implementation), given, "view1")
     return reduced(losses, reduction)
 
 
@@ -212,15 +225,15 @@ def clip_loss(
         raise ValueError(f"image and text must be paired row by row; found shapes {tuple(image.shape)} and {tuple(text.shape)}.")
     check_choices(reduction, mode)
     image, text = as_matmul(image, text)
-    scale, how = scale_of(temperature, image), (group, mode, implementation)
+    scale, how, given = scale_of(temperature, image), (group, mode, implementation), Given(scale=isinstance(temperature, Tensor))
     name = chosen_for(image, text, None, how, LARGEST_STORED_CLIP)
     if group is None and name == "reference":
-        scale = checked(scale, None, None, None, None, None, len(text))
+        scale = checked(scale, None, None, None, None, None, len(text), given)
         return reduced(dense(reference.clip_loss, image, text, scale.reciprocal()), reduction)
     if group is None:
-        return reduced(symmetric_info_nce(image, text, scale, name), reduction)
+        return reduced(symmetric_info_nce(image, text, scale, name, given), reduction)
     rank, _ = rank_and_size(group)
     positives = positives_of(None, image, len(text), first=rank * len(text))
-    to_text = _info_nce_rows(image, text, scale, positives, None, how, "text")
-    to_image = _info_nce_rows(text, image, scale, positives, None, how, "image")
+    to_text = _info_nce_rows(image, text, scale, positives, None, how, given, "text")
+    to_image = _info_nce_rows(text, image, scale, positives, None, how, given, "image")
     return reduced((to_text + to_image) / 2, reduction)

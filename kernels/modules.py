@@ -82,11 +82,14 @@ class NTXentLoss(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Overwrite the bank's oldest rows; what does not fit before its end is dropped, as in lightly."""
+        size = len(self.bank)
+        keys = keys[:size].to(self.bank.dtype)
+        # The position stays on the device, so that the host need not wait for it. Keys past the end leave the first rows as they are.
+        rows = self.bank_position + torch.arange(len(keys), device=keys.device)
+        first, fits = rows % size, (rows < size)[:, None]
         # A new tensor: the old one may still be needed by the backward of the loss that was computed on it.
-        start = int(self.bank_position)
-        taken = keys[: len(self.bank) - start].to(self.bank.dtype)
-        self.bank = torch.cat([self.bank[:start], taken, self.bank[start + len(taken) :]])
-        self.bank_position.fill_((start + len(taken)) % len(self.bank))
+        self.bank = self.bank.index_copy(0, first, torch.where(fits, keys, self.bank[first]))
+        self.bank_position.copy_((self.bank_position + len(keys)).clamp(max=size) % size)
 
 
 class ClipLoss(nn.Module):

@@ -11,10 +11,10 @@ from torch.distributed import ProcessGroup
 from torch.library import custom_op
 
 from fastgessl.kernels import reference
-from fastgessl.kernels.arguments import check_bias, check_pair, checked, scale_of, signed_once
+from fastgessl.kernels.arguments import Given, check_bias, check_pair, checked, scale_of, signed_once
 from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, check_equal_rows
 from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
-from fastgessl.kernels.losses import Temperature, similarity_logsumexp
+from fastgessl.kernels.losses import Temperature, logsumexp_rows
 from fastgessl.kernels.similarity import FORWARD_OVER_FORWARD, Curvature, Gradients, Statistics, compiled, one_call_each, plain
 from fastgessl.kernels.similarity_chunked import NOTHING
 from fastgessl.kernels.similarity_operators import (
@@ -31,9 +31,14 @@ NO_SIDE = (None,) * 4
 BIAS_ONLY = (False, False, False, True, *(False,) * 4)
 
 
-def marginal_body(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
-    """p_j = mean_i P_ij (N,), which is the gradient of mean_i lse_i to the column bias; and what is saved of lse (2, M)."""
-    saved = statistics_body(query, key, scale, bias, *NO_SIDE, None, None, False, implementation)[3]
+def marginal_body(
+    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, implementation: str, given: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """p_j = mean_i P_ij (N,), which is the gradient of mean_i lse_i to the column bias; and what is saved of lse (2, M).
+
+    `given` is an `arguments.Given`: whether scale and bias are checked.
+    """
+    saved = statistics_body(query, key, scale, bias, *NO_SIDE, None, None, False, implementation, given)[3]
     weight = torch.full_like(saved[0], 1 / len(query))
     operands = (query, key, scale, bias, *NO_SIDE)
     found = gradients_body(weight, None, None, *operands, None, None, saved, False, implementation, BIAS_ONLY)
@@ -44,7 +49,7 @@ marginal = custom_op("fastgessl::softmax_marginal", marginal_body, mutates_args=
 
 
 @marginal.register_fake
-def _(query, key, scale, bias, implementation):
+def _(query, key, scale, bias, implementation, given):
     return torch.empty_like(bias), bias.new_empty(2, query.shape[0])
 
 
@@ -62,7 +67,7 @@ def _transposed(
     query, key, scale, _ = teacher
     flat = (query.new_zeros(len(query), 1), key.new_zeros(len(key), 1), torch.ones_like(scale), nan_for_infinity(-cotangent))
     operands = (*flat, *teacher)
-    saved = forward(*operands, None, None, False, implementation)[3].detach()
+    saved = forward(*operands, None, None, False, implementation, Given())[3].detach()
     weight = torch.full_like(saved[0], 1 / len(query))
     return _Transposed((torch.zeros_like(weight), None, weight), operands, saved)
 
@@ -78,7 +83,7 @@ def _marginal_backward(
     weights, operands, saved = _transposed(cotangent, ctx.saved_tensors[:4], ctx.implementation, forward)
     needs = (*NOTHING, *ctx.needs_input_grad[:4])
     found = backward(*weights, *operands, None, None, saved, False, ctx.implementation, needs)
-    return (*(grad if need else None for grad, need in zip(found[4:], needs[4:], strict=True)), None)
+    return (*(grad if need else None for grad, need in zip(found[4:], needs[4:], strict=True)), None, None)
 
 
 @signed_once
@@ -177,14 +182,14 @@ def softmax_marginal(
     if group is not None:
         check_equal_rows(query, group, "query")
     query, key = as_matmul(query, key)
-    scale = scale_of(temperature, query)
+    scale, given = scale_of(temperature, query), Given(scale=isinstance(temperature, Tensor), bias=bias is not None)
     wide_bias = scale.new_zeros(len(key)) if bias is None else bias.to(scale.dtype)
     name, _ = implementation_for(query, implementation)
     if name == "reference":
-        scale = checked(scale, None, wide_bias, None, None, None, len(key))
+        scale = checked(scale, None, wide_bias, None, None, None, len(key), given)
         return all_reduce_mean(dense(reference.softmax_marginal, query, key, scale.reciprocal(), wide_bias), group)
     call = marginal if compiled(query, key, scale, wide_bias) else Marginal.apply
-    return all_reduce_mean(call(query, key, scale, wide_bias, name)[0], group)
+    return all_reduce_mean(call(query, key, scale, wide_bias, name, given)[0], group)
 
 
 def sinkhorn_potentials(
@@ -215,15 +220,16 @@ def sinkhorn_potentials(
     name, _ = implementation_for(query, implementation)
     if name == "reference" and group is None:
         return dense(reference.sinkhorn_potentials, query, prototypes, epsilon, iterations)
+    how, given = (None, "gather", name), Given(scale=isinstance(epsilon, Tensor))
     with torch.no_grad():
         row_potential = scale.new_zeros(len(query))
         for step in range(iterations):
-            columns = -similarity_logsumexp(prototypes, query, temperature=epsilon, bias=row_potential, implementation=name)
+            columns = -logsumexp_rows(prototypes, query, scale, row_potential, None, how, given)
             if group is not None:
                 shards = all_gather_rows(-columns[None], group)
                 columns = -shards.logsumexp(0)
             columns = nan_for_infinity(columns)
             if step < iterations - 1:
-                rows = similarity_logsumexp(query, prototypes, temperature=epsilon, bias=columns, implementation=name)
+                rows = logsumexp_rows(query, prototypes, scale, columns, None, how, given)
                 row_potential = nan_for_infinity(-rows)
         return columns - columns.mean()

@@ -127,15 +127,15 @@ def _joined(lse: Tensor, correction: Tensor, other_lse: Tensor, other_correction
 class RingStatistics(torch.autograd.Function):
     """`Statistics` over all ranks' keys. Inputs:
 
-    the eight operands, positives and exclude in global columns, entropy, implementation, group.
+    the eight operands, positives and exclude in global columns, entropy, implementation, group, whose values are checked.
     """
 
     @staticmethod
     def forward(*inputs):
-        operands, (positives, exclude, entropy, implementation, group) = contiguous(inputs[:OPERANDS]), inputs[OPERANDS:]
+        operands, (positives, exclude, entropy, implementation, group, given) = contiguous(inputs[:OPERANDS]), inputs[OPERANDS:]
         keys, (rank, size) = len(operands[1]), rank_and_size(group)
         check_equal_rows(operands[1], group, "key")
-        check_values(operands[2], operands[6], operands[3], operands[7], positives, exclude, keys * size)
+        check_values(operands[2], operands[6], operands[3], operands[7], positives, exclude, keys * size, given)
         module, total = implementation_module(implementation), Statistics(*(operands[2].new_empty(0),) * 7)
         for owner, travelled in _around([operands[index] for index in TRAVELLERS], group):
             sides = sides_of(_with_keys(operands, travelled))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed import ProcessGroup
 
-from fastgessl.kernels.arguments import check_batch, signed_once
+from fastgessl.kernels.arguments import Given, check_batch, signed_once
 from fastgessl.kernels.similarity_chunked import Side
 from fastgessl.kernels.similarity_operators import (
     OPERANDS,
@@ -185,7 +185,7 @@ class Statistics(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         statistics_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[3])
-        ctx.save_for_forward(*(part for part in inputs if part is None or isinstance(part, Tensor)), output[3])
+        ctx.save_for_forward(*(part for part in inputs[:-1] if part is None or isinstance(part, Tensor)), output[3])
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -208,13 +208,15 @@ def similarity_statistics(
     exclude: Tensor | None,
     entropy: bool,
     implementation: str,
+    given: Given,
     ring: ProcessGroup | None = None,
     tied: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, positive and divergence, (M,) each, twice differentiable in all operands; see `similarity_chunked` for their definitions.
 
     `positive` is empty without positives, `divergence` without a teacher. With `ring`, keys and biases are this rank's shard of all, and
-    column numbers are global. `tied`: the student's key is its query, which saves two of the backward's four matmul units on a GPU.
+    column numbers are global. `given`: whose values are checked. `tied`: the student's key is its query, which saves two of the backward's
+    four matmul units on a GPU.
     """
     key = None if tied and ring is None else student.key
     operands = (student.query, key, student.scale, student.bias, *(teacher or (None,) * 4))
@@ -223,6 +225,6 @@ def similarity_statistics(
             raise RuntimeError("fastgessl.kernels: the ring cannot be compiled with fullgraph=True. Call the loss outside torch.compile.")
         from fastgessl.kernels.ring import RingStatistics
 
-        return RingStatistics.apply(*operands, positives, exclude, entropy, implementation, ring)[:3]
+        return RingStatistics.apply(*operands, positives, exclude, entropy, implementation, ring, given)[:3]
     call = statistics if compiled(*operands) else Statistics.apply
-    return call(*operands, positives, exclude, entropy, implementation)[:3]
+    return call(*operands, positives, exclude, entropy, implementation, given)[:3]

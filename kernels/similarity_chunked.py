@@ -27,6 +27,9 @@ from torch import Tensor
 
 # Logits of one block, 1 MiB of float32, stay in the cache of a core; blocks of fewer rows starve the matmuls (bench/kernels.py).
 BLOCK_ELEMENTS = 1 << 18
+# On a GPU, 64 MiB of float32, so that an operation on a block lasts longer than its launch; not yet measured on one. At most 17 blocks are
+# held at once (second order with a teacher that moves; InfoNCE's second order 7, backward 5): 1.1 GiB, in float64 2.1.
+GPU_BLOCK_ELEMENTS = 1 << 24
 BLOCK_ROWS = 128
 LOG2_E = 1.4426950408889634
 
@@ -119,8 +122,13 @@ def _wide_parts(parts: Parts, dtype: torch.dtype) -> Parts:
     return Parts(*(None if part is None else part.to(dtype) for part in parts))
 
 
-def row_blocks(rows: int, columns: int, block: int | None = None) -> Iterator[slice]:
-    step = block or max(BLOCK_ROWS, BLOCK_ELEMENTS // columns)
+def rows_of_block(columns: int, device: torch.device) -> int:
+    """Rows of a block of logits (rows, columns): as many as its number of elements allows, and at least BLOCK_ROWS."""
+    return max(BLOCK_ROWS, (BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS) // columns)
+
+
+def row_blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
+    rows, step = len(query), rows_of_block(len(key), query.device)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -130,7 +138,7 @@ def _logits(side: Side, rows: slice) -> Tensor:
     return query @ side.key.T if side.bias is None else torch.addmm(side.bias, query, side.key.T)
 
 
-def _fill_excluded(block: Tensor, exclude: Tensor | None, value: float) -> Tensor:
+def fill_excluded(block: Tensor, exclude: Tensor | None, value: float) -> Tensor:
     """Write `value` where a column is excluded, in place. `exclude` (B, 1 or 2), -1 = none."""
     if exclude is None:
         return block
@@ -147,7 +155,7 @@ def _exp_(logits: Tensor) -> Tensor:
 
 def _logsumexp(logits: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, N) -> lse and correction (B,) over the columns that are not excluded, destroying `logits`. A row without columns gives -inf."""
-    top = _fill_excluded(logits, exclude, -torch.inf).amax(1, keepdim=True)
+    top = fill_excluded(logits, exclude, -torch.inf).amax(1, keepdim=True)
     if exclude is not None:
         top.masked_fill_(top == -torch.inf, 0.0)
     return rounded_logsumexp(top[:, 0], _exp_(logits.sub_(top)).sum(1))
@@ -161,7 +169,7 @@ def rounded_logsumexp(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 
 def _softmax(logits: Tensor, lse: Tensor, exclude: Tensor | None) -> Tensor:
     """exp(logits - lse) with 0 at excluded columns; in rows that have none left these are all, whatever exp gives there."""
-    return _fill_excluded(_exp_(logits - lse[:, None]), exclude, 0.0)
+    return fill_excluded(_exp_(logits - lse[:, None]), exclude, 0.0)
 
 
 def _part(vector: Tensor | None, rows: slice) -> Tensor | None:
@@ -173,16 +181,20 @@ def _at_positive(block: Tensor, positives: Tensor) -> Tensor:
     return block.gather(1, positives.clamp(min=0)[:, None])[:, 0].masked_fill(positives < 0, 0.0)
 
 
-def statistics(
-    student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool, block: int | None = None
-) -> Statistics:
+def divergence_of(mean: Tensor, teacher_lse: Tensor, exclude: Tensor | None, entropy: bool) -> Tensor:
+    """x − a·lse_t; 0 in rows whose columns are all excluded."""
+    divergence = mean - teacher_lse if entropy else mean
+    return divergence if exclude is None else divergence.masked_fill(teacher_lse == -torch.inf, 0.0)
+
+
+def statistics(student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool) -> Statistics:
     """Row statistics of both softmaxes. `entropy` is a: True for KL, False for cross-entropy."""
     wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
     M, has_teacher = len(wide.query), teacher is not None
     # Written into, not collected: small results kept between blocks split the heap's holes, 2.2 GiB at 32,768 rows instead of 0.1.
     sizes = (M, 0 if positives is None else M, M if has_teacher else 0, M, *(M if has_teacher else 0 for _ in range(3)))
     result = Statistics(*(wide.scale.new_empty(size) for size in sizes))
-    for rows in row_blocks(M, len(wide.key), block):
+    for rows in row_blocks(wide.query, wide.key):
         excluded = _part(exclude, rows)
         logits = _logits(wide, rows)
         if positives is not None:
@@ -193,7 +205,7 @@ def statistics(
             teacher_lse, correction = _logsumexp(teacher_logits.clone(), excluded)
             mean = _softmax(teacher_logits, teacher_lse, excluded).mul_(ratio).sum(1).mul_(correction)
             result.teacher_lse[rows], result.teacher_correction[rows], result.teacher_mean[rows] = teacher_lse, correction, mean
-            result.divergence[rows] = (mean - teacher_lse if entropy else mean).masked_fill(teacher_lse == -torch.inf, 0.0)
+            result.divergence[rows] = divergence_of(mean, teacher_lse, excluded, entropy)
         result.lse[rows], result.correction[rows] = _logsumexp(logits, excluded)
     return result
 
@@ -292,7 +304,6 @@ def gradients(
     needs: tuple[bool, ...] = (True,) * 4,
     teacher_needs: tuple[bool, ...] = NOTHING,
     tied: bool = False,
-    block: int | None = None,
 ) -> tuple[Parts, Parts]:
     """Gradients of Σ_i weights·statistics to the operands of student and teacher; what is not needed is None.
 
@@ -301,7 +312,7 @@ def gradients(
     wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
     needs, weights = (needs[0], needs[0], *needs[2:]) if tied else needs, saved.correct(weights)
     out, teacher_out = _zeros(wide, needs), Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs)
-    for rows in row_blocks(len(wide.query), len(wide.key), block):
+    for rows in row_blocks(wide.query, wide.key):
         tile, teacher_tile = _tiles(rows, weights, wide, wide_teacher, positives, exclude, saved, entropy, any(teacher_needs))
         _pull_back(wide, tile.gradient, rows, out)
         if wide_teacher is not None and teacher_tile is not None and any(teacher_needs):
@@ -402,7 +413,6 @@ def curvature(
     teacher_needs: tuple[bool, ...] = NOTHING,
     moments: Moments | None = None,
     tied: bool = False,
-    block: int | None = None,
 ) -> tuple[Moments, Parts, Parts]:
     """Derivatives of ⟨tangent, gradients(...)⟩: the row moments (see `row_derivatives`) and the gradients to both sides' operands.
 
@@ -418,7 +428,7 @@ def curvature(
     of_teacher = any(teacher_needs) or moved > 0
     sizes = (M, 0 if positives is None else M, 0 if teacher is None else M, moved, moved)
     own = Moments(*(wide.scale.new_empty(size) for size in sizes)) if moments is None else moments
-    for rows in row_blocks(len(wide.query), len(wide.key), block):
+    for rows in row_blocks(wide.query, wide.key):
         tile, teacher_tile = _tiles(rows, weights, wide, wide_teacher, positives, exclude, saved, entropy, of_teacher)
         moving = _direction(wide, tangent, rows)
         direction = torch.zeros_like(tile.probability) if moving is None else moving

@@ -7,7 +7,7 @@ operators.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,9 @@ from torch import Tensor
 from fastgessl.kernels import similarity_chunked as chunked
 from fastgessl.kernels import similarity_triton as first_order
 from fastgessl.kernels import similarity_triton_second as second_order
-from fastgessl.kernels.similarity_chunked import LOG2_E, NOTHING, Moments, Parts, Rows, Side, Statistics
+from fastgessl.kernels.similarity_chunked import NOTHING, Moments, Parts, Rows, Side, Statistics
 from fastgessl.kernels.similarity_tiles import Tile
 from fastgessl.kernels.tuned_tiles import tile_for
-
-LN_2 = 0.6931471805599453
 
 
 class Operands(NamedTuple):
@@ -75,11 +73,16 @@ def _launch(
     outputs = -(-width // (teacher_chunk if flags.get("OF_TEACHER") else chunk)) if width else 1
     sizes = (len(operands.student.query), len(operands.student.key))
     device = operands.student.query.device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _on(device):
         kernel[(blocks(tile), outputs)](
             *operands.pointers(), *arguments, *sizes, **settings, CHUNK=chunk, TEACHER_CHUNK=teacher_chunk, BLOCK_M=tile.rows,
             BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _by_rows(operands: Operands) -> Callable[[Tile], int]:
@@ -101,26 +104,39 @@ def statistics(student: Side, teacher: Side | None, positives: Tensor | None, ex
     arguments = (lse, positive, correction, *of_teacher)
     _launch(first_order.statistics_kernel, operands, _by_rows(operands), 0, arguments, {"ENTROPY": entropy})
     teacher_lse, teacher_correction, mean = of_teacher
-    divergence = (mean - teacher_lse if entropy else mean).masked_fill(teacher_lse == -torch.inf, 0.0)
+    divergence = chunked.divergence_of(mean, teacher_lse, exclude, entropy) if teacher else none
     return Statistics(lse, positive, divergence, correction, teacher_lse, teacher_correction, mean)
 
 
-def _normalised(weights: Rows, dtype: torch.dtype) -> tuple[Rows, Tensor]:
-    """Row weights in float32 and the factor taken out of them. float16 reaches down to 6e-8 only: there the largest weight becomes 1."""
+def _normalised(weights: Rows, dtype: torch.dtype) -> tuple[Rows, Tensor | None]:
+    """Row weights in float32 and the factor taken out of them, None for 1.
+
+    float16 reaches down to 6e-8 only: there the largest weight becomes 1.
+    """
     wide = Rows(*(weight.float().contiguous() for weight in weights))
-    one = wide.lse.new_ones(())
     if dtype != torch.float16:
-        return wide, one
-    largest = torch.stack([weight.abs().max() if len(weight) else torch.zeros_like(one) for weight in wide]).max()
-    factor = torch.where(largest > 0, largest, one)
-    return Rows(*(weight / factor for weight in wide)), factor
+        return wide, None
+    together = torch.cat(wide)
+    factor = _largest(together)
+    return Rows(*(together / factor).split([len(weight) for weight in wide])), factor
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest size of an entry, 1 if there is none above 0."""
+    largest = torch.linalg.vector_norm(values, torch.inf)
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _times(value: Tensor, factor: Tensor | None) -> Tensor:
+    """At a few hundred rows a step is as long as its launches: what would multiply by 1 is left out."""
+    return value if factor is None else value * factor
 
 
 def _two_passes(
     kernels: tuple[Any, Any],
     operands: Operands,
     constants: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]],
-    factors: tuple[Tensor, Tensor],
+    factors: tuple[Tensor, Tensor | None],
     side: Side,
     needs: tuple[bool, ...],
     flags: tuple[dict[str, Any], dict[str, Any]],
@@ -136,11 +152,11 @@ def _two_passes(
     if needs_query or needs_scale:
         query, rows = torch.empty_like(side.query, memory_format=torch.contiguous_format), inner.new_empty(len(side.query))
         _launch(kernels[0], operands, _by_rows(operands), width, (*constants[0], inner, query, rows), flags[0])
-        scale = (rows.sum() * outer).to(side.scale.dtype)
+        scale = _times(rows.sum(), outer).to(side.scale.dtype) if needs_scale else None
     if needs_key or needs_bias:
         key, columns = torch.empty_like(side.key, memory_format=torch.contiguous_format), inner.new_empty(len(side.key))
         _launch(kernels[1], operands, _by_columns(operands), width, (*constants[1], inner, key, columns), flags[1])
-        bias = columns * outer
+        bias = _times(columns, outer) if needs_bias else None
     return Parts(*(part if need else None for part, need in zip((query, key, scale, bias), needs, strict=True)))
 
 
@@ -166,10 +182,10 @@ def gradients(
         needs = (needs[0], False, *needs[2:])
     to_student: dict[str, Any] = {"ENTROPY": entropy, "OF_TEACHER": False}
     flags = (to_student | {"MIRROR": int(tied)}, to_student)
-    found = _two_passes(kernels, operands, constants, (factor * operands.student.scale, factor), student, needs, flags)
+    found = _two_passes(kernels, operands, constants, (_times(operands.student.scale, factor), factor), student, needs, flags)
     if operands.teacher is None or teacher is None or not any(teacher_needs):
         return found, Parts()
-    factors = (factor * operands.teacher.scale, factor)
+    factors = (_times(operands.teacher.scale, factor), factor)
     to_teacher = to_student | {"OF_TEACHER": True}
     flags = (to_teacher | {"MIRROR": 0}, to_teacher)
     return found, _two_passes(kernels, operands, constants, factors, teacher, teacher_needs, flags)
@@ -177,6 +193,7 @@ def gradients(
 
 # Programs of the symmetric forward: as many rows of column sums are held, 1 KiB a column.
 STRIPS = 128
+MERGED_COLUMNS = 32
 
 
 def symmetric_statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -190,10 +207,13 @@ def symmetric_statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Te
 
     top, total = like.new_full((STRIPS, N), -torch.inf), like.new_zeros(STRIPS, N)
     _launch(first_order.symmetric_statistics_kernel, operands, strips, 0, (lse, diagonal, correction, top, total), {})
-    highest = top.amax(0)
-    total = total.mul_(top.sub_(highest).exp2_()).sum(0)
-    column_lse = (highest + total.log2()) * LN_2
-    return lse, column_lse, diagonal, correction, (column_lse * LOG2_E - highest).exp2_() / total
+    column_lse, column_correction = like.new_empty(N), like.new_empty(N)
+    with _on(image.device):
+        # One launch; as PyTorch's operations the merge was ten.
+        first_order.merge_strips_kernel[(-(-N // MERGED_COLUMNS),)](
+            top, total, column_lse, column_correction, N, STRIPS=STRIPS, BLOCK_N=MERGED_COLUMNS, num_warps=4
+        )
+    return lse, column_lse, diagonal, correction, column_correction
 
 
 def symmetric_gradients(
@@ -204,22 +224,22 @@ def symmetric_gradients(
     pairs = torch.arange(len(image), device=image.device)
     none = lse.new_empty(0)
 
-    def to_rows(query: Tensor, key: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> Parts:
+    def to_rows(query: Tensor, key: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], needs_scale: bool) -> Parts:
         operands = _operands(Side(query, key, scale, None), None, pairs, None)
         constants = (ours[0], none, none, ours[1], weights.positive, none, *theirs)
         flags = {"ENTROPY": False, "OF_TEACHER": False, "MIRROR": 2}
         kernels = (first_order.gradient_rows_kernel, None)
-        factors = (factor * operands.student.scale, factor)
-        return _two_passes(kernels, operands, (constants, ()), factors, operands.student, (True, False, True, False), (flags, {}))
+        factors = (_times(operands.student.scale, factor), factor)
+        return _two_passes(kernels, operands, (constants, ()), factors, operands.student, (True, False, needs_scale, False), (flags, {}))
 
     rows, columns = (lse, weights.lse), (column_lse, weights.divergence)
-    first = to_rows(image, text, rows, columns) if needs[0] or needs[2] else Parts()
-    second = to_rows(text, image, columns, rows) if needs[1] else Parts()
-    return Parts(first.query if needs[0] else None, second.query, first.scale if needs[2] else None, None)
+    first = to_rows(image, text, rows, columns, needs[2]) if needs[0] or needs[2] else Parts()
+    second = to_rows(text, image, columns, rows, False) if needs[1] else Parts()
+    return Parts(first.query if needs[0] else None, second.query, first.scale, None)
 
 
-def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor]:
-    """Tangents with zeros for what is absent, and the factor taken out of them; as with weights, only float16 needs one."""
+def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor | None]:
+    """Tangents with zeros for what is absent, and the factor taken out of them; as with weights, only float16 needs one, else None."""
     scale = student.scale.float()
     query, key = (
         torch.zeros_like(operand) if part is None else part.contiguous() for part, operand in zip(tangent[:2], student[:2], strict=True)
@@ -228,11 +248,10 @@ def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor]:
     bias = None
     if student.bias is not None:
         bias = torch.zeros_like(student.bias, dtype=torch.float32) if tangent.bias is None else tangent.bias.float().contiguous()
-    one = torch.ones_like(scale)
     if query.dtype != torch.float16:
-        return Parts(query, key, small, bias), one
-    largest = torch.stack([part.abs().max().float() for part in (query, key, small, bias) if part is not None]).max()
-    factor = torch.where(largest > 0, largest, one)
+        return Parts(query, key, small, bias), None
+    sizes = (torch.linalg.vector_norm(part, torch.inf).float() for part in (query, key, small, bias) if part is not None)
+    factor = _largest(torch.stack(list(sizes)))
     query, key = ((part.float() / factor).to(part.dtype) for part in (query, key))
     return Parts(query, key, small / factor, None if bias is None else bias / factor), factor
 
@@ -263,17 +282,20 @@ def curvature(
     operands = _operands(student, teacher, positives, exclude)
     weights, factor = _normalised(saved.correct(weights), student.query.dtype)
     moved, tangent_factor = _tangents(tangent, student)
-    sums = _moments(operands, saved, moved) if moments is None else Moments(*(part / tangent_factor for part in moments))
+    sums = _moments(operands, saved, moved) if moments is None else moments
+    if moments is not None and tangent_factor is not None:
+        sums = Moments(*(part / tangent_factor for part in moments))
     shared = (saved.lse, saved.teacher_lse, *moved, *weights, sums.student, sums.student_under_teacher)
     kernels = (second_order.curvature_rows_kernel, second_order.curvature_columns_kernel)
-    factor = factor * tangent_factor
-    found = _two_passes(kernels, operands, (shared, shared), (factor, factor), student, needs, ({"OF_TEACHER": False},) * 2)
+    outer = None if factor is None or tangent_factor is None else factor * tangent_factor
+    inner = operands.student.scale.new_ones(()) if outer is None else outer
+    found = _two_passes(kernels, operands, (shared, shared), (inner, outer), student, needs, ({"OF_TEACHER": False},) * 2)
     found = chunked.summed(found) if tied else found
     teacher_found = Parts()
     if operands.teacher is not None and teacher is not None and any(teacher_needs):
-        factors = (factor * operands.teacher.scale, factor)
+        factors = (_times(operands.teacher.scale, outer), outer)
         teacher_found = _two_passes(kernels, operands, (shared, shared), factors, teacher, teacher_needs, ({"OF_TEACHER": True},) * 2)
-    return Moments(*(part * tangent_factor for part in sums)), found, teacher_found
+    return Moments(*(_times(part, tangent_factor) for part in sums)), found, teacher_found
 
 
 def _moments(operands: Operands, saved: Statistics, moved: Parts) -> Moments:

@@ -55,8 +55,11 @@ def present(parts: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Cotangents have any strides (cat gives narrow views, sum stride 0); neither gradcheck nor opcheck notices a kernel that minds."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    """Cotangents have any strides (cat gives narrow views, sum stride 0); neither gradcheck nor opcheck notices a kernel that minds.
+
+    In forward mode they may also be zeros without memory, which nothing can be added to in place.
+    """
+    return [None if tensor is None else tensor.clone() if tensor._is_zerotensor() else tensor.contiguous() for tensor in tensors]
 
 
 def _row_dtype(query: Tensor) -> torch.dtype:
@@ -66,10 +69,13 @@ def _row_dtype(query: Tensor) -> torch.dtype:
 def statistics_body(
     query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
     teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
-    positives: Tensor | None, exclude: Tensor | None, entropy: bool, implementation: str,
+    positives: Tensor | None, exclude: Tensor | None, entropy: bool, implementation: str, given: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """lse, positive and divergence, (M,) each, empty where there are no positives or no teacher; and what the later passes read."""
-    check_values(scale, teacher_scale, bias, teacher_bias, positives, exclude, len(query if key is None else key))
+    """lse, positive and divergence, (M,) each, empty where there are no positives or no teacher; and what the later passes read.
+
+    `given` is an `arguments.Given`: whose values are checked.
+    """
+    check_values(scale, teacher_scale, bias, teacher_bias, positives, exclude, len(query if key is None else key), given)
     operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
     with torch.autocast(query.device.type, enabled=False):
         found = implementation_module(implementation).statistics(*sides_of(operands), positives, exclude, entropy)
@@ -80,7 +86,7 @@ statistics = custom_op("fastgessl::similarity_statistics", statistics_body, muta
 
 
 @statistics.register_fake
-def _(query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias, positives, exclude, entropy, implementation):
+def _(query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias, positives, exclude, *_):
     M, none, dtype = query.shape[0], 0, _row_dtype(query)
     shapes = ((M,), (none if positives is None else M,), (none if teacher_query is None else M,), (2 if teacher_query is None else 5, M))
     return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -175,7 +181,7 @@ def _some(gradient: Tensor | None, operand: Tensor | None) -> Tensor | None:
 
 
 def statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output[3])
+    _save(ctx, inputs[:-1], output[3])  # values are checked once
 
 
 def gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -163,7 +163,7 @@ def symmetric_statistics_kernel(
     """lse of the rows, the diagonal, and what the columns' lse comes from, in one sweep. Work: 1 matmul unit and 2 passes of exp.
 
     A program takes every so many-th block of rows and keeps the maximum and sum (base 2) of each column over them in a row of its own of
-    p_column_max and p_column_sum, (programs, N), which begin as -inf and 0.
+    p_column_max and p_column_sum, (programs, N), which begin as -inf and 0. `merge_strips_kernel` makes the columns' lse of them.
     """
     i_strip = tl.program_id(0)
     scale = tl.load(p_scale) * LOG2_E
@@ -195,6 +195,18 @@ def symmetric_statistics_kernel(
         tl.store(p_diagonal + o_m, b_diagonal * LN_2, mask=o_m < M)
         # The next block of rows reads the columns' sums that other threads of this program have written.
         tl.debug_barrier()
+
+
+@triton.jit
+def merge_strips_kernel(p_column_max, p_column_sum, p_lse, p_correction, N, STRIPS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """lse of the columns and its correction from the strips' maxima and sums. A strip that no program took has -inf and 0."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_strips = tl.arange(0, STRIPS)[:, None].to(tl.int64) * N + o_n[None, :]
+    b_top = tl.load(p_column_max + o_strips, mask=(o_n < N)[None, :], other=0.0)
+    b_max = tl.max(b_top, 0)
+    b_finite = tl.where(b_max == -float("inf"), 0.0, b_max)
+    b_sum = tl.load(p_column_sum + o_strips, mask=(o_n < N)[None, :], other=0.0)
+    store_logsumexp(p_lse, p_correction, o_n, N, b_max, tl.sum(b_sum * tl.exp2(b_top - b_finite[None, :]), 0))
 
 
 @triton.jit

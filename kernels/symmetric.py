@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgessl.kernels import symmetric_chunked
-from fastgessl.kernels.arguments import check_values, signed_once
+from fastgessl.kernels.arguments import Given, check_values, signed_once
 from fastgessl.kernels.similarity import Curvature, RowDerivatives, Statistics, compiled, one_call_each, plain
 from fastgessl.kernels.similarity_chunked import Rows, accumulation_dtype
 from fastgessl.kernels.similarity_operators import OPERANDS, WEIGHTS, contiguous, curvature, implementation_module, present
@@ -24,9 +24,14 @@ DIFFERENTIABLE = 3
 """Image, text, scale."""
 
 
-def statistics_body(image: Tensor, text: Tensor, scale: Tensor, implementation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """lse of the rows, lse of the columns and the diagonal, (N,) each; and what the later passes read, (2, 2, N): both lse, corrected."""
-    check_values(scale, None, None, None, None, None, len(text))
+def statistics_body(
+    image: Tensor, text: Tensor, scale: Tensor, implementation: str, given: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse of the rows, lse of the columns and the diagonal, (N,) each; and what the later passes read, (2, 2, N): both lse, corrected.
+
+    `given` is an `arguments.Given`: whether the scale is checked.
+    """
+    check_values(scale, None, None, None, None, None, len(text), given)
     image, text = contiguous((image, text))
     with torch.autocast(image.device.type, enabled=False):
         if implementation == "chunked":
@@ -57,7 +62,7 @@ gradients = custom_op("fastgessl::symmetric_gradients", gradients_body, mutates_
 
 
 @statistics.register_fake
-def _(image, text, scale, implementation):
+def _(image, text, scale, implementation, given):
     N = len(image)
     return tuple(image.new_empty(shape, dtype=accumulation_dtype(image.dtype)) for shape in ((N,), (N,), (N,), (2, 2, N)))
 
@@ -79,7 +84,7 @@ def _both_directions(
     pairs = torch.arange(len(image), device=image.device)
     # The columns' lse anew, from the product as this pass takes it, keys by queries: the other way round it is rounded otherwise, which
     # made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6 (float32).
-    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, tail[0])[3].detach()
+    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, tail[0], Given())[3].detach()
     to_image, to_text, to_scale = tangents
     # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1 would meet only after rounding.
     row_weights = (weights[0], weights[2] / 2, None) if weights else ()
@@ -108,6 +113,7 @@ def _bent(
 
 def _statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.implementation = inputs[3]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], output[3])
 
 
@@ -117,12 +123,13 @@ def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(*inputs[:7])
 
 
-def _statistics_backward(ctx: Any, weights: Sequence[Tensor], apply: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
+def _statistics_backward(ctx: Any, weights: Sequence[Tensor | None], apply: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
     image, text, scale, saved = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:DIFFERENTIABLE])
+    weights = [torch.zeros_like(saved[0, 0]) if weight is None else weight for weight in weights[:WEIGHTS]]
     # Both lse enter as constants, as in `similarity_operators.statistics_backward`.
-    found = apply(*weights[:WEIGHTS], image, text, scale, saved.detach(), ctx.implementation, needs)
-    return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), None)
+    found = apply(*weights, image, text, scale, saved.detach(), ctx.implementation, needs)
+    return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None)
 
 
 def _gradients_backward(ctx: Any, tangents: Sequence[Any], function: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
@@ -194,8 +201,8 @@ statistics.register_autograd(lambda ctx, *weights: _statistics_backward(ctx, wei
 gradients.register_autograd(lambda ctx, *tangents: _gradients_backward(ctx, tangents, curvature), setup_context=_gradients_context)
 
 
-def symmetric_info_nce(image: Tensor, text: Tensor, scale: Tensor, implementation: str) -> Tensor:
-    """Mean of both directions' InfoNCE, pair by pair.  (N, D) twice, 0-d 1/τ -> (N,)."""
+def symmetric_info_nce(image: Tensor, text: Tensor, scale: Tensor, implementation: str, given: Given) -> Tensor:
+    """Mean of both directions' InfoNCE, pair by pair.  (N, D) twice, 0-d 1/τ -> (N,). `given`: whether the scale is checked."""
     call = statistics if compiled(image, text, scale) else SymmetricStatistics.apply
-    lse, column_lse, diagonal, _ = call(image, text, scale, implementation)
+    lse, column_lse, diagonal, _ = call(image, text, scale, implementation, given)
     return (lse + column_lse) / 2 - diagonal

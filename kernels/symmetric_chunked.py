@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgessl.kernels.similarity_chunked import LOG2_E, Parts, Rows, accumulation_dtype, rounded_logsumexp, row_blocks
+from fastgessl.kernels.similarity_chunked import LOG2_E, Parts, Rows, accumulation_dtype, fill_excluded, rounded_logsumexp, row_blocks
 
 
 def statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -26,7 +26,7 @@ def statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tens
     query, key = image.to(wide) * scale, text.to(wide)
     lse, correction, diagonal = (query.new_empty(len(query)) for _ in range(3))
     top, total = query.new_full((len(key),), -torch.inf), query.new_zeros(len(key))
-    for rows in row_blocks(len(query), len(key)):
+    for rows in row_blocks(query, key):
         logits = query[rows] @ key.T
         diagonal[rows] = logits.diagonal(rows.start)
         highest = torch.maximum(top, logits.amax(0))
@@ -49,7 +49,7 @@ def gradients(weights: Rows, image: Tensor, text: Tensor, scale: Tensor, lse: Te
     out_image = torch.empty_like(query) if needs[0] else None
     out_text = torch.zeros_like(key) if needs[1] else None
     out_scale = torch.zeros_like(scale) if needs[2] else None
-    for rows in row_blocks(len(query), len(key)):
+    for rows in row_blocks(query, key):
         scaled = query[rows] * scale
         logits = scaled @ key.T
         gradient = _exp(logits - column_lse).mul_(weights.divergence)
@@ -77,7 +77,7 @@ def tied_gradients(
     rows_of = query.to(accumulation_dtype(query.dtype))
     finite = lse if exclude is None else lse.masked_fill(lse == -torch.inf, torch.inf)
     out, out_scale = torch.empty_like(rows_of), torch.zeros_like(scale)
-    for rows in row_blocks(len(query), len(query)):
+    for rows in row_blocks(query, query):
         logits = (rows_of[rows] * scale) @ rows_of.T
         mirrored = _exp(logits - finite)
         gradient = _exp(logits.sub_(finite[rows, None])).mul_(weights.lse[rows, None])
@@ -87,25 +87,28 @@ def tied_gradients(
         if positives is not None:
             _add_pairs(gradient, positives, weights.positive, rows)
         through = gradient @ rows_of
-        out_scale.add_((through * rows_of[rows]).sum() / 2)  # Σ (G + Gᵀ)∘C counts each pair twice
+        if needs[2]:
+            out_scale.add_((through * rows_of[rows]).sum() / 2)  # Σ (G + Gᵀ)∘C counts each pair twice
         out[rows] = through * scale
     return Parts(out.to(query.dtype) if needs[0] else None, None, out_scale if needs[2] else None)
 
 
 def _fill_pairs(gradient: Tensor, exclude: Tensor, rows: slice, mirrored: Tensor) -> None:
     """0 where a row of the block excludes a column, and, in `mirrored`, where a column excludes a row of the block."""
+    fill_excluded(gradient, exclude[rows], 0.0)
     for excluded in exclude.unbind(1):
-        inside = excluded[rows]
-        present = (inside >= 0).nonzero()[:, 0]
-        gradient[present, inside[present]] = 0.0
-        columns = ((excluded >= rows.start) & (excluded < rows.start + len(mirrored))).nonzero()[:, 0]
-        mirrored[excluded[columns] - rows.start, columns] = 0.0
+        index, inside = _in_block(excluded, rows)
+        mirrored.scatter_(0, index, torch.where(inside, 0.0, mirrored.gather(0, index)))
 
 
 def _add_pairs(gradient: Tensor, positives: Tensor, weight: Tensor, rows: slice) -> None:
     """Add the weight of each row's positive at (row, positive), and of each column's at (positive, column), where they lie in the block."""
     inside = positives[rows]
-    present = (inside >= 0).nonzero()[:, 0]
-    gradient.index_put_((present, inside[present]), weight[rows][present], accumulate=True)
-    columns = ((positives >= rows.start) & (positives < rows.start + len(gradient))).nonzero()[:, 0]
-    gradient.index_put_((positives[columns] - rows.start, columns), weight[columns], accumulate=True)
+    gradient.scatter_add_(1, inside.clamp(min=0)[:, None], weight[rows].masked_fill(inside < 0, 0.0)[:, None])
+    index, present = _in_block(positives, rows)
+    gradient.scatter_add_(0, index, torch.where(present, weight, 0.0))
+
+
+def _in_block(numbers: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Row numbers (N,) as those of a block, and which of them lie in it, (1, N) each. Their places would have to be waited for on a GPU."""
+    return (numbers - rows.start).clamp(0, rows.stop - rows.start - 1)[None], ((numbers >= rows.start) & (numbers < rows.stop))[None]

@@ -9,12 +9,14 @@ added atomically, so that results are deterministic.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgessl.kernels.transfer import to_device
 from fastgessl.kernels.views import NEUTRAL_FACTOR, Colour, ViewParameters
 
 WHOLE_PIXELS = 4096
@@ -279,6 +281,12 @@ def parameter_rows(drawn: ViewParameters) -> Tensor:
     return torch.cat([part.reshape(len(drawn), -1).to(torch.float32) for part in parts], dim=1)
 
 
+@cache
+def colour_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """Means and inverse standard deviations, (6,) float32, sent to a device once: a run has one or two pairs of them."""
+    return torch.tensor([*mean, *(1 / value for value in std)], dtype=torch.float32, device=device)
+
+
 @torch.no_grad()
 def augment(
     images: Tensor,
@@ -298,8 +306,7 @@ def augment(
     if count == 0:
         return out
     images, threshold = images.contiguous(), solarize_threshold / 255
-    rows = parameter_rows(drawn).to(device, non_blocking=True)
-    colours = torch.tensor([*mean, *(1 / value for value in std)], dtype=torch.float32, device=device)
+    rows, colours = to_device(parameter_rows(drawn), device), colour_constants(tuple(map(float, mean)), tuple(map(float, std)), device)
     height, width = images.shape[1:3]
     flags = {"RESIZE": resize, "BICUBIC": interpolation == "bicubic"}
     with torch.cuda.device(device) if images.is_cuda else nullcontext():
@@ -324,9 +331,10 @@ def augment(
 
 def _blur(out: Tensor, drawn: ViewParameters, rows: Tensor, colours: Tensor, threshold: float, taps: int) -> None:
     """Blur and finish the samples that were chosen for it, in place."""
-    chosen = (drawn.blur_sigma > 0).nonzero().flatten().to(out.device, non_blocking=True)
+    chosen = (drawn.blur_sigma > 0).nonzero().flatten()
     if len(chosen) == 0:
         return
+    chosen = to_device(chosen, out.device)
     size = out.shape[-1]
     buffer = torch.empty((len(chosen), size, size, 3), dtype=torch.float32, device=out.device)
     grid = (len(chosen), triton.cdiv(size * size, BLOCK_PIXELS))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgessl.kernels.transfer import to_device
 from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
 from fastgessl.pipelines.engine import Engine, Request, Shown
@@ -77,8 +78,8 @@ class Loader:
             self._bad_files.announce()
             if shown.views:
                 index = torch.from_numpy(shown.images.copy())
-                label = None if self._labels is None else self._labels[index].to(self._device)
-                yield Batch(shown.views, index.to(self._device), label)
+                label = None if self._labels is None else to_device(self._labels[index], self._device)
+                yield Batch(shown.views, to_device(index, self._device), label)
         if self._sampling.training:
             self._epoch, self._iteration = self._epoch + 1, 0
         else:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgessl.kernels.transfer import to_device
 from fastgessl.kernels.views import augment_views
 from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
@@ -48,7 +49,7 @@ class ResidentEngine:
         if self._images.device.type == "cpu":
             # On one thread: torch's gather wakes a second one, which costs up to 16 ms on a busy two-core machine for 3 µs of work.
             return torch.from_numpy(self._images.numpy()[index])
-        return self._images.index_select(0, torch.from_numpy(index.copy()).to(self._images.device))
+        return self._images.index_select(0, to_device(torch.from_numpy(index.copy()), self._images.device))
 
     def close(self) -> None:
         self._images = self._images[:0]

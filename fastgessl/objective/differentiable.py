@@ -23,7 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgessl.config import GesslConfig, UsageError
 from fastgessl.methods.base import Method
 
-WAYS_OUT = "Use --gessl.hypergradient finite_difference or first_order, or --gessl.scope head if the backbone holds it"
+WAYS_OUT = (
+    "Use --gessl.scope head if the backbone holds it, or --gessl.hypergradient first_order, or finite_difference if the activations are "
+    "smooth, as GELU is (with ReLU it costs more than first_order and is not exact either)"
+)
 
 
 def attention_for(second_order: bool) -> AbstractContextManager[None]:

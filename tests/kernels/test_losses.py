@@ -22,7 +22,7 @@ from fastgessl.kernels import (
 )
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "chunked"])
-MODULES = ("dispatch", "distillation", "losses", "prototypes")
+MODULES = ("dispatch", "distillation", "losses", "prototypes", "transfer")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -300,6 +300,8 @@ GOOD = torch.zeros(4, 3)
         (lambda: info_nce(GOOD, GOOD, exclude=torch.full((4,), -2)), r"exclude of shape \(4, 1\) must lie in \[-1, 4\), found \[-2, -2\]"),
         (lambda: info_nce(GOOD, GOOD, exclude=torch.zeros(4, 3, dtype=torch.long)), r"exclude must have shape .* found \(4, 3\)"),
         (lambda: info_nce(GOOD, GOOD, temperature=0.0), r"temperature must be positive and finite, found 0.0"),
+        (lambda: info_nce(GOOD, GOOD, temperature=1e-40), r"an inverse that torch.float32 can hold, 1e-38 to 3e\+38; found 1e-40"),
+        (lambda: nt_xent(GOOD, GOOD, temperature=1e40), r"an inverse that torch.float32 can hold.* found 1e\+40"),
         (lambda: info_nce(GOOD, GOOD, temperature=torch.tensor(-0.1)), r"temperature must be positive and finite, found -0.1"),
         (lambda: info_nce(GOOD, GOOD, temperature=torch.tensor(float("nan"))), r"temperature must be positive and finite, found nan"),
         (lambda: info_nce(GOOD, GOOD, temperature=torch.ones(1)), r"0-d floating tensor, found torch.float32 of shape \(1,\)"),

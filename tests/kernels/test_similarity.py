@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, sigma_kl, similarity_logsumexp, soft_cross_entropy, softmax_marginal
 from fastgessl.kernels import similarity_operators as operators
+from fastgessl.kernels.arguments import Given
 
 M, N, D = 5, 7, 3
 POSITIVES = torch.tensor([1, 2, -1, 4, 5])
@@ -187,12 +188,12 @@ def operator_inputs(operands, has_teacher):
 def test_operators_pass_opcheck(operands, has_teacher):
     inputs = operator_inputs(operands, has_teacher)
     rest = (POSITIVES, EXCLUDE)
-    saved = operators.statistics(*inputs, *rest, True, "chunked")[3].detach()
+    saved = operators.statistics(*inputs, *rest, True, "chunked", Given())[3].detach()
     weights = [torch.randn(M, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weights[2] = weights[2] if has_teacher else None
     needs = [True, True, True, True, *([True, False, True, False] if has_teacher else [False] * 4)]
     tangents = [torch.randn_like(part) if part is not None and need else None for part, need in zip(inputs, needs, strict=True)]
-    opcheck(operators.statistics, (*inputs, *rest, True, "chunked"))
+    opcheck(operators.statistics, (*inputs, *rest, True, "chunked", [True] * 6))
     opcheck(operators.gradients, (*weights, *inputs, *rest, saved, True, "chunked", needs))
     with torch.no_grad():
         opcheck(operators.curvature, (*tangents, *weights, *inputs, *rest, saved, True, "chunked", needs))

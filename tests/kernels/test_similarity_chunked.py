@@ -1,6 +1,7 @@
 """The row-chunked implementation against the dense definitions, in float64: values, first and second derivatives, memory."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, reference, sigma_kl, similarity_chunked, soft_cross_entropy
+from fastgessl.kernels.arguments import Given
 from fastgessl.kernels.similarity import similarity_statistics
 from fastgessl.kernels.similarity_chunked import Side
 
@@ -42,7 +44,7 @@ def problem(request):
         return [Side(*part) for part in padded] + [None] * (2 - len(padded))
 
     def streaming(*parts):
-        outputs = similarity_statistics(*sides(parts), positives, exclude, teacher == "kl", "chunked")
+        outputs = similarity_statistics(*sides(parts), positives, exclude, teacher == "kl", "chunked", Given())
         return tuple(output for output in outputs if len(output))
 
     def dense(*parts):
@@ -105,6 +107,55 @@ def test_result_does_not_depend_on_the_block(problem, rows, monkeypatch):
     monkeypatch.setattr(similarity_chunked, "BLOCK_ELEMENTS", 1)
     close(streaming(*leaves), expected[0])
     close(hessian_vector_product(streaming, leaves), expected[1])
+
+
+@pytest.mark.parametrize("device, logits", [("cpu", 1 << 18), ("cuda", 1 << 24)])
+def test_a_block_has_as_many_rows_as_its_logits_allow_on_the_device_and_at_least_128(device, logits):
+    for columns in (1, 96, 1024, 1 << 14, 1 << 17, 1 << 20):
+        rows = similarity_chunked.rows_of_block(columns, torch.device(device))
+        assert rows == 128 if columns > logits // 128 else rows * columns <= logits < (rows + 1) * columns
+
+
+def test_a_gpu_takes_a_table_in_one_block_that_a_cpu_takes_in_many():
+    query, key = torch.empty(4096, 8), torch.empty(4096, 8)
+    assert [(rows.start, rows.stop) for rows in similarity_chunked.row_blocks(query.to("meta"), key.to("meta"))] == [(0, 4096)]
+    assert [rows.stop for rows in similarity_chunked.row_blocks(query, key)] == list(range(128, 4097, 128))
+
+
+class Held(TorchDispatchMode):
+    """The largest number of blocks of so many bytes that are alive at once."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.alive, self.most = block, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.nbytes() >= self.block and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+                self.most = max(self.most, round(sum(self.alive.values()) / self.block))
+        return output
+
+
+@pytest.mark.parametrize("teacher, held", [(False, [2, 5, 7]), (True, [4, 13, 17])], ids=["info_nce", "with a teacher that moves"])
+def test_no_more_blocks_are_held_at_once_than_the_bound_on_memory_says(teacher, held, monkeypatch):
+    rows, columns = 16, 1024
+    monkeypatch.setattr(similarity_chunked, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(similarity_chunked, "BLOCK_ELEMENTS", rows * columns)
+    torch.manual_seed(0)
+    operands = torch.randn(4 if teacher else 2, columns, 4, dtype=torch.float64).unbind()
+    leaves = [operand.clone().requires_grad_() for operand in operands]
+    with Held(rows * columns * 8) as forward:
+        loss = sum(part.mean() for part in gessl_loss(*leaves)) if teacher else info_nce(*leaves)
+    with Held(rows * columns * 8) as backward:
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+    along = sum(gradient.square().sum() for gradient in first)
+    with Held(rows * columns * 8) as second:
+        torch.autograd.grad(along, leaves)
+    assert [mode.most for mode in (forward, backward, second)] == held
 
 
 class LargestTensor(TorchDispatchMode):
@@ -189,7 +240,7 @@ def test_both_softmaxes_sum_to_one_far_beyond_the_rounding_of_their_lse():
     student, teacher = (Side(unit, unit, torch.tensor(scale), torch.zeros(64)) for scale in (97.0, 93.0))
 
     def statistics(bias):
-        lse, _, divergence = similarity_statistics(student._replace(bias=bias), teacher, None, None, False, "chunked")
+        lse, _, divergence = similarity_statistics(student._replace(bias=bias), teacher, None, None, False, "chunked", Given())
         return lse, divergence
 
     assert (statistics(student.bias)[0] - 97).abs().max() < 2

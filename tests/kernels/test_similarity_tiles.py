@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from fastgessl.kernels import similarity_launch, similarity_triton
 from fastgessl.kernels.similarity_tiles import ARCHITECTURES, FLOAT32, KERNELS, TABLE, WIDTHS, WITHOUT_TEACHER, generation, tile_of
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -58,6 +59,20 @@ def test_tile_compiles_without_spill_and_within_shared_memory(case):
 @pytest.mark.parametrize("case", [case for case in EVERY if case not in QUICK], ids=str)
 def test_every_tile_compiles_without_spill_and_within_shared_memory(case):
     check(*case)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_the_merge_of_the_columns_sums_compiles_without_spill(architecture):
+    if architecture >= 100 and ahead_of_time.TRITON < (3, 3):
+        pytest.skip("Triton 3.2 does not know this generation; `dispatch` does not send it there")
+    kernel, flags = similarity_triton.merge_strips_kernel, {"STRIPS": similarity_launch.STRIPS, "BLOCK_N": similarity_launch.MERGED_COLUMNS}
+    signature = {name: "constexpr" if name in flags else "i32" if name == "N" else "*fp32" for name in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.startswith("p_")}
+    program = ahead_of_time.source(kernel, signature, flags, attributes)
+    target = ahead_of_time.GPUTarget("cuda", architecture, 32)
+    found = ahead_of_time.read(ahead_of_time.triton.compile(program, target=target, options={"num_warps": 4, "enable_fp_fusion": True}))
+    print(f"merge_strips_kernel sm_{architecture} -> {found}")
+    assert found.stack == 0 and found.shared <= ahead_of_time.SHARED_LIMIT[architecture]
 
 
 def test_every_launch_has_a_tile():

@@ -8,6 +8,7 @@ from torch.library import opcheck
 from torch.nn.functional import cross_entropy
 
 from fastgessl.kernels import clip_loss, info_nce, similarity_chunked, symmetric, symmetric_chunked
+from fastgessl.kernels.arguments import Given
 
 N, D = 7, 4
 
@@ -85,9 +86,9 @@ def test_third_derivative_raises(operands):
 
 def test_operators_pass_opcheck_and_compile(operands):
     image, text, temperature = (operand.clone().requires_grad_() for operand in operands)
-    saved = symmetric.statistics(image, text, temperature, "chunked")[3].detach()
+    saved = symmetric.statistics(image, text, temperature, "chunked", Given())[3].detach()
     weights = torch.randn(3, N, dtype=torch.float64).unbind()
-    opcheck(symmetric.statistics, (image, text, temperature, "chunked"))
+    opcheck(symmetric.statistics, (image, text, temperature, "chunked", [True] + [False] * 5))
     opcheck(symmetric.gradients, (*weights, image, text, temperature, saved, "chunked", [True, False, True]))
     compiled = torch.compile(streaming, fullgraph=True, backend="aot_eager")
     close(torch.autograd.grad(compiled(image, text, temperature), (image, text)), grad(dense, (0, 1))(*operands))

@@ -101,7 +101,9 @@ def test_the_ways_out_run_and_agree_with_the_same_layer_in_plain_torch(toys, way
     settings = EXACT.model_copy(update=way_out)
     expected = gradient(toys, method_with(toys, Applied(lambda x: x**3)), settings)
     found = gradient(toys, method_with(toys, Applied(Cube.apply)), settings)
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    # What rounds is the order of factors, which differences over 4e-10 of the weights' norm magnify.
+    tolerance = 1e-5 if settings.hypergradient == "finite_difference" else 1e-6
+    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 def test_torch_s_synchronised_batch_norm_is_refused_and_the_conversion_accepted(toys):

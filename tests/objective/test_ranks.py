@@ -46,8 +46,8 @@ def concatenated_labels(toys, ranks):
 @pytest.mark.parametrize(("name", "label"), cases(["exact", "fast", "head", "first_order", "finite_difference", "sigma alone"]))
 def test_the_gradient_is_the_mean_of_the_single_process_task_gradients(toys, reports, name, label):
     expected = mean_over_tasks(toys, name, toys.bi_level[label], [10 + rank for rank in range(len(reports))])
-    # Each Hessian-vector product by differences rounds at about 1e-9 of its size; everything else is exact.
-    tolerance = 1e-7 if label == "finite_difference" else 1e-12
+    # A Hessian-vector product by differences over 4e-10 of the weights' norm rounds at up to 5e-6 of its size; everything else is exact.
+    tolerance = 1e-5 if label == "finite_difference" else 1e-12
     assert all(worst(report["tasks", name, label], expected) <= tolerance for report in reports)
 
 
@@ -62,7 +62,7 @@ def test_accumulated_micro_batches_of_all_ranks_are_averaged_as_tasks(toys, repo
 def test_an_objective_sharded_as_one_unit_gives_the_mean_of_the_task_gradients(toys, reports, name, label):
     expected = mean_over_tasks(toys, name, toys.bi_level[label], [10 + rank for rank in range(len(reports))])
     for rank, report in enumerate(reports):
-        assert worst(report["sharded", name, label]["gradient"], expected) <= (1e-7 if label == "finite_difference" else 1e-12)
+        assert worst(report["sharded", name, label]["gradient"], expected) <= (1e-5 if label == "finite_difference" else 1e-12)
         sigma = GeSSL(toys.method(name), toys.bi_level[label])(toys.views(10 + rank)).metrics["sigma"]
         torch.testing.assert_close(report["sharded", name, label]["sigma"], sigma, rtol=1e-12, atol=0)
 
@@ -80,7 +80,7 @@ def test_with_synchronised_batch_norm_and_global_negatives_sigma_stays_rank_loca
     ranks = len(reports)
     sigma_alone = toys.bi_level[label].model_copy(update={"w_ssl": 0.0})
     expected = mean_over_tasks(toys, name, sigma_alone, [10 + rank for rank in range(ranks)])
-    tolerance = 1e-6 if label == "finite_difference" else 1e-12
+    tolerance = 1e-5 if label == "finite_difference" else 1e-12
     assert all(worst(report["synchronised tasks", name, label], expected) <= tolerance for report in reports)
     method = toys.method(name)
     GeSSL(method, GesslConfig())(concatenated(toys, ranks)).loss.backward()
@@ -91,7 +91,7 @@ def test_with_synchronised_batch_norm_and_global_negatives_sigma_stays_rank_loca
 def test_with_global_negatives_the_ssl_loss_gathers_and_the_inner_loss_does_not(toys, reports, name, label):
     sigma_alone = toys.bi_level[label].model_copy(update={"w_ssl": 0.0})
     sigma = mean_over_tasks(toys, name, sigma_alone, [10 + rank for rank in range(len(reports))])
-    tolerance = 1e-6 if label == "finite_difference" else 1e-12
+    tolerance = 1e-5 if label == "finite_difference" else 1e-12
     for report in reports:
         assert worst(report["global negatives", name, label], report["global negatives", name, "plain"] + sigma) <= tolerance
 

@@ -272,6 +272,7 @@ def on_first_rank(measure: Callable[[], Measured]) -> Measured:
         return measure()
     # A group of its own: waiting in one of NCCL's would end the job after Accelerate's ten minutes.
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

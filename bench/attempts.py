@@ -14,6 +14,7 @@ ANYTHING = (Exception,)
 """For peers: whatever they raise is their affair."""
 NO_ROOM = (torch.OutOfMemoryError,)
 """For our own where the case may be too large for a card."""
+NO_TIME: Row = {"absent": "no time was left"}
 
 
 def attempt(work: Callable[[], Row], forgiven: tuple[type[Exception], ...] = ()) -> Row:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import results
-from bench.attempts import NO_ROOM, attempt
+from bench.attempts import NO_ROOM, NO_TIME, attempt
 from bench.memory import peak_bytes
 from bench.timing import ratio, timed
 from fastgessl import pipelines
@@ -97,7 +97,7 @@ def costs(images: int, rounds: int, model: ModelConfig, pixels: int, deadline: f
     rows: dict[str, dict[str, Any]] = {}
     for name, settings in CONTENDERS.items():
         if time.perf_counter() > deadline:
-            rows[name] = {"absent": "no time was left"}
+            rows[name] = NO_TIME
         elif name != "plain" and "seconds" not in rows["plain"]:
             rows[name] = {"absent": "there is no plain step to compare with"}
         else:

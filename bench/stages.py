@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from bench import processes, pytest_log, results
+from bench.attempts import NO_TIME
 from bench.timing import timed
 
 Rows = Iterator[tuple[str, Any]]
 """A name that comes again replaces its row: it holds what was found until then."""
-NO_TIME = {"absent": "no time was left"}
 MOST_TEST_PROCESSES = 8
 RUN_FILES = ("metrics.jsonl", "timing.jsonl", "evaluation.json")
 

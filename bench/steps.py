@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import results
-from bench.attempts import ANYTHING, NO_ROOM, attempt
+from bench.attempts import ANYTHING, NO_ROOM, NO_TIME, attempt
 from bench.peers import PEERS, Trainer, installed
 from bench.timing import in_turns, ratio, timed, wait
 from fastgessl import pipelines
@@ -117,7 +117,7 @@ def measurements(case: Case, rounds: int, seconds: float) -> Iterator[dict[str, 
         elif name != PLAIN and "seconds" not in found.rows[PLAIN]:
             found.rows[name] = {"absent": "there is no step of ours to compare with"}
         elif name != PLAIN and left <= 0:
-            found.rows[name] = {"absent": "no time was left"}
+            found.rows[name] = NO_TIME
         else:
             work = partial(found.add, name, make, rounds, max(left, 0.0) / (len(made) - number))
             found.rows[name] = attempt(work, forgiven(name))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from bench.attempts import ANYTHING, attempt
-from bench.stages import NO_TIME, Conditions, ceilings
+from bench.attempts import ANYTHING, NO_TIME, attempt
+from bench.stages import Conditions, ceilings
 from bench.timing import in_turns, ratio, wait
 from fastgessl.kernels import clip_loss, info_nce, nt_xent, sigma_kl
 

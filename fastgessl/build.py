@@ -100,10 +100,15 @@ def tracker_folders(folder: Path) -> ProjectConfiguration:
 def _precision(config: Config, on_cpu: bool) -> str:
     precision = config.train.precision
     if precision == "auto":
-        return "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "fp32" if on_cpu else precision_of_gpu()
     if precision == "fp16" and on_cpu:
         raise UsageError("train.precision fp16 needs a GPU (its small range needs a gradient scaler). On a CPU take fp32 or bf16.")
     return precision
+
+
+def precision_of_gpu() -> Literal["bf16", "fp16"]:
+    """What train.precision auto takes on the present GPU: bf16 where it is more than emulated."""
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def view_specs(config: Config) -> tuple[ViewSpec, ...]:

@@ -38,12 +38,14 @@ def _torch() -> tuple[str, str, str]:
 def _gpus() -> list[tuple[str, str, str]]:
     if not torch.cuda.is_available():
         return [("GPU", "none", "training runs on the CPU in fp32")]
+    from fastgessl.build import precision_of_gpu
+
     rows = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        rows.append((f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}", f"training in {precision}"))
+        found = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
+        rows.append((f"GPU {index}", found, f"training in {precision_of_gpu()}"))
     return rows
 
 

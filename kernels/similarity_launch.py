@@ -287,7 +287,7 @@ def curvature(
         sums = Moments(*(part / tangent_factor for part in moments))
     shared = (saved.lse, saved.teacher_lse, *moved, *weights, sums.student, sums.student_under_teacher)
     kernels = (second_order.curvature_rows_kernel, second_order.curvature_columns_kernel)
-    outer = None if factor is None or tangent_factor is None else factor * tangent_factor
+    outer = factor if tangent_factor is None else _times(tangent_factor, factor)
     inner = operands.student.scale.new_ones(()) if outer is None else outer
     found = _two_passes(kernels, operands, (shared, shared), (inner, outer), student, needs, ({"OF_TEACHER": False},) * 2)
     found = chunked.summed(found) if tied else found

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgessl.kernels.similarity_chunked import LOG2_E, Parts, Rows, accumulation_dtype, fill_excluded, rounded_logsumexp, row_blocks
+from fastgessl.kernels.row_blocks import row_blocks
+from fastgessl.kernels.similarity_chunked import LOG2_E, Parts, Rows, accumulation_dtype, fill_excluded, rounded_logsumexp
 
 
 def statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -16,24 +16,30 @@ class Outcome(NamedTuple):
     err: str
 
 
+def in_this_process(arguments: Sequence[object], printed: Callable[[], tuple[str, str]]) -> Outcome:
+    """Run `fastgessl ARGUMENTS`; `printed` then gives what came on standard output and error."""
+    from fastgessl.cli import main
+
+    forget_processes()
+    code = 0
+    try:
+        main([str(word) for word in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        forget_processes()
+    return Outcome(code, *printed())
+
+
+def forget_processes() -> None:
+    """Accelerate keeps its processes, device and precision for the life of the interpreter."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 @pytest.fixture
 def fastgessl(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
     """Run `fastgessl ARGUMENTS` in this process."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    from fastgessl.cli import main
-
-    def run(*arguments: object) -> Outcome:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        code = 0
-        try:
-            main([str(word) for word in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    yield run
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    yield lambda *arguments: in_this_process(arguments, capsys.readouterr)

@@ -120,10 +120,13 @@ def test_a_run_that_started_from_weights_goes_on_when_they_are_gone(fastgessl, t
     save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), helper)
     options = (*options, "--dsa.helper_weights", helper, "--train.run_dir", run, "--train.max_steps")
     assert fastgessl("train", *options, 2).code == 0
+    helped = load_file(helper)
     source.unlink(), helper.unlink()
 
     outcome = fastgessl("train", *options, 3, "--train.resume", "auto")
     assert outcome.code == 0, outcome.err
+    kept = checkpoint.load(run / "checkpoints" / "step-000000003")["objective"]
+    assert all(torch.equal(kept[f"method.helper.{name}"], value) for name, value in helped.items())
     assert fastgessl("evaluate", run, "--tasks", "knn").code == 0
     refused = fastgessl("train", *options, 3, "--train.run_dir", tmp_path / "new")
     assert refused.code == 2 and "there is no such file" in refused.err

@@ -64,7 +64,7 @@ def open_subject(target: str, config: Config) -> Subject:
 
 
 def untrained_encoder(config: Config) -> nn.Module:
-    """The backbone with the weights that `config` starts training from: they depend on its model and seed alone."""
+    """The backbone with random weights, which depend on model and seed alone: not with those of `model.weights`, which were trained."""
     set_seed(config.train.seed)
     return build_backbone(config.model)
 

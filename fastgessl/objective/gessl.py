@@ -100,11 +100,11 @@ class GeSSL(nn.Module):
         measured: bool,
     ) -> Result:
         settings = self.settings
-        sigma = settings.w_sigma > 0 and step % settings.every == 0
-        if sigma:
+        with_sigma = settings.w_sigma > 0 and step % settings.every == 0
+        if with_sigma:
             # Here and not at the start: modules are sharded after they are built.
             check_sharding(self.method)
-        with attention_for(sigma and second_order(settings) and settings.scope == "all"):
+        with attention_for(with_sigma and second_order(settings) and settings.scope == "all"):
             aux = self.method.targets(views, labels)
             noise = Noise.now(views[0].device)
             out = self.method(views)
@@ -114,7 +114,7 @@ class GeSSL(nn.Module):
         loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()}
         if measured:
             metrics |= self._measures(out, settled)
-        if sigma:
+        if with_sigma:
             with attention_for(second_order(settings)):
                 task = self._task(views, labels, aux if self._compares_ranks() else settled, noise, out)
                 query = task if settings.query == "same" else self._fresh_task(query_views, labels)

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, reference, sigma_kl, similarity_chunked, soft_cross_entropy
+from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, reference, row_blocks, sigma_kl, soft_cross_entropy
 from fastgessl.kernels.arguments import Given
 from fastgessl.kernels.similarity import similarity_statistics
 from fastgessl.kernels.similarity_chunked import Side
@@ -103,23 +103,10 @@ def test_first_and_second_derivatives_pass_finite_differences(problem):
 def test_result_does_not_depend_on_the_block(problem, rows, monkeypatch):
     leaves, streaming, _ = problem
     expected = streaming(*leaves), hessian_vector_product(streaming, leaves)
-    monkeypatch.setattr(similarity_chunked, "BLOCK_ROWS", rows)
-    monkeypatch.setattr(similarity_chunked, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(row_blocks, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 1)
     close(streaming(*leaves), expected[0])
     close(hessian_vector_product(streaming, leaves), expected[1])
-
-
-@pytest.mark.parametrize("device, logits", [("cpu", 1 << 18), ("cuda", 1 << 24)])
-def test_a_block_has_as_many_rows_as_its_logits_allow_on_the_device_and_at_least_128(device, logits):
-    for columns in (1, 96, 1024, 1 << 14, 1 << 17, 1 << 20):
-        rows = similarity_chunked.rows_of_block(columns, torch.device(device))
-        assert rows == 128 if columns > logits // 128 else rows * columns <= logits < (rows + 1) * columns
-
-
-def test_a_gpu_takes_a_table_in_one_block_that_a_cpu_takes_in_many():
-    query, key = torch.empty(4096, 8), torch.empty(4096, 8)
-    assert [(rows.start, rows.stop) for rows in similarity_chunked.row_blocks(query.to("meta"), key.to("meta"))] == [(0, 4096)]
-    assert [rows.stop for rows in similarity_chunked.row_blocks(query, key)] == list(range(128, 4097, 128))
 
 
 class Held(TorchDispatchMode):
@@ -143,8 +130,8 @@ class Held(TorchDispatchMode):
 @pytest.mark.parametrize("teacher, held", [(False, [2, 5, 7]), (True, [4, 13, 17])], ids=["info_nce", "with a teacher that moves"])
 def test_no_more_blocks_are_held_at_once_than_the_bound_on_memory_says(teacher, held, monkeypatch):
     rows, columns = 16, 1024
-    monkeypatch.setattr(similarity_chunked, "BLOCK_ROWS", rows)
-    monkeypatch.setattr(similarity_chunked, "BLOCK_ELEMENTS", rows * columns)
+    monkeypatch.setattr(row_blocks, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", rows * columns)
     torch.manual_seed(0)
     operands = torch.randn(4 if teacher else 2, columns, 4, dtype=torch.float64).unbind()
     leaves = [operand.clone().requires_grad_() for operand in operands]
@@ -178,7 +165,7 @@ def test_no_tensor_is_larger_than_a_block_of_rows_at_either_order():
     with LargestTensor() as mode:
         grads = torch.autograd.grad(nt_xent(first, second), (first, second), create_graph=True)
         (grads[0].square().sum() + grads[1].square().sum()).backward()
-    assert mode.largest <= similarity_chunked.BLOCK_ROWS * 2 * rows < (2 * rows) ** 2 / 8
+    assert mode.largest <= row_blocks.BLOCK_ROWS * 2 * rows < (2 * rows) ** 2 / 8
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 1e-3)], ids=str)

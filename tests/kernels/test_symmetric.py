@@ -7,7 +7,7 @@ from torch.func import grad, jvp, vmap
 from torch.library import opcheck
 from torch.nn.functional import cross_entropy
 
-from fastgessl.kernels import clip_loss, info_nce, similarity_chunked, symmetric, symmetric_chunked
+from fastgessl.kernels import clip_loss, info_nce, row_blocks, symmetric, symmetric_chunked
 from fastgessl.kernels.arguments import Given
 
 N, D = 7, 4
@@ -30,8 +30,8 @@ def operands():
 
 @pytest.fixture(params=[128, 3], ids=["one-block", "many-blocks"], autouse=True)
 def rows_of_a_block(request, monkeypatch):
-    monkeypatch.setattr(similarity_chunked, "BLOCK_ROWS", request.param)
-    monkeypatch.setattr(similarity_chunked, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(row_blocks, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 1)
 
 
 def close(found, expected):

@@ -19,12 +19,12 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 from bench.timing import ratio
-from fastgessl.kernels.views import ViewParameters
+from fastgessl.kernels.views.torch import ViewParameters
 from fastgessl.pipelines import ViewSpec
-from fastgessl.pipelines.dali_graph import cropped, view_arguments
+from fastgessl.pipelines.decode import image_size
 from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.header import image_size
-from fastgessl.pipelines.images import EncodedImages
+from fastgessl.pipelines.engines.dali_graph import cropped, view_arguments
+from fastgessl.pipelines.sources.images import EncodedImages
 
 WHOLE, EACH, TOGETHER = "whole, once", "each crop", "all crops, once"
 _PHOTOS = 64

@@ -37,9 +37,9 @@ from fastgessl.methods import RunFacts, build_method
 from fastgessl.models import build_backbone
 from fastgessl.objective import GeSSL, measure_sigma
 from fastgessl.objective.task import rank_local_task
-from fastgessl.optimizers import build_optimizer, set_learning_rate
 from fastgessl.recipes import load
 from fastgessl.schedules import learning_rate
+from fastgessl.training.optimizers import build_optimizer, set_learning_rate
 
 PRESETS = {name: load(f"digits-simclr-gessl-{name}").config.gessl for name in ("fast", "head", "exact")}
 CONTENDERS = {

@@ -27,9 +27,9 @@ from bench.timing import wait
 from fastgessl import pipelines
 from fastgessl.kernels import augment_views, colour_views
 from fastgessl.pipelines import ArrayImages, FileImages, Loader, ViewSpec
+from fastgessl.pipelines.decode import image_size
 from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.header import image_size
-from fastgessl.pipelines.images import EncodedImages, Images
+from fastgessl.pipelines.sources.images import EncodedImages, Images
 
 HALF = (0.5, 0.5, 0.5)
 MOST_PHOTOS = 200

@@ -28,7 +28,7 @@ from bench.timing import clock, ratio, wait
 from fastgessl import pipelines
 from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
 from fastgessl.config import Config
-from fastgessl.pipelines.images import ArrayImages
+from fastgessl.pipelines.sources.images import ArrayImages
 from fastgessl.recipes import load
 
 VALIDATION_SHARE = 0.2

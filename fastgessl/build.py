@@ -26,9 +26,9 @@ from fastgessl.models import build_backbone, load_weights, synchronise_batch_nor
 from fastgessl.models.frozen import run_of
 from fastgessl.objective import GeSSL
 from fastgessl.objective.gradient_cache import CachedObjective
-from fastgessl.optimizers import scaled_learning_rate
 from fastgessl.pipelines import Loader, ViewSpec
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
+from fastgessl.training.optimizers import scaled_learning_rate
 
 # The schedules are arrays with a number a step; a year of 20 steps a second has 6e8.
 _MOST_STEPS = 10**9

@@ -85,7 +85,7 @@ def _train(arguments: list[str]) -> None:
     if print_config:
         print(to_yaml(config), end="")
         return
-    from fastgessl.trainer import train
+    from fastgessl.training.loop import train
 
     sys.exit(train(config))
 
@@ -110,7 +110,7 @@ def _embed(arguments: list[str]) -> None:
     from fastgessl.evaluate.subject import base_config, open_subject
 
     config = _override(base_config(given.target), options, f"fastgessl embed {given.target}")
-    from fastgessl.evaluate.embed import embed
+    from fastgessl.commands.embed import embed
 
     count = embed(open_subject(given.target, config), given.path, given.out)
     print(f"{count} images: {given.out}")
@@ -132,7 +132,7 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument("--to", required=True, metavar="KIND", help="safetensors, torchvision, timm or hub-folder")
     parser.add_argument("--out", type=Path, help="folder to write (default: export-KIND in the run's folder)")
     given = parser.parse_args(arguments)
-    from fastgessl.export import export_run
+    from fastgessl.commands.export import export_run
 
     print(export_run(given.run, given.to, given.out))
 
@@ -149,13 +149,13 @@ def _recipes(arguments: list[str]) -> None:
 
 def _doctor(arguments: list[str]) -> None:
     argparse.ArgumentParser(prog="fastgessl doctor", description=COMMANDS["doctor"]).parse_args(arguments)
-    from fastgessl.doctor import print_findings
+    from fastgessl.commands.doctor import print_findings
 
     print_findings()
 
 
 def _prepare(arguments: list[str]) -> None:
-    from fastgessl.prepare import prepare
+    from fastgessl.commands.prepare import prepare
 
     prepare(arguments, COMMANDS["prepare"])
 
@@ -168,7 +168,7 @@ def _views(arguments: list[str]) -> None:
     parser.add_argument("--against", default="", metavar="ENGINE", help="second engine, which shows the same draw below the first one")
     given, options = parser.parse_known_args(arguments)
     config = _override(_load(given.recipe).config, options, f"fastgessl views {given.recipe}")
-    from fastgessl.view_grid import write_view_grid
+    from fastgessl.commands.views import write_view_grid
 
     grid = write_view_grid(config, given.out, count=given.images, against=given.against)
     print(f"{grid.path}: {grid.views} views an image by {' and '.join(grid.engines)}")

@@ -11,13 +11,13 @@ if __name__ != "fastgessl.kernels":
         f"this package is fastgessl.kernels, but was imported as {__name__!r}, which would load it twice. Write `import fastgessl.kernels`."
     )
 
-from fastgessl.kernels.dispatch import implementation_for
+from fastgessl.kernels.backend import implementation_for
 from fastgessl.kernels.distillation import gessl_loss, sigma_kl, soft_cross_entropy
 from fastgessl.kernels.losses import clip_loss, info_nce, nt_xent, similarity_logsumexp
 from fastgessl.kernels.modules import ClipLoss, NTXentLoss, SigmaLoss, SupConLoss
 from fastgessl.kernels.prototype_modules import DINOLoss, DISSLLoss, SwaVLoss
 from fastgessl.kernels.prototypes import sinkhorn_potentials, softmax_marginal
-from fastgessl.kernels.views import ViewParameters, augment_views, colour_views
+from fastgessl.kernels.views.torch import ViewParameters, augment_views, colour_views
 
 __all__ = [
     "ClipLoss",

@@ -22,7 +22,8 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import normalize
 
 from fastgessl.kernels import reference
-from fastgessl.kernels.arguments import (
+from fastgessl.kernels.backend import as_matmul, dense, implementation_for
+from fastgessl.kernels.checks import (
     Given,
     check_bias,
     check_choices,
@@ -33,10 +34,9 @@ from fastgessl.kernels.arguments import (
     scale_of,
 )
 from fastgessl.kernels.collectives import all_gather_rows, rank_and_size
-from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
-from fastgessl.kernels.similarity import similarity_statistics
-from fastgessl.kernels.similarity_chunked import Side
-from fastgessl.kernels.symmetric import symmetric_info_nce
+from fastgessl.kernels.similarity.autograd import similarity_statistics
+from fastgessl.kernels.similarity.chunked import Side
+from fastgessl.kernels.similarity.symmetric import symmetric_info_nce
 
 Temperature = float | Tensor
 

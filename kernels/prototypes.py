@@ -11,13 +11,21 @@ from torch.distributed import ProcessGroup
 from torch.library import custom_op
 
 from fastgessl.kernels import reference
-from fastgessl.kernels.arguments import Given, check_bias, check_pair, checked, scale_of, signed_once
+from fastgessl.kernels.backend import as_matmul, dense, implementation_for
+from fastgessl.kernels.checks import Given, check_bias, check_pair, checked, scale_of, signed_once
 from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, check_equal_rows
-from fastgessl.kernels.dispatch import as_matmul, dense, implementation_for
 from fastgessl.kernels.losses import Temperature, logsumexp_rows
-from fastgessl.kernels.similarity import FORWARD_OVER_FORWARD, Curvature, Gradients, Statistics, compiled, one_call_each, plain
-from fastgessl.kernels.similarity_chunked import NOTHING
-from fastgessl.kernels.similarity_operators import (
+from fastgessl.kernels.similarity.autograd import (
+    FORWARD_OVER_FORWARD,
+    Curvature,
+    Gradients,
+    Statistics,
+    compiled,
+    one_call_each,
+    plain,
+)
+from fastgessl.kernels.similarity.chunked import NOTHING
+from fastgessl.kernels.similarity.operators import (
     WEIGHTS,
     curvature,
     curvature_body,

@@ -10,10 +10,10 @@ if __name__ != "fastgessl.pipelines":
     )
 
 from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.images import ArrayImages, FileImages, ShardImages
 from fastgessl.pipelines.loader import Batch, Loader, build, choose_engine
-from fastgessl.pipelines.named import NAMES, open_images
 from fastgessl.pipelines.presets import view_preset
+from fastgessl.pipelines.sources.images import ArrayImages, FileImages, ShardImages
+from fastgessl.pipelines.sources.named import NAMES, open_images
 from fastgessl.pipelines.specs import ViewSpec, count_views, evaluation_view
 
 __all__ = [

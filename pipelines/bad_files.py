@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 
 Read = TypeVar("Read")
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from fastgessl.kernels.transfer import to_device
 from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engine import Engine, Request, Shown
+from fastgessl.pipelines.engines.protocol import Engine, Request, Shown
 from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.images import ArrayImages, Images
 from fastgessl.pipelines.sampler import Sampling
+from fastgessl.pipelines.sources.images import ArrayImages, Images
 from fastgessl.pipelines.specs import ViewSpec
 
 GIB = 1 << 30
-ENGINES = {"resident": "resident", "dali": "dali", "torchvision": "torchvision_loader"}
+ENGINES = ("resident", "dali", "torchvision")
 REQUIRES = {"dali": "nvidia.dali", "torchvision": "torchvision"}
 # 224-pixel views of 32-pixel images are common, 7 times; beyond 8 times the size is a slip.
 MAX_ENLARGEMENT = 8
@@ -211,7 +211,7 @@ def build(
     if name != "resident" and (missing := _missing(REQUIRES[name])):
         raise DataError(f"data.engine {name} does not import ({missing}). Install fastgessl[train], or use data.engine auto.")
     device = torch.device(device)
-    module = importlib.import_module(f"fastgessl.pipelines.{ENGINES[name]}")
+    module = importlib.import_module(f"fastgessl.pipelines.engines.{name}")
     bad = BadFiles(images, skip=bad_files == "skip", training=training, listing=bad_list)
     made = module.make_engine(images, Draws(specs, seed), bad, batch_size=batch_size // world_size, device=device, workers=workers)
     return Loader(images, made, sampling, bad, device, name)

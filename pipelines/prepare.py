@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastgessl.pipelines.decode import BROKEN, as_rgb, decode
 from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.folder import CONVERTIBLE, EXTENSIONS, read_folder
-from fastgessl.pipelines.header import BROKEN, as_rgb, decode
-from fastgessl.pipelines.images import FileImages
-from fastgessl.pipelines.shards import CLASS_NAMES
+from fastgessl.pipelines.sources.folder import CONVERTIBLE, EXTENSIONS, read_folder
+from fastgessl.pipelines.sources.images import FileImages
+from fastgessl.pipelines.sources.shards import CLASS_NAMES
 
 _JPEG_QUALITY = 95
 # Pictures that an interruption of the writing of an .npz may cost: some seconds of decoding.

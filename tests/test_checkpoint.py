@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from fastgessl import checkpoint
 from fastgessl.config import UsageError
+from fastgessl.runs import checkpoint
 
 # What every checkpoint has, as small as it can be.
 STATE = {"optimizer": {}, "scaler": None, "loader": {}, "probe": None, "ranks": [], "skipped": 0, "symptoms": {}}

@@ -5,8 +5,8 @@ import torch
 from tiny_run import TINY, read_lines
 from torch import nn
 
-from fastgessl import guard
-from fastgessl.collapse import directions_of
+from fastgessl.training import health as guard
+from fastgessl.training.collapse import directions_of
 
 
 @pytest.mark.parametrize(("images", "width"), [(20, 5), (5, 20)])

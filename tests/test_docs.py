@@ -16,9 +16,9 @@ import pytest
 
 import fastgessl as package
 from fastgessl.cli import COMMANDS
+from fastgessl.commands.views import Grid
 from fastgessl.config import Config
 from fastgessl.pipelines.prepare import Report
-from fastgessl.view_grid import Grid
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "bench").glob("*.md"))]

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from fastgessl.config import OptimConfig
-from fastgessl.optimizers import build_optimizer, clip_each, scaled_learning_rate, set_learning_rate, set_weight_decay
+from fastgessl.training.optimizers import (
+    build_optimizer,
+    clip_each,
+    scaled_learning_rate,
+    set_learning_rate,
+    set_weight_decay,
+)
 
 
 def _model() -> nn.Linear:

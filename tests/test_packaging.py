@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the committed and new files, so that nothing is written beside the sources."""
+    """The wheel, built as from a zip of the repository or on a system without links: they are short text files."""
     folder = tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -27,10 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source, target = ROOT / name, folder / "source" / name
         if source.is_symlink() or source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_symlink():
-                target.symlink_to(source.readlink())
-            else:
-                target.write_bytes(source.read_bytes())
+            target.write_bytes(bytes(source.readlink()) if source.is_symlink() else source.read_bytes())
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "source")]
     subprocess.run(command, check=True, capture_output=True)
     return next((folder / "dist").glob("*.whl"))
@@ -55,9 +52,18 @@ def test_the_wheel_offers_every_public_name_in_a_clean_environment(wheel, tmp_pa
         "    for name in module.__all__: getattr(module, name)\n"
         "from fastgessl.recipes import names, load\n"
         "assert len([load(name) for name in names()]) > 10\n"
-        "import fastgessl.cli, fastgessl.trainer, fastgessl.doctor\n"
+        "import fastgessl.cli, fastgessl.training.loop, fastgessl.commands.doctor\n"
     )
     subprocess.run([clean, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_every_package_is_named_with_its_place():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    places = {package: ROOT / package.replace(".", "/") for package in setuptools["packages"]}
+    for package, place in setuptools["package-dir"].items():
+        places |= {name: ROOT / name.replace(package, place, 1).replace(".", "/") for name in places if name.startswith(package)}
+    found = {path.parent for top in ("fastgessl", "kernels", "pipelines") for path in (ROOT / top).rglob("__init__.py")}
+    assert {place.resolve() for place in places.values()} == {path.resolve() for path in found}
 
 
 def test_the_constraints_pin_every_direct_dependency():

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from fastgessl.schedules import cosine_momentum, inner_learning_rate, learning_rate, linear_warmup, weight_decay
+from fastgessl.schedules import (
+    cosine_momentum,
+    inner_learning_rate,
+    learning_rate,
+    linear_warmup,
+    weight_decay,
+)
 
 
 def test_learning_rate_warms_up_linearly_then_follows_half_a_cosine():

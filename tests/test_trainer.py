@@ -22,11 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_run import TINY, read_lines
 
-from fastgessl import checkpoint, fit
+from fastgessl import fit
 from fastgessl.methods.dissl import DISSL
 from fastgessl.models import build_backbone
 from fastgessl.recipes import load
-from fastgessl.runs import read_config
+from fastgessl.runs import checkpoint, read_config
 
 GESSL = ("digits-simclr-gessl", *TINY)
 

@@ -12,7 +12,12 @@ from fastgessl.evaluate.geometry import (
     uniformity,
     view_retrieval,
 )
-from fastgessl.evaluate.gradient_probes import GradientProbe, GradientProbeResult, fit_gradient_probe, gradient_probe
+from fastgessl.evaluate.gradient_probes import (
+    GradientProbe,
+    GradientProbeResult,
+    fit_gradient_probe,
+    gradient_probe,
+)
 from fastgessl.evaluate.knn import Neighbours, knn_classify, knn_protocols
 from fastgessl.evaluate.label_fractions import FractionResult, label_fraction_probe
 from fastgessl.evaluate.linear import LinearProbe, ProbeResult, few_label_probe, fit_probe, linear_probe

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from fastgessl.evaluate.features import Features
 from fastgessl.evaluate.progress import shown
 from fastgessl.pipelines import ArrayImages, ViewSpec
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 
 # 33 MB of 512 features: some seconds of extraction on a GPU, half an hour on a CPU, is what an interruption costs at most.
 PART_IMAGES = 16384
-# The fields of `fastgessl.pipelines.images` that hold a value for each image.
+# The fields of `fastgessl.pipelines.sources.images` that hold a value for each image.
 PER_IMAGE = ("images", "paths", "names", "shard", "offset", "length", "labels")
 Extraction = Callable[[Images], tuple[Features, ...]]
 

@@ -17,7 +17,7 @@ from fastgessl.evaluate.gradient_probes import batch_size
 from fastgessl.evaluate.progress import shown
 from fastgessl.models import feature_width
 from fastgessl.pipelines import Loader
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 from fastgessl.schedules import learning_rate
 
 WEIGHT_DECAY = 0.05

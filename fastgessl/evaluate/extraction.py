@@ -22,7 +22,7 @@ from fastgessl.evaluate.features import Features, Pixels, extract_views
 from fastgessl.evaluate.sources import Source
 from fastgessl.evaluate.subject import untrained_encoder
 from fastgessl.evaluate.suite import Extracted, hold_out_features, view_sample, wants_views
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 
 # Batches that estimate the untrained encoder's batch-norm statistics: 20 x 256 images fix a mean to about 1.5 % of a standard deviation.
 CALIBRATION_BATCHES = 20

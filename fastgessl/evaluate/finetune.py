@@ -14,7 +14,7 @@ from fastgessl.evaluate.classifier import Classifier, ClassifierLoaders, logits_
 from fastgessl.evaluate.label_fractions import draw_fraction
 from fastgessl.evaluate.linear import VALIDATION_FRACTION
 from fastgessl.evaluate.splits import hold_out, require_labels
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastgessl import checkpoint
 from fastgessl.config import UsageError
 from fastgessl.evaluate.extraction import Extraction
 from fastgessl.evaluate.finetune import finetune
@@ -20,6 +19,7 @@ from fastgessl.evaluate.suite import Extracted
 from fastgessl.evaluate.supervised import task_model
 from fastgessl.evaluate.tasks import IMAGE_TASKS
 from fastgessl.evaluate.universality import TaskSigma, choose_probe, summed, task_sigma
+from fastgessl.runs import checkpoint
 
 Rows = Mapping[str, nn.Module | Literal["pixels"]]
 Features = Mapping[str, Mapping[str, Extracted]]

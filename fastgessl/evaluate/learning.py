@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgessl import checkpoint
 from fastgessl.build import build_model, make_plan
 from fastgessl.config import GesslConfig, UsageError
 from fastgessl.evaluate.cache import subset
@@ -25,6 +24,7 @@ from fastgessl.methods import Method
 from fastgessl.objective.inner import Iterate, Sgd, as_leaves, descend
 from fastgessl.objective.sigma import sigma
 from fastgessl.objective.task import Task, adapted_weights, check_views, rank_local_task
+from fastgessl.runs import checkpoint
 
 # The copy has converged once so many steps change the loss by less than a hundredth of what all of them have lowered it.
 STRIDE = 10

@@ -30,7 +30,7 @@ from fastgessl.evaluate.tables import tables
 from fastgessl.evaluate.tasks import DEFAULT_TASKS, TRANSFER_TASKS, named_tasks, plan_tasks
 from fastgessl.methods import METHODS, Outputs
 from fastgessl.models import build_backbone, feature_width
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 
 
 class RunEvaluation:

@@ -14,7 +14,7 @@ from fastgessl import pipelines
 from fastgessl.config import UsageError
 from fastgessl.evaluate.cache import subset
 from fastgessl.evaluate.suite import held_out_test
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 
 
 @dataclass(frozen=True)

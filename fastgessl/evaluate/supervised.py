@@ -17,7 +17,7 @@ from fastgessl.evaluate.finetune import numbered
 from fastgessl.evaluate.sources import Source
 from fastgessl.evaluate.splits import require_labels
 from fastgessl.evaluate.subject import untrained_encoder
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 
 # AdamW with a batch of 128, as DeiT-style recipes scale it for small sets.
 LEARNING_RATE = 1e-3

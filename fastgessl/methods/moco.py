@@ -20,7 +20,15 @@ from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
 from fastgessl.methods.crops import other_views
 from fastgessl.methods.queue import check_queue, enqueued
 from fastgessl.methods.registry import register
-from fastgessl.models import PlainProjector, apply_head, encode, feature_width, follow, momentum_copy, shuffled_over_ranks
+from fastgessl.models import (
+    PlainProjector,
+    apply_head,
+    encode,
+    feature_width,
+    follow,
+    momentum_copy,
+    shuffled_over_ranks,
+)
 from fastgessl.schedules import cosine_momentum
 
 

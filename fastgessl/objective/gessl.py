@@ -18,7 +18,13 @@ from fastgessl.distributed import world_size
 from fastgessl.methods.base import Method, Outputs
 from fastgessl.models import SynchronisedBatchNorm
 from fastgessl.objective.bilevel import bi_level_sigma
-from fastgessl.objective.differentiable import attention_for, check_modules, check_sharding, retained_when_compiled, second_order
+from fastgessl.objective.differentiable import (
+    attention_for,
+    check_modules,
+    check_sharding,
+    retained_when_compiled,
+    second_order,
+)
 from fastgessl.objective.inner import Sgd, attach_gradients
 from fastgessl.objective.noise import Noise
 from fastgessl.objective.task import Task, adapted_weights, check_views, full_precision, rank_local_task

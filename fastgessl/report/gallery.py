@@ -17,7 +17,7 @@ from fastgessl.evaluate.features import Features
 from fastgessl.evaluate.linear import fit_probe
 from fastgessl.evaluate.splits import unusable_labels
 from fastgessl.evaluate.subject import Subject
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
 from fastgessl.report.maps import POINTS, colour, layouts, scatter
 from fastgessl.report.pictures import Sheet, sheet
 from fastgessl.report.tables import table

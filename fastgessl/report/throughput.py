@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 from fastgessl.build import build_loader, build_objective, make_plan, needs_fresh_views
 from fastgessl.config import Config
-from fastgessl.optimizers import build_optimizer
-from fastgessl.pipelines.images import Images
+from fastgessl.pipelines.sources.images import Images
+from fastgessl.training.optimizers import build_optimizer
 
 # A batch of its own size, so that a CPU is done in seconds; shares hardly depend on it.
 IMAGES = 64

@@ -7,7 +7,15 @@ import torch
 from scipy.spatial.distance import pdist
 from torch.nn import functional as F
 
-from fastgessl.evaluate import alignment, crowding_ratio, effective_rank, geometry, measure_geometry, uniformity, view_retrieval
+from fastgessl.evaluate import (
+    alignment,
+    crowding_ratio,
+    effective_rank,
+    geometry,
+    measure_geometry,
+    uniformity,
+    view_retrieval,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

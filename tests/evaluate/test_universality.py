@@ -6,7 +6,14 @@ from scipy.stats import entropy
 from torch.nn import functional as F
 
 from fastgessl.evaluate import Features, fit_gradient_probe, fit_probe
-from fastgessl.evaluate.universality import TaskSigma, choose_probe, kl_divergence, label_log_probabilities, summed, task_sigma
+from fastgessl.evaluate.universality import (
+    TaskSigma,
+    choose_probe,
+    kl_divergence,
+    label_log_probabilities,
+    summed,
+    task_sigma,
+)
 
 
 def log_probabilities(seed: int, rows: int = 20, classes: int = 4) -> torch.Tensor:

@@ -12,8 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgessl.kernels import similarity_triton, similarity_triton_second
-from fastgessl.kernels.similarity_tiles import Tile
+from fastgessl.kernels.similarity import triton_first as similarity_triton
+from fastgessl.kernels.similarity import triton_second as similarity_triton_second
+from fastgessl.kernels.similarity.tiles import Tile
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgessl.kernels import dispatch
+from fastgessl.kernels import backend as dispatch
 
 
 @pytest.fixture(autouse=True)

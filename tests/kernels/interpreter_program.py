@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import normalize
 
-from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, similarity_launch, similarity_logsumexp, soft_cross_entropy
+from fastgessl.kernels import (
+    clip_loss,
+    gessl_loss,
+    info_nce,
+    nt_xent,
+    similarity_logsumexp,
+    soft_cross_entropy,
+)
+from fastgessl.kernels.similarity import launch as similarity_launch
 
 
 def operands(case):

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgessl.kernels import autotune, tuned_tiles
-from fastgessl.kernels.similarity_tiles import FLOAT32, INTERPRETED, KERNELS, TABLE, WITHOUT_TEACHER, Entry, Tile
+from fastgessl.kernels.similarity import autotune, tuned_tiles
+from fastgessl.kernels.similarity.tiles import (
+    FLOAT32,
+    INTERPRETED,
+    KERNELS,
+    TABLE,
+    WITHOUT_TEACHER,
+    Entry,
+    Tile,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -98,7 +106,7 @@ def test_past_the_deadline_only_the_shipped_tile_is_measured(tuned):
 def test_losses_read_the_table_and_give_the_same_numbers(tuned):
     path, _ = tuned
     code = (
-        "import torch; from fastgessl.kernels import info_nce, tuned_tiles; q = torch.eye(40, 16).requires_grad_()\n"
+        "import torch; from fastgessl.kernels import info_nce; from fastgessl.kernels.similarity import tuned_tiles; q = torch.eye(40, 16).requires_grad_()\n"
         "loss = info_nce(q.bfloat16(), q.bfloat16(), implementation='triton'); loss.backward()\n"
         "expected = info_nce(q, q, implementation='reference')\n"
         "torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)\n"
@@ -113,7 +121,7 @@ def test_the_command_measures_and_keeps_what_a_table_already_holds(interpreter, 
     entry = Entry("moments_kernel", 256, True, True)
     tuned_tiles.write(tmp_path / "tiles.json", "interpreter", {entry: tuned_tiles.Measured(BEST, 1.0, None)})
     options = ("--kernels", "statistics_kernel", "--features", 16, "--rows", 8, "--seconds", 0.2, "--out", tmp_path / "tiles.json")
-    found = run("-m", "fastgessl.kernels.autotune", *options)
+    found = run("-m", "fastgessl.kernels.similarity.autotune", *options)
     assert found.returncode == 0, found.stderr
     table = tuned_tiles.read(tmp_path / "tiles.json", "interpreter")
     assert table[entry] == tuned_tiles.Measured(BEST, 1.0, None)
@@ -122,7 +130,7 @@ def test_the_command_measures_and_keeps_what_a_table_already_holds(interpreter, 
 
 
 def test_where_the_kernels_cannot_run_the_command_says_so(tmp_path):
-    found = run("-m", "fastgessl.kernels.autotune", "--out", tmp_path / "tiles.json", TRITON_INTERPRET="0")
+    found = run("-m", "fastgessl.kernels.similarity.autotune", "--out", tmp_path / "tiles.json", TRITON_INTERPRET="0")
     if torch.cuda.is_available():
         pytest.skip("they can here")
     assert found.returncode == 2 and "tiles are measured on an NVIDIA GPU" in found.stderr and "Traceback" not in found.stderr
@@ -233,7 +241,7 @@ def test_a_table_whose_writing_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
 
 def tuned_where(monkeypatch, failure):
     """What tuning finds if every tile but the shipped one fails like this; no kernel runs."""
-    from fastgessl.kernels import similarity_launch
+    from fastgessl.kernels.similarity import launch as similarity_launch
 
     class Problem:
         def __init__(self, *_):

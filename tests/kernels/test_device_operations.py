@@ -27,25 +27,25 @@ from fastgessl.kernels import (
     nt_xent,
     prototypes,
     sigma_kl,
-    similarity,
-    similarity_launch,
     similarity_logsumexp,
     sinkhorn_potentials,
     soft_cross_entropy,
     softmax_marginal,
-    symmetric,
-    views_triton,
 )
-from fastgessl.kernels import dispatch as dispatching
+from fastgessl.kernels import backend as dispatching
 from fastgessl.kernels.collectives import all_gather_rows
+from fastgessl.kernels.similarity import autograd as similarity
+from fastgessl.kernels.similarity import launch as similarity_launch
+from fastgessl.kernels.similarity import symmetric
 from fastgessl.kernels.transfer import to_device
+from fastgessl.kernels.views import triton as views_triton
 from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engine import Shown
-from fastgessl.pipelines.images import ArrayImages
+from fastgessl.pipelines.engines.protocol import Shown
+from fastgessl.pipelines.engines.resident import ResidentEngine
 from fastgessl.pipelines.loader import Loader
-from fastgessl.pipelines.resident import ResidentEngine
 from fastgessl.pipelines.sampler import Sampling
+from fastgessl.pipelines.sources.images import ArrayImages
 from fastgessl.pipelines.specs import ViewSpec
 
 ROWS, FEATURES, TEMPERATURE = 256, 128, 0.1

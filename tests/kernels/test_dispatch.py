@@ -6,8 +6,9 @@ import types
 import pytest
 import torch
 
-from fastgessl.kernels import dispatch, implementation_for, info_nce
-from fastgessl.kernels.dispatch import ENVIRONMENT
+from fastgessl.kernels import backend as dispatch
+from fastgessl.kernels import implementation_for, info_nce
+from fastgessl.kernels.backend import ENVIRONMENT
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgessl.kernels import row_blocks
+from fastgessl.kernels.similarity import row_blocks
 
 
 @pytest.mark.parametrize("device, logits", [("cpu", 1 << 18), ("cuda", 1 << 24)])

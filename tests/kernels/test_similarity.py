@@ -6,9 +6,18 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.library import opcheck
 
-from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, sigma_kl, similarity_logsumexp, soft_cross_entropy, softmax_marginal
-from fastgessl.kernels import similarity_operators as operators
-from fastgessl.kernels.arguments import Given
+from fastgessl.kernels import (
+    clip_loss,
+    gessl_loss,
+    info_nce,
+    nt_xent,
+    sigma_kl,
+    similarity_logsumexp,
+    soft_cross_entropy,
+    softmax_marginal,
+)
+from fastgessl.kernels.checks import Given
+from fastgessl.kernels.similarity import operators
 
 M, N, D = 5, 7, 3
 POSITIVES = torch.tensor([1, 2, -1, 4, 5])

@@ -8,10 +8,19 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgessl.kernels import clip_loss, gessl_loss, info_nce, nt_xent, reference, row_blocks, sigma_kl, soft_cross_entropy
-from fastgessl.kernels.arguments import Given
-from fastgessl.kernels.similarity import similarity_statistics
-from fastgessl.kernels.similarity_chunked import Side
+from fastgessl.kernels import (
+    clip_loss,
+    gessl_loss,
+    info_nce,
+    nt_xent,
+    reference,
+    sigma_kl,
+    soft_cross_entropy,
+)
+from fastgessl.kernels.checks import Given
+from fastgessl.kernels.similarity import row_blocks
+from fastgessl.kernels.similarity.autograd import similarity_statistics
+from fastgessl.kernels.similarity.chunked import Side
 
 M, N = 5, 7
 POSITIVES = torch.tensor([1, 2, -1, 4, 5])

@@ -7,8 +7,18 @@ import pytest
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from fastgessl.kernels import similarity_launch, similarity_triton
-from fastgessl.kernels.similarity_tiles import ARCHITECTURES, FLOAT32, KERNELS, TABLE, WIDTHS, WITHOUT_TEACHER, generation, tile_of
+from fastgessl.kernels.similarity import launch as similarity_launch
+from fastgessl.kernels.similarity import triton_first as similarity_triton
+from fastgessl.kernels.similarity.tiles import (
+    ARCHITECTURES,
+    FLOAT32,
+    KERNELS,
+    TABLE,
+    WIDTHS,
+    WITHOUT_TEACHER,
+    generation,
+    tile_of,
+)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
+from fastgessl.kernels import backend as dispatch
 from fastgessl.kernels import (
     clip_loss,
-    dispatch,
     distillation,
     gessl_loss,
     implementation_for,

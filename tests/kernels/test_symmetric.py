@@ -7,8 +7,9 @@ from torch.func import grad, jvp, vmap
 from torch.library import opcheck
 from torch.nn.functional import cross_entropy
 
-from fastgessl.kernels import clip_loss, info_nce, row_blocks, symmetric, symmetric_chunked
-from fastgessl.kernels.arguments import Given
+from fastgessl.kernels import clip_loss, info_nce
+from fastgessl.kernels.checks import Given
+from fastgessl.kernels.similarity import row_blocks, symmetric, symmetric_chunked
 
 N, D = 7, 4
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastgessl.kernels.views import ViewParameters, augment_views, colour_views
-from fastgessl.kernels.views_reference import augment_view_reference
+from fastgessl.kernels.views.reference import augment_view_reference
+from fastgessl.kernels.views.torch import ViewParameters, augment_views, colour_views
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
 GREY_LEVEL = 1 / 255
@@ -132,7 +132,7 @@ def test_colour_views_is_the_part_after_the_crop():
 def test_a_view_of_an_image_does_not_depend_on_its_batch(monkeypatch):
     images, drawn = images_of(20, 16, 16), random_parameters(20, 16, 16)
     together = augment_views(images, drawn, size=16, mean=MEAN, std=STD, blur_kernel=3)
-    monkeypatch.setattr("fastgessl.kernels.views.CPU_CHUNK_PIXELS", 7 * 256)
+    monkeypatch.setattr("fastgessl.kernels.views.torch.CPU_CHUNK_PIXELS", 7 * 256)
     chunked = augment_views(images, drawn, size=16, mean=MEAN, std=STD, blur_kernel=3)
     torch.testing.assert_close(together, chunked, atol=1e-5, rtol=0)
     alone = augment_views(images[13:14], drawn[13:14], size=16, mean=MEAN, std=STD, blur_kernel=3)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastgessl.kernels import views_triton
+from fastgessl.kernels.views import triton as views_triton
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)

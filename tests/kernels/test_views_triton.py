@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastgessl.kernels.views import ViewParameters, augment_views
+from fastgessl.kernels.views.torch import ViewParameters, augment_views
 
 # `whole` and `block` make small pictures take the path of large ones, in several blocks of which the last is not full.
 ENLARGED = {"height": 8, "width": 8, "size": 12, "kernel": 3, "count": 6}

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastgessl.kernels import autotune, similarity_launch, tuned_tiles
-from fastgessl.kernels.similarity_tiles import INTERPRETED, KERNELS
+from fastgessl.kernels.similarity import autotune, tuned_tiles
+from fastgessl.kernels.similarity import launch as similarity_launch
+from fastgessl.kernels.similarity.tiles import INTERPRETED, KERNELS
 
 WRONG, TOO_LARGE, BEST = (INTERPRETED._replace(**change) for change in ({"columns": 16}, {"columns": 64}, {"rows": 16}))
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import torch
 
-from fastgessl.kernels import views_triton
-from fastgessl.kernels.views import ViewParameters, augment_views, colour_views
+from fastgessl.kernels.views import triton as views_triton
+from fastgessl.kernels.views.torch import ViewParameters, augment_views, colour_views
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
 

@@ -9,8 +9,17 @@ pytest.importorskip("torchvision")
 
 from PIL import Image
 
-from fastgessl.pipelines import ArrayImages, DataError, FileImages, ViewSpec, build, evaluation_view, open_images, view_preset
-from fastgessl.pipelines.header import image_size
+from fastgessl.pipelines import (
+    ArrayImages,
+    DataError,
+    FileImages,
+    ViewSpec,
+    build,
+    evaluation_view,
+    open_images,
+    view_preset,
+)
+from fastgessl.pipelines.decode import image_size
 
 HALF = (0.5, 0.5, 0.5)
 GEOMETRY = {"mean": HALF, "std": HALF, "jitter_probability": 0.0}
@@ -153,7 +162,7 @@ def test_pictures_stand_upright(tmp_path, picture, encode, kind, orientation):
 def test_a_picture_of_another_size_than_its_header_says_is_shown_as_it_is(photos, monkeypatch, stated):
     images = open_images("folder", photos)
     odd, size = str(images.paths[5]), image_size
-    monkeypatch.setattr("fastgessl.pipelines.dali.image_size", lambda encoded, name: stated if name == odd else size(encoded, name))
+    monkeypatch.setattr("fastgessl.pipelines.engines.dali.image_size", lambda encoded, name: stated if name == odd else size(encoded, name))
     for views in (RECIPES["evaluation"], RECIPES["bilinear crop"]):
         expected, found = (batches(images, views, engine, training=False) for engine in ("torchvision", "dali"))
         for ours, theirs in zip(found, expected, strict=True):

@@ -104,7 +104,7 @@ def test_an_evaluation_view_leaves_nothing_to_chance():
 @pytest.mark.parametrize("view", [32, 96])
 def test_the_evaluation_view_is_resize_and_centre_crop(size, view):
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
-    from fastgessl.kernels.views import augment_views
+    from fastgessl.kernels.views.torch import augment_views
 
     image = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     spec = evaluation_view(view, mean=(0, 0, 0), std=(1, 1, 1))

@@ -8,7 +8,7 @@ from fastgessl.pipelines import DataError
 pytest.importorskip("PIL.Image")
 from PIL import Image
 
-from fastgessl.pipelines.header import decode, image_size
+from fastgessl.pipelines.decode import decode, image_size
 
 
 def encoded(content):

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 import fastgessl.pipelines
-from fastgessl.pipelines import ArrayImages, DataError, FileImages, build, choose_engine, evaluation_view, view_preset
-from fastgessl.pipelines.resident import ResidentEngine
+from fastgessl.pipelines import (
+    ArrayImages,
+    DataError,
+    FileImages,
+    build,
+    choose_engine,
+    evaluation_view,
+    view_preset,
+)
+from fastgessl.pipelines.engines.resident import ResidentEngine
 
 HALF = (0.5, 0.5, 0.5)
 VIEWS = view_preset("byol", 8, mean=HALF, std=HALF)

@@ -5,7 +5,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from fastgessl.pipelines import DataError, npz, open_images
+from fastgessl.pipelines import DataError, open_images
+from fastgessl.pipelines.sources import npz
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
 

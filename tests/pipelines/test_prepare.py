@@ -13,9 +13,9 @@ pytest.importorskip("PIL.Image")
 from PIL import Image, ImageFile
 
 from fastgessl.pipelines import DataError, open_images
-from fastgessl.pipelines.fetch import fetch
-from fastgessl.pipelines.header import decode
+from fastgessl.pipelines.decode import decode
 from fastgessl.pipelines.prepare import picture, prepare_folder, untracked
+from fastgessl.pipelines.sources.fetch import fetch
 
 
 def prepare(folder, out, *, size=0, per_shard=4, track=untracked):

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastgessl import checkpoint, pipelines, runs
+from fastgessl import pipelines, runs
 from fastgessl.config import UsageError
 from fastgessl.recipes import load
+from fastgessl.runs import checkpoint
 
 REFUSALS = (UsageError, pipelines.DataError)
 _WORDS = (

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from fastgessl import checkpoint, trainer  # noqa: F401 - imported once for all forks
 from fastgessl.cli import main
+from fastgessl.runs import checkpoint
 
 OPTIONS = (
     *("digits-byol-gessl", "--views.size", "8", "--model.width", "0.0625", "--method.projector_hidden", "32"),

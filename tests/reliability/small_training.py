@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from fastgessl import pipelines
 from fastgessl.build import build_accelerator, build_loader, make_plan
 from fastgessl.config import Config
-from fastgessl.trainer import _steps
-from fastgessl.training_state import Training
+from fastgessl.training.loop import _steps
+from fastgessl.training.state import Training
 
 IMAGES = 48
 # Narrow heads, and whatever any method keeps between steps: queues that fill and wrap, prototypes that freeze and thaw.

@@ -16,9 +16,10 @@ import torch
 from reliability.small_training import run_steps, small_config, start, write_images
 from tiny_run import read_lines
 
-from fastgessl import checkpoint, runs
+from fastgessl import runs
 from fastgessl.config import UsageError
-from fastgessl.metrics_log import MetricsLog
+from fastgessl.runs import checkpoint
+from fastgessl.training.log import MetricsLog
 
 LIGHT = ("digits-simclr", "--views.size", 8, "--model.width", 0.125, "--method.projector_hidden", 32, "--train.batch_size", 64)
 QUICK = (*LIGHT, "--train.checkpoint_every", 1, "--evaluate.tasks", "geometry", "--log.trackers")

@@ -16,9 +16,10 @@ import torch
 from reliability.fuzz import fuzz
 from reliability.small_training import run_steps, small_config, start, write_images
 
-from fastgessl import checkpoint, pipelines, runs
+from fastgessl import pipelines, runs
 from fastgessl.config import Config, UsageError
 from fastgessl.recipes import load
+from fastgessl.runs import checkpoint
 
 
 class Runs:

@@ -11,12 +11,13 @@ import torch
 from reliability.small_training import differences, run_steps, small_config, start, write_images
 from tiny_run import read_lines
 
-from fastgessl import checkpoint, guard
 from fastgessl.config import UsageError
 from fastgessl.methods import METHODS
 from fastgessl.methods.byol import BYOL
 from fastgessl.methods.moco import MoCo
 from fastgessl.methods.simclr import SimCLR
+from fastgessl.runs import checkpoint
+from fastgessl.training import health as guard
 
 
 @pytest.fixture(scope="module")

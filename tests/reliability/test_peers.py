@@ -19,7 +19,7 @@ from reliability.forked import forked
 from torch.distributed import TCPStore
 
 from fastgessl.config import UsageError
-from fastgessl.peers import _CALL, EXIT_CODE, Job, watched
+from fastgessl.training.peers import _CALL, EXIT_CODE, Job, watched
 
 
 def join(job: Job, rank: int, world_size: int) -> None:

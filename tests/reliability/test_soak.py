@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from reliability.small_training import run_steps, small_config, start, write_images
 
-from fastgessl.metrics_log import MetricsLog
+from fastgessl.training.log import MetricsLog
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(2, 45), pytest.param(50, 600, marks=pytest.mark.slow)])

@@ -12,9 +12,9 @@ from reliability.small_training import run_steps, small_config, start, write_ima
 from reliability.training_ranks import MODES, PLAIN
 from tiny_run import read_lines
 
-from fastgessl import checkpoint
 from fastgessl.config import UsageError
 from fastgessl.methods import METHODS
+from fastgessl.runs import checkpoint
 
 
 @pytest.fixture(scope="module")

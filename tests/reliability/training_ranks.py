@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from reliability.small_training import differences, run_steps, small_config, start
 
-from fastgessl import checkpoint
 from fastgessl.config import UsageError
 from fastgessl.methods import METHODS
 from fastgessl.methods.simclr import SimCLR
-from fastgessl.sharding import whole_tensors
+from fastgessl.runs import checkpoint
+from fastgessl.training.sharding import whole_tensors
 
 PLAIN = {"optim": {"base_lr": 0.1, "clip_gradient": 1.0}, "train": {"max_steps": 2, "batch_size": 8, "accumulate": 1}}
 # Small steps: gradients of norm 30 on batches of four images blow rounding up by a hundred a step.

@@ -1,0 +1,66 @@
+"""`fastgessl embed`: the features of a folder of images, or of an .npz, as one .npz with the file names."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgessl import pipelines, runs
+from fastgessl.build import build_accelerator
+from fastgessl.config import UsageError
+from fastgessl.evaluate.cache import FeatureCache
+from fastgessl.evaluate.extraction import Extraction
+from fastgessl.evaluate.features import extract_features
+from fastgessl.evaluate.subject import Subject
+from fastgessl.pipelines.sources.images import Images
+
+
+def embed(subject: Subject, path: Path, out: Path) -> int:
+    """Write `out`: features (N, F) float32, files (N,) names below `path`, and labels (N,) with classes where folders are classes.
+
+    Every image under `path` once, in the order of the names, both splits of a folder that has them, without augmentation; bad files that
+    are skipped have no row. Returns N.
+    UsageError for features that are NaN, or where `out` cannot be written.
+    """
+    accelerator = build_accelerator(subject.config, subject.folder)
+    if accelerator.num_processes > 1:
+        raise UsageError("embed runs on one process. Start it without a launcher of several.")
+    extraction = Extraction(subject.config, accelerator, FeatureCache(None))
+    encoder = subject.encoder.to(accelerator.device)
+    features, files, labels = [], [], []
+    classes: tuple[str, ...] = ()
+    for split, images in _splits(path):
+        loader = extraction.loader(images, [extraction.still])
+        found = extract_features(encoder, loader, accelerator.device, progress=True)
+        loader.close()
+        found.require_finite(str(path))
+        features.append(found.features.numpy())
+        names = _names(images, path, split)
+        files += [names[image] for image in found.index.tolist()]
+        labels.append(found.labels)
+        classes = images.classes or classes
+    arrays: dict[str, NDArray[np.generic]] = {"features": np.concatenate(features), "files": np.array(files)}
+    if all(each is not None for each in labels):
+        arrays |= {"labels": np.concatenate([each.numpy() for each in labels if each is not None]), "classes": np.array(classes)}
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)  # type: ignore[arg-type]
+    runs.write_bytes(out, packed.getvalue())
+    return len(files)
+
+
+def _splits(path: Path) -> list[tuple[str, Images]]:
+    """The images under `path`, by split."""
+    name = "npz" if path.suffix == ".npz" else "folder"
+    found = [(split, pipelines.open_images(name, path, split)) for split in ("train", "test")]
+    return [(split, images) for split, images in found if images is not None]
+
+
+def _names(images: Images, path: Path, split: str) -> list[str]:
+    """A name for each image: its path below `path`, or split and number in an .npz."""
+    paths = getattr(images, "paths", None)
+    if paths is None:
+        return [f"{split}/{number}" for number in range(len(images))]
+    return [each.relative_to(path).as_posix() for each in paths]

@@ -1,0 +1,245 @@
+"""A run's folder: what it holds, who may write there, and how it is read again.
+
+config.yaml            the complete configuration; `fastgessl train config.yaml` repeats the run. config-before-step-<n>.yaml: the
+                       earlier one of a run that was continued with other options
+environment.json       versions, device, processes, and the numbers that were derived (learning rate, batch sizes, engine)
+metrics.jsonl          one line a logged step, the same to the last digit in two runs with one seed on one machine
+timing.jsonl           images/s and seconds of the same steps, which never repeat
+checkpoints/           step-<n>/, the newest k, each complete or absent
+branch-<n>/            what the run did after a step from which it was continued once more
+encoder.safetensors    the backbone's weights, by timm's names
+evaluation.json        every measured number;  summary.json  the outcome on one page
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from pydantic import ValidationError
+
+from fastgessl.config import Config, UsageError
+from fastgessl.recipes.compose import describe
+from fastgessl.recipes.yaml_file import read_yaml
+
+PACKAGES = (
+    "fastgessl",
+    "torch",
+    "triton",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "numpy",
+    "scikit-learn",
+)
+
+
+def run_folder(config: Config) -> Path:
+    """The folder that the configuration names, or a fresh `runs/<recipe>-<time>`. UsageError if something is in the way."""
+    folder, resume = config.train.run_dir, config.train.resume
+    if folder is None:
+        if resume in ("auto", "if_any"):
+            raise UsageError(f"--train.resume {resume} needs --train.run_dir, the folder of the run to continue. None was given.")
+        return _unused(Path("runs") / f"{_file_name(config.recipe)}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"train.run_dir '{folder}' is a file. Name a folder.")
+    with writing(folder):
+        occupied = folder.is_dir() and any(path.suffix != ".part" for path in folder.iterdir())
+    ours = (folder / "config.yaml").is_file()
+    if occupied and (resume == "never" or (resume == "if_any" and not ours)):
+        raise UsageError(
+            f"train.run_dir '{folder}' is not empty, and nothing in it will be overwritten. "
+            + ("Continue that run with --train.resume auto, or name another folder." if ours else "It is no run's. Name another folder.")
+        )
+    return folder
+
+
+def _file_name(recipe: str) -> str:
+    """A recipe's name without what would lead a path elsewhere: a recipe file may come from anyone."""
+    return re.sub(r"[^\w.+-]+", "_", recipe).lstrip(".")[:100] or "run"
+
+
+def _unused(path: Path, ending: str = "") -> Path:
+    """`path`, or path-2, path-3 ... if that is taken, as by two runs that start within one second."""
+    candidate, count = path.with_name(path.name + ending), 1
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.name}-{count}{ending}")
+    return candidate
+
+
+def create(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
+    """Make the folder and write config.yaml, which repeats the run in another one, and environment.json. UsageError if that fails."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _write_config(folder, _repeatable(config))
+    write_json(folder / "environment.json", environment() | dict(facts))
+
+
+def record_changes(folder: Path, earlier: Config, config: Config, since: str) -> list[str]:
+    """Where a continued run's `config` is not the `earlier` one of config.yaml: write it there, so that the next continuation has it too.
+
+    The earlier one stays as config-before-<since>.yaml. Returns `section.option: before -> now` for each change. UsageError if that fails.
+    """
+    before, now = _options(earlier), _options(_repeatable(config))
+    changes = [f"{name}: {before[name]} -> {value}" for name, value in now.items() if value != before[name]]
+    if changes:
+        kept = _unused(folder / f"config-before-{since}", ".yaml")
+        with writing(kept):
+            write_bytes(kept, (folder / "config.yaml").read_bytes())
+        _write_config(folder, _repeatable(config))
+    return changes
+
+
+def _repeatable(config: Config) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"run_dir": None, "resume": "never"})})
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    write_bytes(folder / "config.yaml", text.encode())
+
+
+def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
+    """Every option by its dotted name, in the types that trackers take.
+
+    >>> hyperparameters(Config())["log.trackers"]
+    "['tensorboard']"
+    """
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in _options(config).items()}
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Every option by its dotted name, as config.yaml has it."""
+    sections = config.model_dump(mode="json")
+    recipe = sections.pop("recipe")
+    return {"recipe": recipe} | {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def continuation(folder: Path, resume: str = "auto") -> str:
+    """The command that goes on with a run, safe to paste into a shell whatever the folder is called."""
+    words = ["fastgessl", "train", folder / "config.yaml", "--train.run_dir", folder, "--train.resume", resume]
+    return shlex.join(str(word) for word in words)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a full, read-only or vanished disk becomes a UsageError of one line that names `path`; other errors pass."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a failed write as a RuntimeError of its own, in whose context the system's error stands.
+        refused = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(refused, OSError):
+            raise
+        raise UsageError(
+            f"'{path}' cannot be written ({refused.strerror or refused}). What was complete before is untouched. Make room or mend "
+            "the permissions and continue with --train.resume auto, or name another folder with --train.run_dir."
+        ) from None
+
+
+def read_config(folder: str | Path) -> Config:
+    """The configuration of a run. UsageError if the folder is no run."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"'{folder}' is not the folder of a run: it holds no config.yaml. `fastgessl train` prints the folder it wrote.")
+    try:
+        return Config.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UsageError(f"'{path}' is not a configuration of this version: {describe(error)}") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as environment.json and `fastgessl doctor` show them. Imports nothing heavy but torch."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": shlex.join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "versions": versions,
+    }
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write by renaming, so that a reader or a crash never sees half a file. UsageError if it cannot be written."""
+    write_bytes(path, (json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for any content, flushed to the disk before the name changes."""
+    temporary = path.with_name(path.name + ".part")
+    with writing(path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line; lines from `first_step` on are dropped first, so that a resumed run repeats none.
+
+    With `enabled` false, as on all ranks but the first, it touches nothing. UsageError if it cannot be written.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, enabled: bool = True) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+        if not enabled:
+            return
+        kept = [line for line in _lines(path) if _step_of(line) < first_step]
+        write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one object; a number that is not finite becomes null, since JSON has none."""
+        if self._file is not None:
+            finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+            with writing(self._path):
+                self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+                self._file.flush()
+
+    def close(self) -> None:
+        # What a full disk has refused is still in the buffer, and closing would try it again.
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for the half line of a run that was killed while writing it."""
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else math.inf
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf

@@ -1,0 +1,1 @@
+"""Training: the loop, what it depends on, and what it writes down."""

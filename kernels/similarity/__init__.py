@@ -1,0 +1,1 @@
+"""Tables of similarities in blocks: their losses and derivatives, never stored whole."""

@@ -1,0 +1,440 @@
+"""The softmax over similarities in plain PyTorch, by blocks of rows: any device, any floating dtype, O(block·N) memory.
+
+Notation of `docs/kernels.md`: S = s·QKᵀ + bias, P = softmax of S over the columns that are not excluded, and the same with an index t for
+the teacher. With R = a·S_t − S (a = 1 for KL, 0 for cross-entropy) each row has the statistics
+
+    lse = log Σ_j exp S_ij        positive = S_i,pos        x = E_{P_t}[R]        divergence = x − a·lse_t
+
+so that InfoNCE = lse − positive, KL(P_t‖P) and the cross-entropy = divergence + lse. Their gradients, with one weight a row and a
+statistic, are
+
+    G   = w_lse·P + w_positive·[j = pos_i] − w_divergence·P_t          (to the student's logits)
+    G_t = w_divergence·P_t∘(R − x)                                     (to the teacher's logits)
+
+and along a direction (B, B_t) of the logits these change by
+
+    H   = w_lse·P∘(B − b) − w_divergence·P_t∘(B_t − e)                               b = E_P[B],  e = E_{P_t}[B_t]
+    H_t = w_divergence·P_t∘[(B_t − e)(R − x + a) − (B − b_t) − c]                    b_t = E_{P_t}[B],  c = E_{P_t}[B_t(R − x)]
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgessl.kernels.similarity.row_blocks import row_blocks
+
+LOG2_E = 1.4426950408889634
+
+
+class Side(NamedTuple):
+    """One softmax: queries (M, D), keys (N, D), the 0-d scale 1/τ and a column bias (N,)."""
+
+    query: Tensor
+    key: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+class Parts(NamedTuple):
+    """Tangents of a `Side`, or gradients to it: None for what does not move or is not wanted."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """One number a row (M,) for each statistic: weights going in, derivatives coming out. Empty without positives, without a teacher."""
+
+    lse: Tensor
+    positive: Tensor
+    divergence: Tensor
+
+
+class Moments(NamedTuple):
+    """Row sums (M,) that the second-order pass needs over all columns. Each is a plain sum, so shards of columns may be added.
+
+    Empty without positives, without a teacher, and the last two where the teacher does not move.
+    """
+
+    student: Tensor
+    """b = E_P[B]."""
+    positive: Tensor
+    """B at the positive."""
+    student_under_teacher: Tensor
+    """b_t = E_{P_t}[B]."""
+    teacher: Tensor
+    """e = E_{P_t}[B_t]."""
+    covariance: Tensor
+    """c = E_{P_t}[B_t(R − x)]."""
+
+    def corrected(self, saved: Statistics, rows: slice = slice(None)) -> Moments:
+        """Means over P of means over exp(S − lse)."""
+        student, teacher = saved.correction[rows], saved.teacher_correction[rows]
+        means = (part * teacher if len(part) else part for part in self[2:])
+        return Moments(self.student * student, self.positive, *means)
+
+
+class Statistics(NamedTuple):
+    """What the forward pass gives, (M,) each; empty without positives, without a teacher."""
+
+    lse: Tensor
+    positive: Tensor
+    divergence: Tensor
+    correction: Tensor
+    """P is exp(S − lse) times this, 1 up to the rounding of lse."""
+    teacher_lse: Tensor
+    teacher_correction: Tensor
+    teacher_mean: Tensor
+    """x = E_{P_t}[R]."""
+
+    def correct(self, weights: Rows) -> Rows:
+        """Weights for exp(S − lse) instead of P. An lse of 100 is rounded to 4e-6 in float32, which P inherits as a relative error.
+
+        Where P_pos is nearly 1 that is most of what is left of P_pos − 1: at τ = 0.01 the correction takes second derivatives from
+        3.7e-5 off to 4.8e-6, and gradients from 4.4e-6 to 1.5e-6 (256 rows of 64 features).
+        """
+        divergence = weights.divergence * self.teacher_correction if len(weights.divergence) else weights.divergence
+        return weights._replace(lse=weights.lse * self.correction, divergence=divergence)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything narrower accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide_side(side: Side) -> Side:
+    """The same operands in the dtype in which sums are taken."""
+    dtype = accumulation_dtype(side.query.dtype)
+    return Side(side.query.to(dtype), side.key.to(dtype), side.scale.to(dtype), None if side.bias is None else side.bias.to(dtype))
+
+
+def _wide_parts(parts: Parts, dtype: torch.dtype) -> Parts:
+    return Parts(*(None if part is None else part.to(dtype) for part in parts))
+
+
+def _logits(side: Side, rows: slice) -> Tensor:
+    """(B, N) = s·q·kᵀ + bias. The scale goes onto the queries: one pass fewer over the block."""
+    query = side.query[rows] * side.scale
+    return query @ side.key.T if side.bias is None else torch.addmm(side.bias, query, side.key.T)
+
+
+def fill_excluded(block: Tensor, exclude: Tensor | None, value: float) -> Tensor:
+    """Write `value` where a column is excluded, in place. `exclude` (B, 1 or 2), -1 = none."""
+    if exclude is None:
+        return block
+    for column in exclude.unsqueeze(-1).unbind(1):
+        index = column.clamp(min=0)
+        block.scatter_(1, index, torch.where(column >= 0, value, block.gather(1, index)))
+    return block
+
+
+def _exp_(logits: Tensor) -> Tensor:
+    # In place, through exp2: on AVX-512 torch spends 0.32 ns an element on exp2 and 0.82 ns on exp, and a product 0.09 ns.
+    return logits.mul_(LOG2_E).exp2_()
+
+
+def _logsumexp(logits: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, N) -> lse and correction (B,) over the columns that are not excluded, destroying `logits`. A row without columns gives -inf."""
+    top = fill_excluded(logits, exclude, -torch.inf).amax(1, keepdim=True)
+    if exclude is not None:
+        top.masked_fill_(top == -torch.inf, 0.0)
+    return rounded_logsumexp(top[:, 0], _exp_(logits.sub_(top)).sum(1))
+
+
+def rounded_logsumexp(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """top + log(total), and the correction for its rounding: exp(S − top)/total is exp(S − lse) times it."""
+    lse = total.log() + top
+    return lse, (lse - top).exp_().div_(total).masked_fill_(total == 0, 1.0)
+
+
+def _softmax(logits: Tensor, lse: Tensor, exclude: Tensor | None) -> Tensor:
+    """exp(logits - lse) with 0 at excluded columns; in rows that have none left these are all, whatever exp gives there."""
+    return fill_excluded(_exp_(logits - lse[:, None]), exclude, 0.0)
+
+
+def _part(vector: Tensor | None, rows: slice) -> Tensor | None:
+    return None if vector is None else vector[rows]
+
+
+def _at_positive(block: Tensor, positives: Tensor) -> Tensor:
+    """(B, N) -> (B,): the entry at the positive, 0 where there is none (-1)."""
+    return block.gather(1, positives.clamp(min=0)[:, None])[:, 0].masked_fill(positives < 0, 0.0)
+
+
+def divergence_of(mean: Tensor, teacher_lse: Tensor, exclude: Tensor | None, entropy: bool) -> Tensor:
+    """x − a·lse_t; 0 in rows whose columns are all excluded."""
+    divergence = mean - teacher_lse if entropy else mean
+    return divergence if exclude is None else divergence.masked_fill(teacher_lse == -torch.inf, 0.0)
+
+
+def statistics(student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool) -> Statistics:
+    """Row statistics of both softmaxes. `entropy` is a: True for KL, False for cross-entropy."""
+    wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
+    M, has_teacher = len(wide.query), teacher is not None
+    # Written into, not collected: small results kept between blocks split the heap's holes, 2.2 GiB at 32,768 rows instead of 0.1.
+    sizes = (M, 0 if positives is None else M, M if has_teacher else 0, M, *(M if has_teacher else 0 for _ in range(3)))
+    result = Statistics(*(wide.scale.new_empty(size) for size in sizes))
+    for rows in row_blocks(wide.query, wide.key):
+        excluded = _part(exclude, rows)
+        logits = _logits(wide, rows)
+        if positives is not None:
+            result.positive[rows] = _at_positive(logits, positives[rows])
+        if wide_teacher is not None:
+            teacher_logits = _logits(wide_teacher, rows)
+            ratio = teacher_logits - logits if entropy else -logits
+            teacher_lse, correction = _logsumexp(teacher_logits.clone(), excluded)
+            mean = _softmax(teacher_logits, teacher_lse, excluded).mul_(ratio).sum(1).mul_(correction)
+            result.teacher_lse[rows], result.teacher_correction[rows], result.teacher_mean[rows] = teacher_lse, correction, mean
+            result.divergence[rows] = divergence_of(mean, teacher_lse, excluded, entropy)
+        result.lse[rows], result.correction[rows] = _logsumexp(logits, excluded)
+    return result
+
+
+class _Tile(NamedTuple):
+    """The softmaxes of one block of rows and the gradient of the weighted statistics to their logits, (B, N) each."""
+
+    probability: Tensor
+    gradient: Tensor
+
+
+class _TeacherTile(NamedTuple):
+    """The last two are empty unless the teacher moves or is asked for."""
+
+    probability: Tensor
+    gradient: Tensor
+    ratio: Tensor
+    """R − x."""
+
+
+def _tiles(
+    rows: slice,
+    weights: Rows,
+    student: Side,
+    teacher: Side | None,
+    positives: Tensor | None,
+    exclude: Tensor | None,
+    saved: Statistics,
+    entropy: bool,
+    of_teacher: bool,
+) -> tuple[_Tile, _TeacherTile | None]:
+    excluded = _part(exclude, rows)
+    logits = _logits(student, rows)
+    probability = _softmax(logits, saved.lse[rows], excluded)
+    gradient = probability * weights.lse[rows, None]
+    if positives is not None:
+        positive = positives[rows]
+        weight = weights.positive[rows].masked_fill(positive < 0, 0.0)
+        gradient.scatter_add_(1, positive.clamp(min=0)[:, None], weight[:, None])
+    if teacher is None:
+        return _Tile(probability, gradient), None
+    teacher_logits = _logits(teacher, rows)
+    teacher_probability = _softmax(teacher_logits, saved.teacher_lse[rows], excluded)
+    if not of_teacher:
+        none = gradient.new_empty(0)
+        gradient.addcmul_(teacher_probability, weights.divergence[rows, None], value=-1)
+        return _Tile(probability, gradient), _TeacherTile(teacher_probability, none, none)
+    weighted = teacher_probability * weights.divergence[rows, None]
+    gradient -= weighted
+    ratio = (teacher_logits - logits if entropy else -logits) - saved.teacher_mean[rows, None]
+    return _Tile(probability, gradient), _TeacherTile(teacher_probability, weighted.mul_(ratio), ratio)
+
+
+def _zeros(side: Side, needs: tuple[bool, ...]) -> Parts:
+    """Zeros in the accumulation dtype for what is needed, None for the rest."""
+    return Parts(*(torch.zeros_like(part) if need and part is not None else None for part, need in zip(side, needs, strict=True)))
+
+
+def _pull_back(side: Side, gradient: Tensor, rows: slice, out: Parts) -> None:
+    """Add one block's gradient to the logits into the gradients of the operands."""
+    query = side.query[rows]
+    if out.query is not None or out.scale is not None:
+        through_key = gradient @ side.key
+        if out.query is not None:
+            out.query[rows] = through_key * side.scale
+        if out.scale is not None:
+            # Σ G∘C row by row is q·(GK): no second pass over the block.
+            out.scale.add_((through_key * query).sum())
+    if out.key is not None:
+        out.key.addmm_(gradient.T, query * side.scale)
+    if out.bias is not None:
+        out.bias.add_(gradient.sum(0))
+
+
+def summed(out: Parts) -> Parts:
+    """The gradient of queries that are the keys, at the query."""
+    return out if out.query is None or out.key is None else out._replace(query=out.query + out.key, key=None)
+
+
+def _rounded(out: Parts, side: Side) -> Parts:
+    dtypes = (side.query.dtype, side.key.dtype, side.scale.dtype, side.scale.dtype)
+    return Parts(*(None if gradient is None else gradient.to(dtype) for gradient, dtype in zip(out, dtypes, strict=True)))
+
+
+NOTHING = (False,) * 4
+
+
+def gradients(
+    weights: Rows,
+    student: Side,
+    teacher: Side | None,
+    positives: Tensor | None,
+    exclude: Tensor | None,
+    saved: Statistics,
+    entropy: bool,
+    needs: tuple[bool, ...] = (True,) * 4,
+    teacher_needs: tuple[bool, ...] = NOTHING,
+    tied: bool = False,
+) -> tuple[Parts, Parts]:
+    """Gradients of Σ_i weights·statistics to the operands of student and teacher; what is not needed is None.
+
+    `tied`: the student's queries are its keys; their gradient is the sum of both and stands at the query.
+    """
+    wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
+    needs, weights = (needs[0], needs[0], *needs[2:]) if tied else needs, saved.correct(weights)
+    out, teacher_out = _zeros(wide, needs), Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs)
+    for rows in row_blocks(wide.query, wide.key):
+        tile, teacher_tile = _tiles(rows, weights, wide, wide_teacher, positives, exclude, saved, entropy, any(teacher_needs))
+        _pull_back(wide, tile.gradient, rows, out)
+        if wide_teacher is not None and teacher_tile is not None and any(teacher_needs):
+            _pull_back(wide_teacher, teacher_tile.gradient, rows, teacher_out)
+    out = summed(out) if tied else out
+    return _rounded(out, student), teacher_out if teacher is None else _rounded(teacher_out, teacher)
+
+
+def _direction(side: Side, tangent: Parts, rows: slice) -> Tensor | None:
+    """B = s·(ggQ·Kᵀ + Q·ggKᵀ) + ggs·C + ggbias, the change of the logits along a tangent, absent parts being 0. None if nothing moves."""
+    if all(part is None for part in tangent):
+        return None
+    query = side.query[rows]
+    moved = torch.zeros_like(query)
+    if tangent.query is not None:
+        moved = moved + tangent.query[rows] * side.scale
+    if tangent.scale is not None:
+        moved = moved + query * tangent.scale
+    direction = moved @ side.key.T
+    if tangent.key is not None:
+        direction.addmm_(query * side.scale, tangent.key.T)
+    return direction if tangent.bias is None else direction.add_(tangent.bias)
+
+
+def _second_pull_back(side: Side, tangent: Parts, gradient: Tensor, change: Tensor, rows: slice, out: Parts) -> None:
+    """Add one block's share of d/d(operands) of ⟨tangent, first-order gradient⟩; `change` is H, `gradient` is G."""
+    query, moved = side.query[rows], _part(tangent.query, rows)
+    if out.query is not None or out.scale is not None:
+        through_key = change @ side.key
+        if tangent.key is not None:
+            through_key.addmm_(gradient, tangent.key)
+        if out.query is not None:
+            out.query[rows] = through_key * side.scale
+        if out.scale is not None:
+            out.scale.add_((through_key * query).sum())
+        if out.query is not None and tangent.scale is not None:
+            out.query[rows] += (gradient @ side.key) * tangent.scale
+        if out.scale is not None and moved is not None:
+            out.scale.add_(((gradient @ side.key) * moved).sum())
+    if out.key is not None:
+        out.key.addmm_(change.T, query * side.scale)
+        if moved is not None:
+            out.key.addmm_(gradient.T, moved * side.scale)
+        if tangent.scale is not None:
+            out.key.addmm_(gradient.T, query * tangent.scale)
+    if out.bias is not None:
+        out.bias.add_(change.sum(0))
+
+
+def _row_moments(
+    tile: _Tile, teacher: _TeacherTile | None, direction: Tensor, teacher_direction: Tensor | None, positives: Tensor | None
+) -> Moments:
+    none = direction.new_empty(0)
+    positive = none if positives is None else _at_positive(direction, positives)
+    student, under_teacher, mean, covariance = (tile.probability * direction).sum(1), none, none, none
+    if teacher is not None:
+        under_teacher = (teacher.probability * direction).sum(1)
+        if teacher_direction is not None:
+            moved = teacher.probability * teacher_direction
+            mean, covariance = moved.sum(1), (moved * teacher.ratio).sum(1)
+    return Moments(student, positive, under_teacher, mean, covariance)
+
+
+def _changes(
+    rows: slice,
+    weights: Rows,
+    tile: _Tile,
+    teacher: _TeacherTile | None,
+    moments: Moments,
+    direction: Tensor,
+    teacher_direction: Tensor | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(H, H_t) of the module's docstring."""
+    change = tile.probability * (direction - moments.student[:, None]) * weights.lse[rows, None]
+    if teacher is None:
+        return change, None
+    weighted = teacher.probability * weights.divergence[rows, None]
+    inner = moments.student_under_teacher[:, None] - direction
+    if teacher_direction is not None:
+        centred = teacher_direction - moments.teacher[:, None]
+        change = change - weighted * centred
+        inner = inner + centred * (teacher.ratio + float(entropy)) - moments.covariance[:, None]
+    return change, weighted * inner
+
+
+def curvature(
+    tangent: Parts,
+    teacher_tangent: Parts,
+    weights: Rows,
+    student: Side,
+    teacher: Side | None,
+    positives: Tensor | None,
+    exclude: Tensor | None,
+    saved: Statistics,
+    entropy: bool,
+    needs: tuple[bool, ...] = (True,) * 4,
+    teacher_needs: tuple[bool, ...] = NOTHING,
+    moments: Moments | None = None,
+    tied: bool = False,
+) -> tuple[Moments, Parts, Parts]:
+    """Derivatives of ⟨tangent, gradients(...)⟩: the row moments (see `row_derivatives`) and the gradients to both sides' operands.
+
+    Given `moments` replace this call's own: a ring passes the sums over all shards of the keys. `tied` as in `gradients`; the tangent of
+    the queries is then also that of the keys.
+    """
+    needs, tangent = ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
+    wide, wide_teacher, weights = _wide_side(student), None if teacher is None else _wide_side(teacher), saved.correct(weights)
+    tangent, teacher_tangent = (_wide_parts(part, wide.query.dtype) for part in (tangent, teacher_tangent))
+    out, teacher_out = _zeros(wide, needs), Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs)
+    M = len(wide.query)
+    moved = M if any(part is not None for part in teacher_tangent) else 0
+    of_teacher = any(teacher_needs) or moved > 0
+    sizes = (M, 0 if positives is None else M, 0 if teacher is None else M, moved, moved)
+    own = Moments(*(wide.scale.new_empty(size) for size in sizes)) if moments is None else moments
+    for rows in row_blocks(wide.query, wide.key):
+        tile, teacher_tile = _tiles(rows, weights, wide, wide_teacher, positives, exclude, saved, entropy, of_teacher)
+        moving = _direction(wide, tangent, rows)
+        direction = torch.zeros_like(tile.probability) if moving is None else moving
+        teacher_direction = None if wide_teacher is None else _direction(wide_teacher, teacher_tangent, rows)
+        if moments is None:
+            sums = _row_moments(tile, teacher_tile, direction, teacher_direction, _part(positives, rows)).corrected(saved, rows)
+            for total, part in zip(own, sums, strict=True):
+                total[rows] = part
+        else:
+            sums = Moments(*(part[rows] for part in moments))
+        if not any(needs) and not any(teacher_needs):
+            continue
+        change, teacher_change = _changes(rows, weights, tile, teacher_tile, sums, direction, teacher_direction, entropy)
+        _second_pull_back(wide, tangent, tile.gradient, change, rows, out)
+        if wide_teacher is not None and teacher_tile is not None and teacher_change is not None and of_teacher:
+            _second_pull_back(wide_teacher, teacher_tangent, teacher_tile.gradient, teacher_change, rows, teacher_out)
+    out = summed(out) if tied else out
+    return own, _rounded(out, student), teacher_out if teacher is None else _rounded(teacher_out, teacher)
+
+
+def row_derivatives(moments: Moments) -> Rows:
+    """Directional derivatives of (lse, positive, divergence): b, B at the positive, c − b_t."""
+    moved = moments.covariance if len(moments.covariance) else torch.zeros_like(moments.student_under_teacher)
+    return Rows(moments.student, moments.positive, moved - moments.student_under_teacher)

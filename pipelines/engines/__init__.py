@@ -1,0 +1,1 @@
+"""What decodes images and makes their views: one file an engine."""

@@ -1,6 +1,8 @@
-"""`make bench`: the measurements that take minutes on a CPU, one after the other, each in a process of its own.
+"""`make bench`: the measurements that take minutes on a CPU, one after the other, each in a process of its
+own.
 
-`make bench ARGS="--photos FOLDER … --cifar10 FILE.npz"` lets the engines read real files; without them they are measured on noise alone.
+`make bench ARGS="--photos FOLDER … --cifar10 FILE.npz"` lets the engines read real files; without them they
+are measured on noise alone.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ SUITES = ("kernels", "gessl", "steps", "pipelines", "evaluate", "report")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, nargs="+", default=[], help="folders of photos for bench.pipelines")
+    parser.add_argument(
+        "--photos", type=Path, nargs="+", default=[], help="folders of photos for bench.pipelines"
+    )
     parser.add_argument("--cifar10", type=Path, help="an .npz with CIFAR-10 in train_x, for bench.pipelines")
     arguments = parser.parse_args(argv)
     photos = ["--photos", *(str(folder.resolve()) for folder in arguments.photos)] if arguments.photos else []

@@ -18,10 +18,11 @@ NO_TIME: Row = {"absent": "no time was left"}
 
 
 def attempt(work: Callable[[], Row], forgiven: tuple[type[Exception], ...] = ()) -> Row:
-    """The row that `work` finds; {"absent": why} if it raises what is forgiven, else {"error": traceback}, with which a stage has failed.
+    """The row that `work` finds; {"absent": why} if it raises what is forgiven, else {"error": traceback},
+    with which a stage has failed.
 
-    Raises RuntimeError, with that row in it, if the device does not answer afterwards: after an illegal access nothing else can be measured
-    in this process.
+    Raises RuntimeError, with that row in it, if the device does not answer afterwards: after an illegal
+    access nothing else can be measured in this process.
 
     >>> attempt(lambda: {"seconds": 1 / 0}, ANYTHING)
     {'absent': "ZeroDivisionError('division by zero')"}
@@ -43,7 +44,9 @@ def attempt(work: Callable[[], Row], forgiven: tuple[type[Exception], ...] = ())
 
 
 def device_error() -> RuntimeError | None:
-    """What the device says instead of answering, for the rest of this process, after a kernel has done something illegal; None on a CPU."""
+    """What the device says instead of answering, for the rest of this process, after a kernel has done
+    something illegal; None on a CPU.
+    """
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -53,7 +56,8 @@ def device_error() -> RuntimeError | None:
 
 
 def failures(rows: Mapping[str, Any]) -> list[str]:
-    """Names of what failed in a stage's rows: an `error`, or an `exit_code` other than 0. What is absent has not failed.
+    """Names of what failed in a stage's rows: an `error`, or an `exit_code` other than 0. What is absent has
+    not failed.
 
     >>> failures({"case": {"rows": {"ours": {"error": "..."}, "peer": {"absent": "..."}}}, "pytest": {"exit_code": None}})
     ['case, rows, ours', 'pytest']

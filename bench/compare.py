@@ -1,7 +1,8 @@
 """What moved between two results files: `python -m bench.compare OLD.json NEW.json [--least 0.03]`.
 
-Everything with `samples` (seconds) at the same place in both files is compared: the ratio of medians with a 99 % bootstrap interval. A line
-moved if the interval leaves out 1 and the ratio is at least `--least` away from it. Exit code 1 if something became slower.
+Everything with `samples` (seconds) at the same place in both files is compared: the ratio of medians with a
+99 % bootstrap interval. A line moved if the interval leaves out 1 and the ratio is at least `--least` away
+from it. Exit code 1 if something became slower.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for key in ("processor", "gpus", "versions", "threads"):
         if old.get(key) != new.get(key):
             print(f"note: {key} differs: {old.get(key)} | {new.get(key)}")
-    table = Table(title=f"{old.get('commit')} -> {new.get('commit')}: what moved beyond noise (99 %) and {arguments.least:.0%}")
+    table = Table(
+        title=f"{old.get('commit')} -> {new.get('commit')}: what moved beyond noise (99 %) and "
+        f"{arguments.least:.0%}"
+    )
     for column in ("measurement", "old, ms", "new, ms", "new / old", "99 %"):
         table.add_column(column)
     for place, before, after, ratio, low, high in moved:
-        table.add_row(place, f"{1000 * before:.3f}", f"{1000 * after:.3f}", f"{ratio:.3f}", f"[{low:.3f}, {high:.3f}]")
+        table.add_row(
+            place, f"{1000 * before:.3f}", f"{1000 * after:.3f}", f"{ratio:.3f}", f"[{low:.3f}, {high:.3f}]"
+        )
     Console().print(table if moved else "nothing moved beyond noise")
     sys.exit(int(any(ratio > 1 for _, _, _, ratio, _, _ in moved)))
 
@@ -60,13 +66,17 @@ def interval(old: Sequence[float], new: Sequence[float], level: float = 0.99) ->
     True
     """
     generator = np.random.default_rng(0)
-    medians = [np.median(generator.choice(values, (DRAWS, len(values))), axis=1) for values in (np.asarray(old), np.asarray(new))]
+    medians = [
+        np.median(generator.choice(values, (DRAWS, len(values))), axis=1)
+        for values in (np.asarray(old), np.asarray(new))
+    ]
     low, high = np.quantile(medians[1] / medians[0], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def samples_of(tree: Any, place: str = "") -> Iterator[tuple[str, list[float]]]:
-    """Every list of samples, with the names that lead to it; rows of a list go by what names them rather than by their number.
+    """Every list of samples, with the names that lead to it; rows of a list go by what names them rather than
+    by their number.
 
     >>> dict(samples_of({"rows": [{"loss": "a", "size": 2, "samples": [1.0]}]}))
     {'rows / a 2': [1.0]}
@@ -84,7 +94,9 @@ def samples_of(tree: Any, place: str = "") -> Iterator[tuple[str, list[float]]]:
 
 def _named(row: Any, number: int) -> str:
     words = (
-        [value for value in row.values() if isinstance(value, str | int) and not isinstance(value, bool)] if isinstance(row, dict) else []
+        [value for value in row.values() if isinstance(value, str | int) and not isinstance(value, bool)]
+        if isinstance(row, dict)
+        else []
     )
     return " ".join(str(word) for word in words) or str(number)
 

@@ -1,12 +1,14 @@
-"""Does GeSSL help? Plain training against GeSSL's presets, at equal epochs and at equal seconds, over seeds; printed whatever it says.
+"""Does GeSSL help? Plain training against GeSSL's presets, at equal epochs and at equal seconds, over seeds;
+printed whatever it says.
 
     python -m bench.does_gessl_help --study digits                                        on a CPU
     python -m bench.does_gessl_help --study cifar10-small --cifar10 FILE.npz              on a CPU, hours
     python -m bench.does_gessl_help --study cifar10 --cifar10 FILE.npz [--transfer cifar100=FILE.npz ...]    on a GPU
 
-alpha and w_sigma of each preset are chosen by the linear probe on a validation split of the training images, with a seed of their own.
-Every cell (share of the images, method, variant, seed) is a run of the real command under --work: a call that is cut by --minutes goes on
-where it stopped. Differences are paired over seeds, with 95 % intervals.
+alpha and w_sigma of each preset are chosen by the linear probe on a validation split of the training images,
+with a seed of their own. Every cell (share of the images, method, variant, seed) is a run of the real command
+under --work: a call that is cut by --minutes goes on where it stopped. Differences are paired over seeds,
+with 95 % intervals.
 """
 
 from __future__ import annotations
@@ -67,19 +69,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", choices=STUDIES, default="digits")
     parser.add_argument("--cifar10", type=Path, help="an .npz with train_x, train_y, test_x, test_y")
-    parser.add_argument("--transfer", nargs="*", default=[], help="further data sets for the frozen encoder, as --evaluate.transfer")
+    parser.add_argument(
+        "--transfer",
+        nargs="*",
+        default=[],
+        help="further data sets for the frozen encoder, as --evaluate.transfer",
+    )
     parser.add_argument("--methods", nargs="+", help="instead of the study's")
     parser.add_argument("--seeds", type=int, help="instead of the study's")
     parser.add_argument("--epochs", type=int, help="instead of the study's")
-    parser.add_argument("--minutes", type=float, default=600, help="stop after so long; the next call goes on")
+    parser.add_argument(
+        "--minutes", type=float, default=600, help="stop after so long; the next call goes on"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/does-gessl-help"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args(argv)
     chosen = STUDIES[arguments.study]
-    changed = {key: value for key in ("methods", "seeds", "epochs") if (value := getattr(arguments, key)) is not None}
+    changed = {
+        key: value for key in ("methods", "seeds", "epochs") if (value := getattr(arguments, key)) is not None
+    }
     study = Study(**(vars(chosen) | changed))
     arrays = studies.arrays_of("npz" if study.data == "cifar10" else study.data, arguments.cifar10)
-    asker = Asker(study, arguments.work / arguments.study, arguments.transfer, time.monotonic() + 60 * arguments.minutes)
+    asker = Asker(
+        study, arguments.work / arguments.study, arguments.transfer, time.monotonic() + 60 * arguments.minutes
+    )
     answers: dict[str, Any] = {}
     complete = True
     try:
@@ -89,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 answers[f"{method}, {share:.0%} of the images"] = asker.answer(method, share, whole, choice)
     except OutOfTime:
         complete = False
-    found = {"study": vars(study), "complete": complete, "commits_of_runs": studies.commits(asker.folder), "answers": answers}
+    found = {
+        "study": vars(study),
+        "complete": complete,
+        "commits_of_runs": studies.commits(asker.folder),
+        "answers": answers,
+    }
     path = results.write(f"does-gessl-help-{arguments.study}", found, arguments.out)
     for title, answer in answers.items():
         Console(width=max(Console().width, 160)).print(table(title, answer))
@@ -112,14 +130,22 @@ class Asker:
             f"GeSSL, {preset}": f"{study.data}-{method}-gessl-{preset}" for preset in study.presets
         }
         base = {"train.epochs": study.epochs, **study.options}
-        choices = {variant: self._choose(recipe, part, choice, base) for variant, recipe in list(recipes.items())[1:]}
+        choices = {
+            variant: self._choose(recipe, part, choice, base) for variant, recipe in list(recipes.items())[1:]
+        }
         data = {"data.name": "npz", "data.root": whole}
         dearer = {
-            variant: self._step_time_ratio(variant, studies.with_options(recipes[variant], base | data | chosen["options"]), part)
+            variant: self._step_time_ratio(
+                variant, studies.with_options(recipes[variant], base | data | chosen["options"]), part
+            )
             for variant, chosen in choices.items()
         }
-        longer = {_longer(variant): round(study.epochs * max(1.0, ratio)) for variant, ratio in dearer.items()}
-        variants = {PLAIN: base} | {variant: base | {"train.epochs": epochs} for variant, epochs in longer.items()}
+        longer = {
+            _longer(variant): round(study.epochs * max(1.0, ratio)) for variant, ratio in dearer.items()
+        }
+        variants = {PLAIN: base} | {
+            variant: base | {"train.epochs": epochs} for variant, epochs in longer.items()
+        }
         variants |= {variant: base | chosen["options"] for variant, chosen in choices.items()}
         seeds: list[dict[str, dict[str, float]]] = []
         for seed in range(study.seeds):
@@ -131,7 +157,12 @@ class Asker:
                 baselines = {row: studies.leaves(found) for row, found in rows.items() if row != "this run"}
                 seeds[-1] |= baselines | {variant: studies.leaves(rows["this run"])}
                 print(f"{method} {share:g} seed {seed}: {variant}", file=sys.stderr, flush=True)
-        return {"choices": choices, "step_time_ratio": dearer, "epochs": longer, "seeds": seeds} | _statistics(seeds)
+        return {
+            "choices": choices,
+            "step_time_ratio": dearer,
+            "epochs": longer,
+            "seeds": seeds,
+        } | _statistics(seeds)
 
     def _step_time_ratio(self, variant: str, config: Config, part: str) -> float:
         """A step of GeSSL's over a plain one: it decides how long plain training is at equal seconds."""
@@ -143,7 +174,13 @@ class Asker:
         tried = []
         for options in studies.grid(self.study.alphas, self.study.weights):
             name = "-".join(f"{value:g}" for value in options.values())  # type: ignore[str-format]
-            cell = Cell(self.folder / part / "choice" / f"{recipe}-{name}", recipe, choice, CHOICE_SEED, {**base, **options})
+            cell = Cell(
+                self.folder / part / "choice" / f"{recipe}-{name}",
+                recipe,
+                choice,
+                CHOICE_SEED,
+                {**base, **options},
+            )
             found = studies.measured(cell, ("--evaluate.tasks", "linear"), self.deadline)
             tried.append({"options": options, "linear": found["linear.accuracy"]})
         return {"options": max(tried, key=lambda each: each["linear"])["options"], "tried": tried}  # type: ignore[arg-type, return-value]
@@ -154,16 +191,23 @@ class Asker:
 
 
 def _statistics(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Mean and deviation of every row and measure; GeSSL's presets minus plain, at equal epochs and at equal seconds, paired."""
+    """Mean and deviation of every row and measure; GeSSL's presets minus plain, at equal epochs and at equal
+    seconds, paired.
+    """
     measures, rows = seeds[0][PLAIN], seeds[0]
 
     def values(row: str, measure: str) -> list[float]:
         return [seed[row][measure] for seed in seeds]
 
     return {
-        "mean": {row: {m: studies.summary(values(row, m)) for m in measures if m in rows[row]} for row in rows},
+        "mean": {
+            row: {m: studies.summary(values(row, m)) for m in measures if m in rows[row]} for row in rows
+        },
         "paired": {
-            row: {other: {m: studies.paired(values(row, m), values(other, m)) for m in measures} for other in (PLAIN, _longer(row))}
+            row: {
+                other: {m: studies.paired(values(row, m), values(other, m)) for m in measures}
+                for other in (PLAIN, _longer(row))
+            }
             for row in rows
             if row.startswith("GeSSL")
         },
@@ -171,15 +215,22 @@ def _statistics(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str,
 
 
 def table(title: str, answer: Mapping[str, Any]) -> Table:
-    """Means over seeds, and under GeSSL's rows the paired differences to plain training; accuracies in per cent, sigma in nats."""
+    """Means over seeds, and under GeSSL's rows the paired differences to plain training; accuracies in per
+    cent, sigma in nats.
+    """
     measures = list(answer["mean"][PLAIN])
-    found = Table(title=f"{title}: mean ± s.d. over {len(answer['seeds'])} seeds; differences paired, with 95 % intervals")
+    found = Table(
+        title=f"{title}: mean ± s.d. over {len(answer['seeds'])} seeds; differences paired, with 95 % "
+        "intervals"
+    )
     for column in ("", *(measure.removesuffix(".accuracy") for measure in measures)):
         found.add_column(column)
     for row, means in answer["mean"].items():
         found.add_row(row, *(_spread(measure, means.get(measure)) for measure in measures))
         for other, differences in answer["paired"].get(row, {}).items():
-            found.add_row(f"  minus {other}", *(_interval(measure, differences[measure]) for measure in measures))
+            found.add_row(
+                f"  minus {other}", *(_interval(measure, differences[measure]) for measure in measures)
+            )
     return found
 
 

@@ -1,9 +1,10 @@
-"""Evaluation against its targets, and beside scikit-learn and lightly: `python -m bench.evaluate [--small] [--out DIR]`.
+"""Evaluation against its targets, and beside scikit-learn and lightly: `python -m bench.evaluate [--small]
+[--out DIR]`.
 
-Feature extraction against the encoder's bare forward on the same batches, in turns; a linear probe with eight learning rates over
-50,000 x 512 features beside scikit-learn's logistic regression; k-NN of 10,000 against 50,000 x 512 beside scikit-learn's and lightly's.
-CPU seconds, all threads together, stand beside those on the clock: on a busy machine only they say what the work takes.
-`--small` tries it out in a hundredth of the size.
+Feature extraction against the encoder's bare forward on the same batches, in turns; a linear probe with eight
+learning rates over 50,000 x 512 features beside scikit-learn's logistic regression; k-NN of 10,000 against
+50,000 x 512 beside scikit-learn's and lightly's. CPU seconds, all threads together, stand beside those on the
+clock: on a busy machine only they say what the work takes. `--small` tries it out in a hundredth of the size.
 """
 
 from __future__ import annotations
@@ -40,13 +41,21 @@ TARGETS = {"extraction_share": 0.95, "probe_seconds": 60.0, "knn_seconds": 15.0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="a hundredth of the size")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args()
     train, test = (500, 100) if arguments.small else (50_000, 10_000)
-    measured: dict[str, Any] = {"train": train, "test": test, "width": WIDTH, "classes": CLASSES, "targets": TARGETS}
+    measured: dict[str, Any] = {
+        "train": train,
+        "test": test,
+        "width": WIDTH,
+        "classes": CLASSES,
+        "targets": TARGETS,
+    }
     measured["load"] = os.getloadavg()[0]
     measured |= extraction(64 if arguments.small else 256, arguments.rounds)
     features = clusters(train, seed=0), clusters(test, seed=1)
@@ -66,7 +75,9 @@ def clusters(count: int, seed: int) -> Features:
 
 
 def extraction(count: int, rounds: int) -> dict[str, Any]:
-    """Images a second through `extract_features` with its loader, and through the bare encoder on views that are there already."""
+    """Images a second through `extract_features` with its loader, and through the bare encoder on views that
+    are there already.
+    """
     generator = np.random.default_rng(0)
     images = pipelines.ArrayImages(generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
     view = pipelines.evaluation_view(32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -77,8 +88,12 @@ def extraction(count: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds + 1):
         whole.append(timed(lambda: extract_features(encoder, loader, "cpu")))
         bare.append(timed(lambda: forward(encoder, ready)))
-    # Shares within a round: what else the machine does slows both halves of a round alike. The first round warms up.
-    clock, cpu = ([alone[kind] / together[kind] for together, alone in zip(whole[1:], bare[1:], strict=True)] for kind in (0, 1))
+    # Shares within a round: what else the machine does slows both halves of a round alike. The first round
+    # warms up.
+    clock, cpu = (
+        [alone[kind] / together[kind] for together, alone in zip(whole[1:], bare[1:], strict=True)]
+        for kind in (0, 1)
+    )
     return {
         "extraction_images_per_second": count / statistics.median(took for took, _ in whole[1:]),
         "bare_images_per_second": count / statistics.median(took for took, _ in bare[1:]),
@@ -96,7 +111,9 @@ def forward(encoder: nn.Module, views: list[Tensor]) -> None:
 
 
 def probes(train: Features, test: Features) -> dict[str, Any]:
-    """Seconds and accuracy of our probe with all its learning rates, and of scikit-learn's optimum at one strength."""
+    """Seconds and accuracy of our probe with all its learning rates, and of scikit-learn's optimum at one
+    strength.
+    """
     found: dict[str, Any] = {}
     took, cpu = timed(lambda: found.update(ours=gradient_probe(train, test)))
     labels, test_labels = numbers(train), numbers(test)
@@ -121,9 +138,13 @@ def neighbours(train: Features, test: Features) -> dict[str, Any]:
     found: dict[str, float] = {}
     took, cpu = timed(lambda: found.update(ours=knn_classify(train, test, 20, 0.07)))
     peer, peer_cpu = timed(lambda: found.update(lightly=lightly_accuracy(train, test)))
-    oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    oracle = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
     oracle.fit(train.features.numpy(), numbers(train))
-    other, other_cpu = timed(lambda: found.update(sklearn=float(oracle.score(test.features.numpy(), numbers(test)))))
+    other, other_cpu = timed(
+        lambda: found.update(sklearn=float(oracle.score(test.features.numpy(), numbers(test))))
+    )
     return {
         "knn_seconds": took,
         "knn_cpu_seconds": cpu,
@@ -148,7 +169,9 @@ def lightly_accuracy(train: Features, test: Features) -> float:
     assert train.labels is not None and test.labels is not None
     bank = F.normalize(train.features, dim=1).T.contiguous()
     predicted = [
-        knn_predict(F.normalize(part, dim=1), bank, train.labels, num_classes=CLASSES, knn_k=20, knn_t=0.07)[:, 0]
+        knn_predict(F.normalize(part, dim=1), bank, train.labels, num_classes=CLASSES, knn_k=20, knn_t=0.07)[
+            :, 0
+        ]
         for part in test.features.split(256)
     ]
     return (torch.cat(predicted) == test.labels).double().mean().item()

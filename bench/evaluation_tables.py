@@ -1,4 +1,5 @@
-"""The tables that docs/evaluation.md shows, printed by the commands it names: `python -m bench.evaluation_tables [--few-shot FILE.npz]`.
+"""The tables that docs/evaluation.md shows, printed by the commands it names: `python -m
+bench.evaluation_tables [--few-shot FILE.npz]`.
 
 One seed each: they show what is printed, and studies over seeds say what a method is worth.
 """
@@ -21,11 +22,18 @@ EVERYTHING = ("--tasks", "all", "--evaluate.learning_checkpoints", "4", "--evalu
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--few-shot", type=Path, help="an .npz of further images, such as Omniglot's characters, for five-way episodes")
-    parser.add_argument("--work", type=Path, default=Path("runs/evaluation-tables"), help="folder of the runs")
+    parser.add_argument(
+        "--few-shot",
+        type=Path,
+        help="an .npz of further images, such as Omniglot's characters, for five-way episodes",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/evaluation-tables"), help="folder of the runs"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args(argv)
-    # The whole recipe first, as `make train` has it; the rest is about a short run, whose checkpoints are all kept.
+    # The whole recipe first, as `make train` has it; the rest is about a short run, whose checkpoints are all
+    # kept.
     whole, short = arguments.work / "whole", arguments.work / "short"
     commands = {
         "whole": ("train", RECIPE, "--train.run_dir", str(whole)),
@@ -34,7 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     measured: dict[str, object] = {"recipe": RECIPE, "seed": 0}
     if arguments.few_shot:
-        commands["few shot"] = ("evaluate", str(short), "--tasks", "few_shot", "--transfer", str(arguments.few_shot.resolve()))
+        commands["few shot"] = (
+            "evaluate",
+            str(short),
+            "--tasks",
+            "few_shot",
+            "--transfer",
+            str(arguments.few_shot.resolve()),
+        )
         measured["few_shot"] = {
             "file": arguments.few_shot.name,
             "sha256": hashlib.sha256(arguments.few_shot.read_bytes()).hexdigest(),
@@ -46,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _tables(name: str, words: Sequence[str]) -> str:
     """What the command prints from its first table on, without the run's folder."""
     print(f"== {name}: fastgessl {' '.join(words)}", file=sys.stderr, flush=True)
-    said = subprocess.run([sys.executable, "-m", "fastgessl", *words], stdout=subprocess.PIPE, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "fastgessl", *words], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     tables = said[said.index("Frozen features") : said.rindex("run folder: ")]
     return "\n".join(line.rstrip() for line in tables.splitlines())
 

@@ -3,7 +3,8 @@
     python -m bench.gessl [--images 16] [--rounds 5]          operations, seconds and peak bytes of a step, x a plain step
     python -m bench.gessl --curve [--seeds 5] [--steps 120]   sigma at constant alpha on fixed held-out images, beside plain SSL
 
-Time ratios are medians over rounds in which a contender and the plain step take turns: a shared machine is slow for both alike.
+Time ratios are medians over rounds in which a contender and the plain step take turns: a shared machine is
+slow for both alike.
 """
 
 from __future__ import annotations
@@ -61,12 +62,16 @@ HELD_OUT_BATCHES = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--curve", action="store_true", help="sigma over training instead of the cost of a step")
+    parser.add_argument(
+        "--curve", action="store_true", help="sigma over training instead of the cost of a step"
+    )
     parser.add_argument("--images", type=int, default=16, help="cost: images of a step")
     parser.add_argument("--rounds", type=int, default=5, help="cost: how often each contender is timed")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=120, help="curve: optimiser steps of a run")
-    parser.add_argument("--preset", default="fast", choices=PRESETS, help="curve: what is trained beside plain SSL")
+    parser.add_argument(
+        "--preset", default="fast", choices=PRESETS, help="curve: what is trained beside plain SSL"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args()
     if arguments.curve:
@@ -86,10 +91,14 @@ def cost(images: int, rounds: int, model: ModelConfig = SMALL, pixels: int = 32)
     return measured
 
 
-def costs(images: int, rounds: int, model: ModelConfig, pixels: int, deadline: float) -> Iterator[dict[str, Any]]:
-    """`cost`, with one contender more each time, until time.perf_counter() is at `deadline`; plain comes first.
+def costs(
+    images: int, rounds: int, model: ModelConfig, pixels: int, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """`cost`, with one contender more each time, until time.perf_counter() is at `deadline`; plain comes
+    first.
 
-    A contender for which a device has no room is absent; one that fails in another way is an error, after which the others go on.
+    A contender for which a device has no room is absent; one that fails in another way is an error, after
+    which the others go on.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = [torch.randn(images, 3, pixels, pixels, device=device) for _ in range(2)]
@@ -104,11 +113,19 @@ def costs(images: int, rounds: int, model: ModelConfig, pixels: int, deadline: f
             objective = plain if name == "plain" else _resnet(settings, model).to(device)
             work = partial(_cost_row, objective, plain, views, rounds, rows.get("plain"))
             rows[name] = attempt(work, () if name == "plain" else NO_ROOM)
-        case = {"model": model.model_dump(), "projector": "512-128", "pixels": pixels, "images": images, "rounds": rounds}
+        case = {
+            "model": model.model_dump(),
+            "projector": "512-128",
+            "pixels": pixels,
+            "images": images,
+            "rounds": rounds,
+        }
         yield case | {"rows": dict(rows)}
 
 
-def _cost_row(objective: GeSSL, plain: GeSSL, views: list[Tensor], rounds: int, beside: dict[str, Any] | None) -> dict[str, Any]:
+def _cost_row(
+    objective: GeSSL, plain: GeSSL, views: list[Tensor], rounds: int, beside: dict[str, Any] | None
+) -> dict[str, Any]:
     """One contender, its rounds in turns with the plain step's; `beside` is that one's row, None for itself."""
     with FlopCounterMode(display=False) as counter:
         _steps(objective, views)
@@ -122,9 +139,17 @@ def _cost_row(objective: GeSSL, plain: GeSSL, views: list[Tensor], rounds: int, 
             timed(taken, "", lambda contender=contender: _steps(contender, views))  # type: ignore[misc]
             times[name].append(taken[""] / contender.settings.every)
     own = times["" if beside else "plain"]
-    row = {"operations": operations, "peak_bytes": peak, "seconds": statistics.median(own), "seconds_ratio": ratio(own, times["plain"])}
+    row = {
+        "operations": operations,
+        "peak_bytes": peak,
+        "seconds": statistics.median(own),
+        "seconds_ratio": ratio(own, times["plain"]),
+    }
     shared = beside or row
-    return row | {"operations_ratio": operations / shared["operations"], "peak_ratio": peak / shared["peak_bytes"]}
+    return row | {
+        "operations_ratio": operations / shared["operations"],
+        "peak_ratio": peak / shared["peak_bytes"],
+    }
 
 
 def _resnet(settings: GesslConfig, model: ModelConfig) -> GeSSL:
@@ -160,7 +185,9 @@ def _configuration(preset: str, seed: int, steps: int, *, plain: bool) -> Config
         "gessl": {"w_sigma": 0.0} if plain else {},
         "log": {"trackers": ()},
     }
-    return config.model_copy(update={part: getattr(config, part).model_copy(update=changed) for part, changed in parts.items()})
+    return config.model_copy(
+        update={part: getattr(config, part).model_copy(update=changed) for part, changed in parts.items()}
+    )
 
 
 def _run(config: Config, every: int) -> Iterator[dict[str, float]]:
@@ -192,7 +219,9 @@ def _run(config: Config, every: int) -> Iterator[dict[str, float]]:
 
 
 def _measured(objective: GeSSL, tasks: list[list[Tensor]], step: int) -> dict[str, float]:
-    """All of it on the held-out batches: means of sigma and of the SSL loss, effective rank of the frozen features."""
+    """All of it on the held-out batches: means of sigma and of the SSL loss, effective rank of the frozen
+    features.
+    """
     method = objective.method
     sigma = statistics.mean(measure_sigma(method, MEASURING, views) for views in tasks)
     with torch.no_grad():
@@ -220,7 +249,10 @@ def _cost_table(measured: dict[str, Any]) -> Table:
 def _curve_table(measured: dict[str, Any]) -> Table:
     runs = measured["runs"]
     seeds = len(runs["plain"])
-    table = Table(title=f"mean ± s.d. over {seeds} seeds; sigma in nats at constant alpha on fixed held-out images; {measured['preset']}")
+    table = Table(
+        title=f"mean ± s.d. over {seeds} seeds; sigma in nats at constant alpha on fixed held-out images; "
+        f"{measured['preset']}"
+    )
     keys = ("sigma", "effective_rank", "loss_ssl")
     for column in ("step", *(f"{key}, {name}" for key in keys for name in runs)):
         table.add_column(column)

@@ -1,7 +1,9 @@
-"""How near the cheaper hypergradients come to the exact one: `python -m bench.hypergradients [--seeds 5] [--images 32] [--steps 20]`.
+"""How near the cheaper hypergradients come to the exact one: `python -m bench.hypergradients [--seeds 5]
+[--images 32] [--steps 20]`.
 
-SimCLR on digits after a few plain steps, on the recipe's ResNet-18 and on the same network with GELU for ReLU. Cosine and ratio of norms of
-the gradient of sigma, mode against exact; and of finite_difference alone at other radii than its own.
+SimCLR on digits after a few plain steps, on the recipe's ResNet-18 and on the same network with GELU for
+ReLU. Cosine and ratio of norms of the gradient of sigma, mode against exact; and of finite_difference alone
+at other radii than its own.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ CASES: dict[str, tuple[tuple[Literal["all", "head"], int], ...]] = {
 }
 """(scope, K) by precision."""
 TRIED_RADII = {"float32": (5e-3, 2e-3, 1e-3, 3e-4, 7e-5), "float64": (6e-6, 1.5e-8, 4e-10)}
-"""In norms of the weights; 5e-3 and 6e-6 are the cube roots of the rounding errors, 3e-4 and 1.5e-8 the square roots."""
+"""In norms of the weights; 5e-3 and 6e-6 are the cube roots of the rounding errors, 3e-4 and 1.5e-8 the
+square roots."""
 TRIED_ALPHA = 0.03
 LIKENESS = (", cosine", ", norm")
 Row = dict[str, Any]
@@ -53,11 +56,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="plain steps before the gradients are compared")
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args()
-    config = with_options("digits-simclr", {"train.batch_size": arguments.images, "train.device": "cpu", "log.trackers": ()})
+    config = with_options(
+        "digits-simclr", {"train.batch_size": arguments.images, "train.device": "cpu", "log.trackers": ()}
+    )
     measured = measure(config, range(arguments.seeds), arguments.steps)
     path = results.write("hypergradients", measured, arguments.out)
-    for key, title in (("rows", "mode against exact"), ("radii", f"finite_difference against exact, K = 1, alpha = {TRIED_ALPHA}")):
-        Console(width=max(Console().width, 140)).print(_table(f"{title}, mean ± s.d. over {arguments.seeds} seeds", measured[key]))
+    for key, title in (
+        ("rows", "mode against exact"),
+        ("radii", f"finite_difference against exact, K = 1, alpha = {TRIED_ALPHA}"),
+    ):
+        Console(width=max(Console().width, 140)).print(
+            _table(f"{title}, mean ± s.d. over {arguments.seeds} seeds", measured[key])
+        )
     print(path)
 
 
@@ -76,7 +86,12 @@ def measure(config: Config, seeds: Sequence[int], steps: int) -> dict[str, Any]:
                 rows["radii"] += [case | row for row in _radii(*at)]
         for key, found in rows.items():
             per_seed[key].append(found)
-    facts = {"model": config.model.model_dump(), "images": config.train.batch_size, "seeds": len(seeds), "steps": steps}
+    facts = {
+        "model": config.model.model_dump(),
+        "images": config.train.batch_size,
+        "seeds": len(seeds),
+        "steps": steps,
+    }
     return facts | {key: _over_seeds(found) for key, found in per_seed.items()}
 
 
@@ -90,7 +105,9 @@ def _batches(config: Config, seed: int, count: int) -> list[list[Tensor]]:
 
 
 def _trained(config: Config, network: str, seed: int, batches: Sequence[list[Tensor]]) -> Method:
-    """After plain steps: timm starts a residual block's last scale at 0, which puts half of the ReLUs exactly on their kinks."""
+    """After plain steps: timm starts a residual block's last scale at 0, which puts half of the ReLUs exactly
+    on their kinks.
+    """
     torch.manual_seed(seed)
     method = build_method(config.method, build_backbone(config.model), RunFacts())
     for module in list(method.modules()):
@@ -111,7 +128,9 @@ def _modes(method: Method, views: list[Tensor], precision: str) -> Iterator[Row]
         exact = _gradient(method, settings, views)
         row: Row = {"scope": scope, "K": inner_steps, "alpha": alpha}
         for mode in MODES:
-            row |= _likeness(mode, _gradient(method, settings.model_copy(update={"hypergradient": mode}), views), exact)
+            row |= _likeness(
+                mode, _gradient(method, settings.model_copy(update={"hypergradient": mode}), views), exact
+            )
         yield row
 
 
@@ -121,13 +140,17 @@ def _radii(method: Method, views: list[Tensor], precision: str) -> Iterator[Row]
     differences = settings.model_copy(update={"hypergradient": "finite_difference"})
     for radius in TRIED_RADII[precision]:
         with patch.dict(RADII, {PRECISIONS[precision]: radius}):
-            yield {"radius": radius} | _likeness("finite_difference", _gradient(method, differences, views), exact)
+            yield {"radius": radius} | _likeness(
+                "finite_difference", _gradient(method, differences, views), exact
+            )
 
 
 def _gradient(method: Method, settings: GesslConfig, views: list[Tensor]) -> Tensor:
     method = copy.deepcopy(method)
     GeSSL(method, settings)(views).loss.backward()
-    slopes = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in method.parameters()]
+    slopes = [
+        torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in method.parameters()
+    ]
     return torch.cat([slope.flatten() for slope in slopes]).double()
 
 
@@ -139,7 +162,10 @@ def _likeness(name: str, found: Tensor, exact: Tensor) -> Row:
 def _over_seeds(per_seed: Sequence[Sequence[Row]]) -> list[Row]:
     """Rows of one case each, whose likenesses are means and deviations."""
     return [
-        {key: summary([row[key] for row in rows]) if key.endswith(LIKENESS) else value for key, value in rows[0].items()}
+        {
+            key: summary([row[key] for row in rows]) if key.endswith(LIKENESS) else value
+            for key, value in rows[0].items()
+        }
         for rows in zip(*per_seed, strict=True)
     ]
 

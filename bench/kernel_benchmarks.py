@@ -1,7 +1,8 @@
 """The comparison of `bench.kernels` as a pytest-benchmark suite: `pytest bench/kernel_benchmarks.py`.
 
-FASTGESSL_BENCH_ROWS (comma-separated) and FASTGESSL_BENCH_SECONDS (of one measurement) choose what is measured; the GPU is used if there
-is one. Peers of a comparison follow one another; a case that cannot be measured is skipped with the reason.
+FASTGESSL_BENCH_ROWS (comma-separated) and FASTGESSL_BENCH_SECONDS (of one measurement) choose what is
+measured; the GPU is used if there is one. Peers of a comparison follow one another; a case that cannot be
+measured is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from bench.timing import clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-ROWS = os.environ.get("FASTGESSL_BENCH_ROWS") or ("256,1024,4096,16384,32768" if DEVICE == "cuda" else "256,512,1024,2048,4096")
+ROWS = os.environ.get("FASTGESSL_BENCH_ROWS") or (
+    "256,1024,4096,16384,32768" if DEVICE == "cuda" else "256,512,1024,2048,4096"
+)
 SECONDS = float(os.environ.get("FASTGESSL_BENCH_SECONDS") or 1.0)
 CASES = [
     Case(loss, pass_, rows, peer)
@@ -40,6 +43,9 @@ def test_pass(case, benchmark):
     rounds = max(5, min(1000, round(SECONDS / (clock()() - started))))
     benchmark.pedantic(run, args=(case, query, key), rounds=rounds)
     best = benchmark.stats.stats.min
-    benchmark.extra_info |= {"tflops": case.operations / best / 1e12, "fraction_of_floor_rate": floor_seconds(case, DEVICE, DTYPE) / best}
+    benchmark.extra_info |= {
+        "tflops": case.operations / best / 1e12,
+        "fraction_of_floor_rate": floor_seconds(case, DEVICE, DTYPE) / best,
+    }
     if case.pass_ == "backward" and case.rows >= 2048:  # below, a process's memory says nothing
         benchmark.extra_info["peak_bytes"] = peak_bytes(case, DEVICE, DTYPE)

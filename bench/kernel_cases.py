@@ -1,9 +1,10 @@
 """What `bench.kernels` compares: losses, passes, peers, what each needs, and the floor that the machine sets.
 
-Work is the least that any way of computing needs, with the table stored for nothing; ours computes it anew instead and is given no credit
-for that. A matmul unit is 2·M·N·D operations: forward 1, forward and backward 3, with the double backward 9; NT-Xent 1/2, 3/2 and 9/2,
-as its table is symmetric. Exponentials: M·N, half of that for NT-Xent, twice for CLIP's two softmaxes. Floor of a pass: the larger of its
-operations and its exponentials at the rates measured in the same run.
+Work is the least that any way of computing needs, with the table stored for nothing; ours computes it anew
+instead and is given no credit for that. A matmul unit is 2·M·N·D operations: forward 1, forward and backward
+3, with the double backward 9; NT-Xent 1/2, 3/2 and 9/2, as its table is symmetric. Exponentials: M·N, half of
+that for NT-Xent, twice for CLIP's two softmaxes. Floor of a pass: the larger of its operations and its
+exponentials at the rates measured in the same run.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def lightly_nt_xent(first: Tensor, second: Tensor) -> Tensor:
 
 
 def autocast(criterion: Callable[[], torch.nn.Module]) -> Loss:
-    """The migration example: whatever NTXentLoss a script imports, behind a linear projector, under autocast to bfloat16."""
+    """The migration example: whatever NTXentLoss a script imports, behind a linear projector, under autocast
+    to bfloat16.
+    """
 
     def loss(first: Tensor, second: Tensor) -> Tensor:
         projector = torch.eye(FEATURES, device=first.device)
@@ -95,7 +98,10 @@ PEERS: dict[str, dict[str, Loss]] = {
         "compiled dense": torch.compile(dense_nt_xent),
         "lightly": lightly_nt_xent,
     },
-    "nt_xent autocast": {"ours": autocast(partial(NTXentLoss, temperature=TEMPERATURE)), "lightly": autocast(lightly_criterion)},
+    "nt_xent autocast": {
+        "ours": autocast(partial(NTXentLoss, temperature=TEMPERATURE)),
+        "lightly": autocast(lightly_criterion),
+    },
     "clip": {
         "ours": lambda image, text: clip_loss(image, text, temperature=TEMPERATURE),
         "dense": dense_clip,
@@ -103,7 +109,12 @@ PEERS: dict[str, dict[str, Loss]] = {
     },
 }
 PASSES = ("forward", "backward", "double backward")
-UNITS = {"info_nce": (1, 3, 9), "nt_xent": (0.5, 1.5, 4.5), "nt_xent autocast": (0.5, 1.5, 4.5), "clip": (1, 3, 9)}
+UNITS = {
+    "info_nce": (1, 3, 9),
+    "nt_xent": (0.5, 1.5, 4.5),
+    "nt_xent autocast": (0.5, 1.5, 4.5),
+    "clip": (1, 3, 9),
+}
 EXPONENTIALS = {"info_nce": 1, "nt_xent": 0.5, "nt_xent autocast": 0.5, "clip": 2}
 PACKAGES = {"lightly": "lightly", "inf-cl": "inf_cl", "cut-cross-entropy": "cut_cross_entropy"}
 GPU_ONLY = ("inf-cl", "cut-cross-entropy")
@@ -168,12 +179,16 @@ def _kibibytes(path: Path, field: str) -> int:
 def operands(size: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(size)
     key = normalize(torch.randn(size, FEATURES, generator=generator, device=device), dim=1)
-    query = normalize(key + 1.5 * normalize(torch.randn(size, FEATURES, generator=generator, device=device), dim=1), dim=1)
+    query = normalize(
+        key + 1.5 * normalize(torch.randn(size, FEATURES, generator=generator, device=device), dim=1), dim=1
+    )
     return query.to(dtype).requires_grad_(), key.to(dtype).requires_grad_()
 
 
 def run(case: Case, query: Tensor, key: Tensor) -> None:
-    """One call of the pass: forward, forward + backward, or both and the gradient of the gradient's squared norm."""
+    """One call of the pass: forward, forward + backward, or both and the gradient of the gradient's squared
+    norm.
+    """
     loss = PEERS[case.loss][case.peer]
     if case.pass_ == "forward":
         with torch.no_grad():
@@ -182,14 +197,18 @@ def run(case: Case, query: Tensor, key: Tensor) -> None:
         value = loss(query, key)
         first = torch.autograd.grad(value, (query, key), create_graph=case.pass_ != "backward")
         if case.pass_ != "backward":
-            torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), (query, key))
+            torch.autograd.grad(
+                torch.stack([gradient.square().sum() for gradient in first]).sum(), (query, key)
+            )
     if query.is_cuda:
         torch.cuda.synchronize()
 
 
 @cache
 def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Operations and exponentials a second at best: of a large matmul and of exp over an array, the best of some calls."""
+    """Operations and exponentials a second at best: of a large matmul and of exp over an array, the best of
+    some calls.
+    """
     side, count = (8192, 1 << 28) if device == "cuda" else (1024, 1 << 20)
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     source, target = torch.randn(2, count, device=device)
@@ -214,7 +233,9 @@ def floor_seconds(case: Case, device: str, dtype: torch.dtype) -> float:
 
 
 def peak_bytes(case: Case, device: str, dtype: torch.dtype) -> int:
-    """Peak memory of a pass above its inputs: the allocator's on a GPU, a process's own resident memory on a CPU."""
+    """Peak memory of a pass above its inputs: the allocator's on a GPU, a process's own resident memory on a
+    CPU.
+    """
     if device == "cuda":
         query, key = operands(case.rows, device, dtype)
         torch.cuda.reset_peak_memory_stats()
@@ -232,7 +253,9 @@ def in_a_process(case: Case) -> dict[str, float]:
 
 
 def _single_call(case: Case) -> dict[str, float]:
-    """Memory is this process's peak above what it holds once the inputs are there and a tiny call has warmed up."""
+    """Memory is this process's peak above what it holds once the inputs are there and a tiny call has warmed
+    up.
+    """
     status = Path("/proc/self/status")
     run(case, *operands(32, "cpu", torch.float32))
     query, key = operands(case.rows, "cpu", torch.float32)

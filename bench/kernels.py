@@ -1,9 +1,10 @@
 """The similarity losses against dense PyTorch and other packages: time, memory, rates, plots.
 
-`python -m bench.kernels [--rows 256 1024 …] [--seconds 1] [--out DIR]`, on the GPU if there is one; D = 128. Runs the pytest-benchmark
-suite `bench/kernel_benchmarks.py` and two ranks (`bench/kernel_ranks.py`), prints a table, and writes JSON and plots. A
-time is the best of its rounds, as a shared machine only ever adds to it, and on one CPU thread the process's own time; the median is stored
-beside. Memory is the peak above the inputs.
+`python -m bench.kernels [--rows 256 1024 …] [--seconds 1] [--out DIR]`, on the GPU if there is one; D = 128.
+Runs the pytest-benchmark suite `bench/kernel_benchmarks.py` and two ranks (`bench/kernel_ranks.py`), prints a
+table, and writes JSON and plots. A time is the best of its rounds, as a shared machine only ever adds to it,
+and on one CPU thread the process's own time; the median is stored beside. Memory is the peak above the
+inputs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Absent:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped and isinstance(report.longrepr, tuple):
-            self.reasons[report.nodeid.split("[", 1)[1].rstrip("]")] = report.longrepr[2].removeprefix("Skipped: ")
+            self.reasons[report.nodeid.split("[", 1)[1].rstrip("]")] = report.longrepr[2].removeprefix(
+                "Skipped: "
+            )
 
 
 def measure(rows: list[int], seconds: float) -> list[dict[str, Any]]:
@@ -61,18 +64,32 @@ def measure(rows: list[int], seconds: float) -> list[dict[str, Any]]:
             "--benchmark-columns",
             "min,median,rounds",
         ]
-        code = pytest.main([str(SUITE), *options, "--benchmark-disable-gc", "--rootdir", str(results.ROOT.parent)], plugins=[absent])
+        code = pytest.main(
+            [str(SUITE), *options, "--benchmark-disable-gc", "--rootdir", str(results.ROOT.parent)],
+            plugins=[absent],
+        )
         if code != pytest.ExitCode.OK:
-            raise RuntimeError(f"the suite {SUITE.name} ended with exit code {int(code)}: see its report above.")
+            raise RuntimeError(
+                f"the suite {SUITE.name} ended with exit code {int(code)}: see its report above."
+            )
         benchmarks = json.loads(path.read_text())["benchmarks"]
-    return [_measured(part) for part in benchmarks] + [_absent(name, reason) for name, reason in absent.reasons.items()]
+    return [_measured(part) for part in benchmarks] + [
+        _absent(name, reason) for name, reason in absent.reasons.items()
+    ]
 
 
 def measure_large(sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Forward and backward on a CPU where a call takes minutes: one call each, its time and memory from a process of its own."""
+    """Forward and backward on a CPU where a call takes minutes: one call each, its time and memory from a
+    process of its own.
+    """
     rows = []
     for size in sizes:
-        for case in (Case(loss, "backward", size, peer) for loss in PEERS for peer in ("ours", "dense") if "dense" in PEERS[loss]):
+        for case in (
+            Case(loss, "backward", size, peer)
+            for loss in PEERS
+            for peer in ("ours", "dense")
+            if "dense" in PEERS[loss]
+        ):
             reason = obstacle(case, "cpu")
             row = {"loss": case.loss, "pass": case.pass_, "rows": size, "peer": case.peer}
             rows.append(row | ({"absent": reason} if reason else in_a_process(case) | {"rounds": 1}))
@@ -101,12 +118,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     """One line a comparison: our milliseconds, and every peer's with ours as a multiple of it."""
     lines = []
     measured = [row for row in rows if "seconds" in row]
-    for loss, pass_, size, ranks in dict.fromkeys((row["loss"], row["pass"], row["rows"], row.get("ranks", 1)) for row in measured):
-        group = [row for row in measured if (row["loss"], row["pass"], row["rows"], row.get("ranks", 1)) == (loss, pass_, size, ranks)]
+    for loss, pass_, size, ranks in dict.fromkeys(
+        (row["loss"], row["pass"], row["rows"], row.get("ranks", 1)) for row in measured
+    ):
+        group = [
+            row
+            for row in measured
+            if (row["loss"], row["pass"], row["rows"], row.get("ranks", 1)) == (loss, pass_, size, ranks)
+        ]
         ours = group[0]["seconds"]
-        others = "  ".join(f"{row['peer']} {1e3 * row['seconds']:.3g} ms ({ours / row['seconds']:.2f}x)" for row in group[1:])
+        others = "  ".join(
+            f"{row['peer']} {1e3 * row['seconds']:.3g} ms ({ours / row['seconds']:.2f}x)" for row in group[1:]
+        )
         where = f" on {ranks} ranks" if ranks > 1 else ""
-        lines.append(f"{loss:16} {pass_:15} {size:7,} rows{where}: {group[0]['peer']} {1e3 * ours:.3g} ms  {others}")
+        lines.append(
+            f"{loss:16} {pass_:15} {size:7,} rows{where}: {group[0]['peer']} {1e3 * ours:.3g} ms  {others}"
+        )
     return "\n".join(lines)
 
 
@@ -118,17 +145,22 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullFormatter
 
-    figure, axes = pyplot.subplots(len(PASSES) + 1, len(PEERS), figsize=(4.2 * len(PEERS), 2.8 * (len(PASSES) + 1)), squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(PASSES) + 1, len(PEERS), figsize=(4.2 * len(PEERS), 2.8 * (len(PASSES) + 1)), squeeze=False
+    )
     alone = [row for row in rows if row.get("ranks", 1) == 1]
     for column, loss in enumerate(PEERS):
-        for line, (pass_, field, unit) in enumerate([*((pass_, "seconds", 1e-3) for pass_ in PASSES), ("backward", "peak_bytes", 2**20)]):
+        for line, (pass_, field, unit) in enumerate(
+            [*((pass_, "seconds", 1e-3) for pass_ in PASSES), ("backward", "peak_bytes", 2**20)]
+        ):
             axis = axes[line][column]
             mine = [row for row in alone if (row["loss"], row["pass"]) == (loss, pass_) and row.get(field)]
             for name in dict.fromkeys(row["peer"] for row in mine):
                 points = sorted((row["rows"], row[field] / unit) for row in mine if row["peer"] == name)
                 axis.loglog(*zip(*points, strict=True), marker="o", label=name)
             axis.set(
-                title=f"{loss}, {'memory of ' if field == 'peak_bytes' else ''}{pass_}", ylabel="MiB" if field == "peak_bytes" else "ms"
+                title=f"{loss}, {'memory of ' if field == 'peak_bytes' else ''}{pass_}",
+                ylabel="MiB" if field == "peak_bytes" else "ms",
             )
             axis.xaxis.set_minor_formatter(NullFormatter())
             if mine:
@@ -141,15 +173,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", help="rows of each operand, instead of 256 to 65,536 on a CPU, to 131,072 on a GPU")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        help="rows of each operand, instead of 256 to 65,536 on a CPU, to 131,072 on a GPU",
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="time of each measurement")
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = arguments.rows or ([256, 1024, 4096, 16384, 32768, 131072] if device == "cuda" else [256, 512, 1024, 2048, 4096])
+    rows = arguments.rows or (
+        [256, 1024, 4096, 16384, 32768, 131072] if device == "cuda" else [256, 512, 1024, 2048, 4096]
+    )
     chosen, why = implementation_for(torch.empty(1, 1, device=device, dtype=dtype))
-    print(f"{device}, {dtype}: large tables by {chosen} ({why}), {torch.get_num_threads()} threads", flush=True)
+    print(
+        f"{device}, {dtype}: large tables by {chosen} ({why}), {torch.get_num_threads()} threads", flush=True
+    )
     measured = measure(rows, arguments.seconds)
     if device == "cpu" and not arguments.rows:
         measured += measure_large(LARGE)
@@ -160,7 +201,9 @@ def main() -> None:
     settings = {"device": device, "dtype": str(dtype), "features": FEATURES, "temperature": TEMPERATURE}
     settings |= {"clock": clock().__name__}
     name = "kernels-rows" if arguments.rows else "kernels"
-    path = results.write(name, settings | {"rates": kernel_cases.rates(device, dtype), "rows": measured}, arguments.out)
+    path = results.write(
+        name, settings | {"rates": kernel_cases.rates(device, dtype), "rows": measured}, arguments.out
+    )
     plot(measured, path.with_suffix(".png"))
     print(path, path.with_suffix(".png"), sep="\n")
 

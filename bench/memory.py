@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Counts the storage of every tensor that an operation returns, forward or backward, from its birth to its death."""
+    """Counts the storage of every tensor that an operation returns, forward or backward, from its birth to
+    its death.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +45,8 @@ class _LiveStorages(TorchDispatchMode):
 
 
 def peak_bytes(step: Callable[[], object], module: torch.nn.Module) -> int:
-    """Largest number of bytes that tensors born inside `step` hold at once; the module's own parameters and buffers are not counted.
+    """Largest number of bytes that tensors born inside `step` hold at once; the module's own parameters and
+    buffers are not counted.
 
     Scratch memory inside a kernel is not seen, nor what an allocator wastes.
 

@@ -1,6 +1,8 @@
-"""The same training step by other trainers: their losses, heads and momentum updates around the same kind of backbone.
+"""The same training step by other trainers: their losses, heads and momentum updates around the same kind of
+backbone.
 
-lightly (modules and losses), stable-pretraining (its method classes). Batch, views, precision and optimiser are the bench's.
+lightly (modules and losses), stable-pretraining (its method classes). Batch, views, precision and optimiser
+are the bench's.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a bench step needs of one: weights, the loss of a batch's views, and what follows the optimiser step."""
+    """What a bench step needs of one: weights, the loss of a batch's views, and what follows the optimiser
+    step.
+    """
 
     module: nn.Module
     loss: Loss
@@ -36,14 +40,18 @@ def lightly_simclr(backbone: nn.Module, config: MethodConfig) -> Trainer:
 
     head = SimCLRProjectionHead(_width(backbone), config.projector_hidden, config.projector_out)
     criterion = NTXentLoss(temperature=config.temperature)
-    return Trainer(nn.ModuleList([backbone, head]), lambda views: criterion(*(head(backbone(view)) for view in views)))
+    return Trainer(
+        nn.ModuleList([backbone, head]), lambda views: criterion(*(head(backbone(view)) for view in views))
+    )
 
 
 def lightly_byol(backbone: nn.Module, config: MethodConfig) -> Trainer:
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 
-    online = nn.Sequential(backbone, BYOLProjectionHead(_width(backbone), config.projector_hidden, config.projector_out))
+    online = nn.Sequential(
+        backbone, BYOLProjectionHead(_width(backbone), config.projector_hidden, config.projector_out)
+    )
     predictor = BYOLPredictionHead(config.projector_out, config.predictor_hidden, config.projector_out)
     momentum, criterion = deepcopy(online).requires_grad_(False), NegativeCosineSimilarity()
 
@@ -61,7 +69,9 @@ def lightly_dino(backbone: nn.Module, config: MethodConfig) -> Trainer:
     from lightly.models.modules import DINOProjectionHead
 
     def head() -> nn.Module:
-        return DINOProjectionHead(_width(backbone), config.projector_hidden, config.projector_out, config.prototypes)
+        return DINOProjectionHead(
+            _width(backbone), config.projector_hidden, config.projector_out, config.prototypes
+        )
 
     online = nn.Sequential(backbone, head())
     momentum = nn.Sequential(deepcopy(backbone), head()).requires_grad_(False)
@@ -84,7 +94,9 @@ def _lightly_momentum(online: nn.Module, momentum: nn.Module) -> Callable[[], ob
 
 @contextmanager
 def _away_from_the_repository() -> Iterator[None]:
-    """Inside, its root is not on the import path: transformers would take the folder kernels/ there for Hugging Face's package."""
+    """Inside, its root is not on the import path: transformers would take the folder kernels/ there for
+    Hugging Face's package.
+    """
     root, before = Path(__file__).resolve().parents[1], list(sys.path)
     sys.path[:] = [entry for entry in before if Path(entry).resolve() != root]
     try:

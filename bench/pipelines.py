@@ -1,9 +1,11 @@
-"""Engines side by side: `python -m bench.pipelines [--photos FOLDER] [--cifar10 FILE.npz] [--device cuda] [--out DIR]`.
+"""Engines side by side: `python -m bench.pipelines [--photos FOLDER] [--cifar10 FILE.npz] [--device cuda]
+[--out DIR]`.
 
-Each row is one data set, recipe and engine: source images a second, and CPU milliseconds an image over this process and its workers.
-Engines take turns, so that a busy machine slows all of them alike; the median of the rounds is printed. A second table says where the
-DALI engine's CPU time goes, a third what other ways of decoding would cost (`bench/decoding.py`). Then the mean and the largest difference
-of one batch of the same draws, grey levels of 255: to the torchvision engine (at the edge are the outermost pixels), and of DALI's own
+Each row is one data set, recipe and engine: source images a second, and CPU milliseconds an image over this
+process and its workers. Engines take turns, so that a busy machine slows all of them alike; the median of the
+rounds is printed. A second table says where the DALI engine's CPU time goes, a third what other ways of
+decoding would cost (`bench/decoding.py`). Then the mean and the largest difference of one batch of the same
+draws, grey levels of 255: to the torchvision engine (at the edge are the outermost pixels), and of DALI's own
 colours (`dali yiq`) to exact ones, by channel. `gpu_rows` is what `bench.gpu` measures of the engines.
 """
 
@@ -66,7 +68,12 @@ class Case:
         """Every image once."""
         name, _, color = engine.partition(" ")
         specs = [replace(spec, color=color or "torchvision") for spec in self.specs]
-        options: dict[str, Any] = {"batch_size": self.batch_size, "device": device, "workers": workers, "training": False}
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "device": device,
+            "workers": workers,
+            "training": False,
+        }
         return pipelines.build(self.images, specs, engine=name, **options)
 
 
@@ -81,10 +88,15 @@ def cases(photos: Sequence[Path], cifar10: Path | None) -> Iterator[Case]:
     else:
         images = pipelines.open_images("npz", cifar10)
         assert isinstance(images, ArrayImages)
-        yield Case("cifar10", "simclr 2x32", ArrayImages(images.images[:2048]), _specs("simclr", 32), arrays, 256)
+        yield Case(
+            "cifar10", "simclr 2x32", ArrayImages(images.images[:2048]), _specs("simclr", 32), arrays, 256
+        )
     for folder in photos:
         files = _some(pipelines.open_images("folder", folder))
-        for name, specs in (("simclr 2x224", _specs("simclr", 224)), ("dino 2x224 + 6x96", _specs("dino", 224, local_views=6))):
+        for name, specs in (
+            ("simclr 2x224", _specs("simclr", 224)),
+            ("dino 2x224 + 6x96", _specs("dino", 224, local_views=6)),
+        ):
             yield Case(folder.name, name, files, specs, ("dali", "dali yiq", "torchvision"), 32)
 
 
@@ -101,16 +113,23 @@ def _some(files: Images | None) -> FileImages:
 def measure(case: Case, device: str, workers: int, rounds: int) -> list[Row]:
     loaders = {engine: case.loader(engine, device, workers) for engine in case.engines}
     # The first round is not counted: files come into the cache.
-    turns = [{engine: epoch(loader, len(case.images)) for engine, loader in loaders.items()} for _ in range(rounds + 1)][1:]
+    turns = [
+        {engine: epoch(loader, len(case.images)) for engine, loader in loaders.items()}
+        for _ in range(rounds + 1)
+    ][1:]
     rows = []
     for engine in loaders:
-        clock, cpu = (statistics.median(values) for values in zip(*(turn[engine] for turn in turns), strict=True))
+        clock, cpu = (
+            statistics.median(values) for values in zip(*(turn[engine] for turn in turns), strict=True)
+        )
         rows.append(Row(case.data, case.views, engine, 1 / clock, cpu * 1e3))
     return rows
 
 
 def epoch(loader: Loader, count: int) -> tuple[float, float]:
-    """Seconds on the clock and on the CPU, an image. A worker's time counts when it has ended, as in evaluation it does with the loop."""
+    """Seconds on the clock and on the CPU, an image. A worker's time counts when it has ended, as in
+    evaluation it does with the loop.
+    """
     clock, before = time.perf_counter(), os.times()
     for _ in loader:
         pass
@@ -120,7 +139,9 @@ def epoch(loader: Loader, count: int) -> tuple[float, float]:
 
 
 def breakdown(case: Case, workers: int) -> Iterator[Part]:
-    """CPU milliseconds an image of the DALI engine's parts; what they leave of the whole is DALI's: decode, crop, resize, flip."""
+    """CPU milliseconds an image of the DALI engine's parts; what they leave of the whole is DALI's: decode,
+    crop, resize, flip.
+    """
     images = case.images
     assert not isinstance(images, ArrayImages)
     numbers = np.arange(min(len(images), 64))
@@ -133,7 +154,10 @@ def breakdown(case: Case, workers: int) -> Iterator[Part]:
         for spec, parameters, view in zip(case.specs, drawn, bytes_of_views, strict=True):
             colour_views(view, parameters, mean=spec.mean, std=spec.std, blur_kernel=spec.blur_kernel)
 
-    bytes_of_views = [torch.randint(0, 256, (len(numbers), spec.size, spec.size, 3), dtype=torch.uint8) for spec in case.specs]
+    bytes_of_views = [
+        torch.randint(0, 256, (len(numbers), spec.size, spec.size, 3), dtype=torch.uint8)
+        for spec in case.specs
+    ]
     colours, _ = _cpu(colour)
     loader = case.loader("dali", "cpu", workers)
     whole = min(epoch(loader, len(images))[1] for _ in range(2)) * 1e3
@@ -154,41 +178,63 @@ def _cpu(work: Callable[[], Any]) -> tuple[float, Any]:
     return min(taken), value
 
 
-def gpu_rows(photos: Path | None, seconds: float, *, tiny: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+def gpu_rows(
+    photos: Path | None, seconds: float, *, tiny: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows for `bench.gpu`, the most valuable first, until `seconds` are over: (name, row).
 
-    views a second of the fused kernels beside batched PyTorch on the same device, on CIFAR-sized and on 224-pixel bytes; then whole
-    engines: `resident`, and DALI with nvJPEG beside torchvision on `photos`. `tiny` takes seconds on a CPU.
+    views a second of the fused kernels beside batched PyTorch on the same device, on CIFAR-sized and on
+    224-pixel bytes; then whole engines: `resident`, and DALI with nvJPEG beside torchvision on `photos`.
+    `tiny` takes seconds on a CPU.
     """
     device, started = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
     implementations = ("triton", "chunked") if device == "cuda" else ("chunked",)
     shapes = [(4, 32)] if tiny else [(256, 32), (1024, 32), (4096, 32), (1024, 96)]
     for count, size in shapes:
         for implementation in implementations:
-            yield f"augment_views {count}x{size}, {implementation}", _view_row(count, size, device, implementation)
+            yield (
+                f"augment_views {count}x{size}, {implementation}",
+                _view_row(count, size, device, implementation),
+            )
     for count, size in [(2, 64)] if tiny else [(256, 224)]:
         for implementation in implementations:
-            yield f"colour_views {count}x{size}, {implementation}", _colour_row(count, size, device, implementation)
+            yield (
+                f"colour_views {count}x{size}, {implementation}",
+                _colour_row(count, size, device, implementation),
+            )
     pixels = np.random.default_rng(0).integers(0, 256, (64 if tiny else 50_000, 32, 32, 3), dtype=np.uint8)
-    yield from _engine_row("32x32 2x32", ArrayImages(pixels), _specs("simclr", 32), "resident", device, 32 if tiny else 1024, 2)
+    yield from _engine_row(
+        "32x32 2x32", ArrayImages(pixels), _specs("simclr", 32), "resident", device, 32 if tiny else 1024, 2
+    )
     if photos is None:
         yield "files", {"absent": "photos: give them with --photos FOLDER"}
         return
     files = pipelines.open_images("folder", photos)
     assert files is not None
     workers = 2 if tiny else min(os.cpu_count() or 2, 16)
-    for name, specs in (("2x224", _specs("simclr", 224)), ("2x224 + 6x96", _specs("dino", 224, local_views=6))):
+    for name, specs in (
+        ("2x224", _specs("simclr", 224)),
+        ("2x224 + 6x96", _specs("dino", 224, local_views=6)),
+    ):
         for engine in ("dali", "torchvision"):
             if time.perf_counter() - started > seconds:
                 return
-            yield from _engine_row(f"{photos.name} {name}", files, specs, engine, device, min(64, len(files)), workers)
+            yield from _engine_row(
+                f"{photos.name} {name}", files, specs, engine, device, min(64, len(files)), workers
+            )
 
 
 def _view_row(count: int, size: int, device: str, implementation: str) -> dict[str, Any]:
     (spec, *_) = _specs("simclr", size)
     images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, device=device)
     (drawn,) = Draws((spec,), 0)(np.arange(count), np.full(count, size), np.full(count, size), 0)
-    options: dict[str, Any] = {"size": size, "mean": HALF, "std": HALF, "blur_kernel": spec.blur_kernel, "implementation": implementation}
+    options: dict[str, Any] = {
+        "size": size,
+        "mean": HALF,
+        "std": HALF,
+        "blur_kernel": spec.blur_kernel,
+        "implementation": implementation,
+    }
     return _rate(lambda: augment_views(images, drawn, **options), count, "views_per_second")
 
 
@@ -196,7 +242,12 @@ def _colour_row(count: int, size: int, device: str, implementation: str) -> dict
     (spec, *_) = _specs("simclr", size)
     images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, device=device)
     (drawn,) = Draws((spec,), 0)(np.arange(count), np.full(count, size), np.full(count, size), 0)
-    options: dict[str, Any] = {"mean": HALF, "std": HALF, "blur_kernel": spec.blur_kernel, "implementation": implementation}
+    options: dict[str, Any] = {
+        "mean": HALF,
+        "std": HALF,
+        "blur_kernel": spec.blur_kernel,
+        "implementation": implementation,
+    }
     return _rate(lambda: colour_views(images, drawn, **options), count, "views_per_second")
 
 
@@ -212,17 +263,40 @@ def _rate(work: Callable[[], object], count: int, unit: str) -> dict[str, Any]:
 
 
 def _engine_row(
-    name: str, images: Images, specs: tuple[ViewSpec, ...], engine: str, device: str, batch_size: int, workers: int
+    name: str,
+    images: Images,
+    specs: tuple[ViewSpec, ...],
+    engine: str,
+    device: str,
+    batch_size: int,
+    workers: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Source images a second of an engine at its own pace, nothing else running; a row that says so where it does not import."""
+    """Source images a second of an engine at its own pace, nothing else running; a row that says so where it
+    does not import.
+    """
     try:
-        loader = pipelines.build(images, specs, batch_size=batch_size, engine=engine, device=device, workers=workers, training=False)
+        loader = pipelines.build(
+            images,
+            specs,
+            batch_size=batch_size,
+            engine=engine,
+            device=device,
+            workers=workers,
+            training=False,
+        )
     except pipelines.DataError as error:
         yield f"{name}, {engine}", {"absent": str(error)}
         return
     samples = [epoch(loader, len(images)) for _ in range(3)]
     clock, cpu = samples[-1]
-    yield f"{name}, {engine}", {"images_per_second": 1 / clock, "cpu_ms_per_image": cpu * 1e3, "samples": [1 / turn[0] for turn in samples]}
+    yield (
+        f"{name}, {engine}",
+        {
+            "images_per_second": 1 / clock,
+            "cpu_ms_per_image": cpu * 1e3,
+            "samples": [1 / turn[0] for turn in samples],
+        },
+    )
 
 
 def first_batches(case: Case, device: str) -> dict[str, Tensor]:
@@ -230,14 +304,20 @@ def first_batches(case: Case, device: str) -> dict[str, Tensor]:
     shown = {}
     for engine in case.engines:
         loader = case.loader(engine, device)
-        shown[engine] = torch.stack([view.cpu() for view in next(iter(loader)).views if view.shape[-1] == case.specs[0].size])
+        shown[engine] = torch.stack(
+            [view.cpu() for view in next(iter(loader)).views if view.shape[-1] == case.specs[0].size]
+        )
         loader.close()
     return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, nargs="+", default=[], help="folders of photos for the rows that decode files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--photos", type=Path, nargs="+", default=[], help="folders of photos for the rows that decode files"
+    )
     parser.add_argument("--cifar10", type=Path, help="an .npz with CIFAR-10 in train_x, instead of noise")
     parser.add_argument("--device", default="cpu", help="where views are made")
     parser.add_argument("--workers", type=int, default=2, help="threads (dali) or processes (torchvision)")
@@ -246,7 +326,9 @@ def main() -> None:
     options = parser.parse_args()
     load = os.getloadavg()
     measured = list(cases(options.photos, options.cifar10))
-    tables: dict[str, list[Any]] = {name: [] for name in ("rows", "differences", "yiq_differences", "decoding", "dali_cpu_ms_per_image")}
+    tables: dict[str, list[Any]] = {
+        name: [] for name in ("rows", "differences", "yiq_differences", "decoding", "dali_cpu_ms_per_image")
+    }
     for case in measured:
         tables["rows"] += measure(case, options.device, options.workers, options.rounds)
         shown = first_batches(case, options.device)
@@ -255,20 +337,36 @@ def main() -> None:
         if isinstance(case.images, EncodedImages):
             from bench import decoding  # imports DALI, which the GPU program may do without
 
-            tables["decoding"] += decoding.rows(case.data, case.views, case.images, case.specs, options.rounds)
+            tables["decoding"] += decoding.rows(
+                case.data, case.views, case.images, case.specs, options.rounds
+            )
             tables["dali_cpu_ms_per_image"] += breakdown(case, options.workers)
-    settings = {"device": options.device, "workers": options.workers, "rounds": options.rounds, "load_average_at_start": load}
+    settings = {
+        "device": options.device,
+        "workers": options.workers,
+        "rounds": options.rounds,
+        "load_average_at_start": load,
+    }
     written = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
     for name, rows in written.items():
         print_table(name, rows)
-    print(results.write("pipelines" if options.photos and options.cifar10 else "pipelines-part", settings | written, options.out))
+    print(
+        results.write(
+            "pipelines" if options.photos and options.cifar10 else "pipelines-part",
+            settings | written,
+            options.out,
+        )
+    )
 
 
 def print_table(name: str, rows: list[dict[str, Any]]) -> None:
     """Columns are the fields of the rows."""
     if not rows:
         return
-    lines = [list(rows[0]), *([f"{value:.3f}" if isinstance(value, float) else value for value in row.values()] for row in rows)]
+    lines = [
+        list(rows[0]),
+        *([f"{value:.3f}" if isinstance(value, float) else value for value in row.values()] for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{name}")
     for line in lines:

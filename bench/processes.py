@@ -14,7 +14,8 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_WORDS = 5.0
-"""Seconds between SIGTERM and SIGKILL: torchrun ends its ranks, which are in sessions of their own, on the first only."""
+"""Seconds between SIGTERM and SIGKILL: torchrun ends its ranks, which are in sessions of their own, on the
+first only."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,18 @@ class Ended:
     err: str = ""
 
 
-def run(command: Sequence[str], seconds: float, *, capture: bool = True, environment: Mapping[str, str] | None = None) -> Ended:
-    """Run `command` in the repository for at most `seconds`; whatever of its process group is left then, or when it ends, is ended too.
+def run(
+    command: Sequence[str],
+    seconds: float,
+    *,
+    capture: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run `command` in the repository for at most `seconds`; whatever of its process group is left then, or
+    when it ends, is ended too.
 
-    `environment` adds to this process's. What is captured goes through files: a pipe would be held open by a process that got away.
+    `environment` adds to this process's. What is captured goes through files: a pipe would be held open by a
+    process that got away.
 
     >>> run(["echo", "a"], 60).out
     'a\\n'
@@ -38,7 +47,9 @@ def run(command: Sequence[str], seconds: float, *, capture: bool = True, environ
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         streams = (out, err) if capture else (None, None)
         surroundings = os.environ | dict(environment or {})
-        process = subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=streams[0], stderr=streams[1], start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=surroundings, stdout=streams[0], stderr=streams[1], start_new_session=True
+        )
         exit_code = None
         try:
             exit_code = process.wait(max(seconds, 0))

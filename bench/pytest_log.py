@@ -1,8 +1,10 @@
-"""A plugin, `pytest -p bench.pytest_log --outcomes FILE`: a line of JSON for each test once it has ended, so that a cut run tells all.
+"""A plugin, `pytest -p bench.pytest_log --outcomes FILE`: a line of JSON for each test once it has ended, so
+that a cut run tells all.
 
-Tests that stand alone run before those with many cases: they say most in the least time. The first line holds the names of all.
-A process whose device answers no more ends after the test that did it, and pytest-xdist puts a new one in its place: its other tests would
-fail at once, and because that is fast, it would be given most of them.
+Tests that stand alone run before those with many cases: they say most in the least time. The first line holds
+the names of all. A process whose device answers no more ends after the test that did it, and pytest-xdist
+puts a new one in its place: its other tests would fail at once, and because that is fast, it would be given
+most of them.
 """
 
 from __future__ import annotations
@@ -95,7 +97,12 @@ class _Log:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when in ("setup", "teardown") and report.passed:
             return
-        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "measured": dict(report.user_properties)}
+        line = {
+            "test": report.nodeid,
+            "outcome": report.outcome,
+            "seconds": report.duration,
+            "measured": dict(report.user_properties),
+        }
         self._write(line | {"said": report.longreprtext[-LONGEST_TRACEBACK:]})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -104,7 +111,9 @@ class _Log:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """How many tests passed, failed, were skipped, were cut before their end or not reached, by name too, and what the failed ones said."""
+    """How many tests passed, failed, were skipped, were cut before their end or not reached, by name too, and
+    what the failed ones said.
+    """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     collected = [name for line in lines for name in line.get("collected", [])]
     ended: dict[str, str] = {}
@@ -115,10 +124,15 @@ def summary(path: Path) -> dict[str, Any]:
         if line["outcome"] != "passed":
             said[name] = "\n".join(filter(None, (said.get(name), line["said"])))
     begun = {line["begun"] for line in lines if "begun" in line}
-    outcomes = ended | {name: "cut" if name in begun else "not reached" for name in collected if name not in ended}
+    outcomes = ended | {
+        name: "cut" if name in begun else "not reached" for name in collected if name not in ended
+    }
     counts = Counter(outcomes.values())
     return {
-        **{outcome.replace(" ", "_"): counts[outcome] for outcome in ("passed", "failed", "skipped", "cut", "not reached")},
+        **{
+            outcome.replace(" ", "_"): counts[outcome]
+            for outcome in ("passed", "failed", "skipped", "cut", "not reached")
+        },
         "said": said,
         "measured": {line["test"]: line["measured"] for line in lines if line.get("measured")},
         "outcomes": outcomes,

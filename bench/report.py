@@ -1,7 +1,8 @@
-"""docs/benchmarks.md from everything under bench/results/: `python -m bench.report [--results DIR] [--to docs/benchmarks.md]`.
+"""docs/benchmarks.md from everything under bench/results/: `python -m bench.report [--results DIR] [--to
+docs/benchmarks.md]`.
 
-The newest file of each name and machine is shown, with the commit, versions and date that made it; trainers' rates and the losses' times
-are plotted beside the page. A number that is not in a file is not on the page.
+The newest file of each name and machine is shown, with the commit, versions and date that made it; trainers'
+rates and the losses' times are plotted beside the page. A number that is not in a file is not on the page.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from bench import results
 ABOUT = {
     "gpu-ceilings": "What the device can do at best, as measured.",
     "gpu-tests": "Every kernel on the device against float64.",
-    "gpu-kernels": "The similarity losses, forward and backward unless said, beside floors, targets and peers.",
+    "gpu-kernels": "The similarity losses, forward and backward unless said, beside floors, targets and "
+    "peers.",
     "gpu-steps": "Whole training steps, loader included, beside other trainers in the same run.",
     "gpu-engines": "The input engines alone.",
     "gpu-quality": "Short runs of the real command.",
@@ -32,16 +34,24 @@ ABOUT = {
     "gpu-scaling": "Collectives on several ranks.",
     "steps": "Whole training steps, loader included, beside other trainers in the same run.",
     "gessl": "A step of GeSSL's modes, x a plain step.",
-    "hypergradients": "Gradients of σ against those of exact mode, SimCLR on digits: cosine and ratio of norms, mean ± s.d. over seeds.",
-    "does-gessl-help-digits": "Plain training against GeSSL's presets, mean ± s.d. over seeds; differences paired, with 95 % intervals.",
-    "does-gessl-help-cifar10-small": "The same on a tenth of CIFAR-10, 16-pixel views, a quarter of the width.",
-    "dsa-digits": "DSA against plain and supervised training, with outliers among the training images; mean ± s.d. over seeds.",
-    "evaluate": "Extraction (medians of rounds in turns), probe and k-NN (one call each) beside scikit-learn and lightly, 50,000 + 10,000 "
+    "hypergradients": "Gradients of σ against those of exact mode, SimCLR on digits: cosine and ratio of "
+    "norms, mean ± s.d. over seeds.",
+    "does-gessl-help-digits": "Plain training against GeSSL's presets, mean ± s.d. over seeds; differences "
+    "paired, with 95 % intervals.",
+    "does-gessl-help-cifar10-small": "The same on a tenth of CIFAR-10, 16-pixel views, a quarter of the "
+    "width.",
+    "dsa-digits": "DSA against plain and supervised training, with outliers among the training images; mean "
+    "± s.d. over seeds.",
+    "evaluate": "Extraction (medians of rounds in turns), probe and k-NN (one call each) beside "
+    "scikit-learn and lightly, 50,000 + 10,000 "
     "images of 32 pixels, 512 features.",
     "evaluation-tables": "The tables that evaluation.md shows, one seed; they stand there.",
-    "ladder-digits": "The levers of the idealised representations, one after the other; mean ± s.d. over seeds.",
-    "methods-digits": "Every method's digits recipe, beside raw pixels and the untrained encoder; mean ± s.d. over seeds.",
-    "kernels": "The losses beside dense PyTorch and other packages; seconds are the best round's, whose rates are beside; above 4,096 rows "
+    "ladder-digits": "The levers of the idealised representations, one after the other; mean ± s.d. over "
+    "seeds.",
+    "methods-digits": "Every method's digits recipe, beside raw pixels and the untrained encoder; mean ± "
+    "s.d. over seeds.",
+    "kernels": "The losses beside dense PyTorch and other packages; seconds are the best round's, whose "
+    "rates are beside; above 4,096 rows "
     "one call.",
     "kernels-rows": "The losses beside dense PyTorch and other packages, at chosen sizes.",
     "pipelines": "The engines that make views, side by side, in turns.",
@@ -69,12 +79,18 @@ def page(folder: Path, beside: Path) -> str:
     text = [
         "# Benchmarks",
         "",
-        "Written by `python -m bench.report` from the files it names. Contenders of one table ran in one process or one after the other, "
-        "in turns where rounds are given; a ratio is the median over rounds. A time is the best or the median of its samples, as each "
+        "Written by `python -m bench.report` from the files it names. Contenders of one table ran in one "
+        "process or one after the other, "
+        "in turns where rounds are given; a ratio is the median over rounds. A time is the best or the "
+        "median of its samples, as each "
         "section says.",
     ]
     if all(machine.startswith("cpu") for machine in machines):
-        text += ["", "**Nothing here was measured on a GPU yet**, and so nothing is said about several GPUs. `make gpu` measures both."]
+        text += [
+            "",
+            "**Nothing here was measured on a GPU yet**, and so nothing is said about several GPUs. `make "
+            "gpu` measures both.",
+        ]
     for machine in machines:
         text += ["", f"## {machine}"]
         for (place, name), path in files.items():
@@ -100,7 +116,12 @@ def section(name: str, path: Path, beside: Path) -> list[str]:
     versions = record.get("versions", {})
     machine = ", ".join(record["gpus"]) or record["processor"]
     origin = f"{record['started'][:10]}, commit {record['commit']}, torch {versions.get('torch')}, {machine}"
-    text = ["", f"### {name}", "", f"{ABOUT.get(name, '')} [{path.name}]({link}): {origin}, {record['threads']} threads.".strip()]
+    text = [
+        "",
+        f"### {name}",
+        "",
+        f"{ABOUT.get(name, '')} [{path.name}]({link}): {origin}, {record['threads']} threads.".strip(),
+    ]
     if record.get("complete") is False:
         text += ["", "**Cut**: the run ended before its last row."]
     found = list(tables(record))
@@ -134,7 +155,9 @@ def tables(tree: Any, title: str = "") -> Iterator[tuple[str, list[dict[str, Any
 
 
 def _rows(value: Any) -> list[dict[str, Any]]:
-    """Rows of a list of dictionaries or of a dictionary of them, each with its plain values; none if there are no such values."""
+    """Rows of a list of dictionaries or of a dictionary of them, each with its plain values; none if there
+    are no such values.
+    """
     if isinstance(value, Mapping) and value and all(isinstance(row, Mapping) for row in value.values()):
         found = [{"": name} | _plain(row) for name, row in value.items()]
     elif isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
@@ -145,7 +168,11 @@ def _rows(value: Any) -> list[dict[str, Any]]:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in HIDDEN and (value is None or isinstance(value, str | int | float))}
+    return {
+        key: value
+        for key, value in row.items()
+        if key not in HIDDEN and (value is None or isinstance(value, str | int | float))
+    }
 
 
 def _with_spreads(tree: Any) -> Any:
@@ -163,10 +190,19 @@ def _with_spreads(tree: Any) -> Any:
 
 def markdown(rows: Sequence[Row]) -> list[str]:
     """A table; columns in the order in which rows bring them up, those without a value anywhere left out."""
-    columns = [column for column in dict.fromkeys(key for row in rows for key in row) if any(row.get(column) is not None for row in rows)]
+    columns = [
+        column
+        for column in dict.fromkeys(key for row in rows for key in row)
+        if any(row.get(column) is not None for row in rows)
+    ]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(column, row.get(column)) for column in columns) + " |" for row in rows[:ROW_LIMIT]]
-    return lines + ([f"\n{len(rows) - ROW_LIMIT} more rows are in the file."] if len(rows) > ROW_LIMIT else [])
+    lines += [
+        "| " + " | ".join(_cell(column, row.get(column)) for column in columns) + " |"
+        for row in rows[:ROW_LIMIT]
+    ]
+    return lines + (
+        [f"\n{len(rows) - ROW_LIMIT} more rows are in the file."] if len(rows) > ROW_LIMIT else []
+    )
 
 
 def _cell(column: str, value: Any) -> str:
@@ -189,7 +225,9 @@ def _plot(name: str, record: Row, path: Path) -> Path | None:
     shown = {case: found["rows"] for case, found in cases.items() if "rows" in found}
     figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), squeeze=False)
     for axis, (case, rows) in zip(axes[0], shown.items(), strict=True):
-        rates = {trainer: row["images_per_second"] for trainer, row in rows.items() if "images_per_second" in row}
+        rates = {
+            trainer: row["images_per_second"] for trainer, row in rows.items() if "images_per_second" in row
+        }
         axis.barh(
             list(rates),
             list(rates.values()),

@@ -1,4 +1,6 @@
-"""Where measurements go: `bench/results/<machine>/<date>-<name>.json`, with everything that is needed to believe or repeat them."""
+"""Where measurements go: `bench/results/<machine>/<date>-<name>.json`, with everything that is needed to
+believe or repeat them.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,19 @@ def place(name: str, out: Path | None = None) -> Path:
 
 
 def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Path:
-    """Store a measurement with versions, processor and commit; returns the file. A process that is killed leaves the file as it was."""
+    """Store a measurement with versions, processor and commit; returns the file. A process that is killed
+    leaves the file as it was.
+    """
     path = place(f"{name}.json", out)
     facts = {key: value for key, value in environment().items() if key in _KEPT}
-    record = {"name": name, "commit": commit(), "processor": _processor(), "threads": torch.get_num_threads(), **facts, **measured}
+    record = {
+        "name": name,
+        "commit": commit(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        **facts,
+        **measured,
+    }
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(path)
@@ -49,18 +60,24 @@ def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Pa
 
 
 def commit() -> str:
-    """Of the working tree, `-dirty` if its code is not that commit's; results and pages that a run has just written do not count.
+    """Of the working tree, `-dirty` if its code is not that commit's; results and pages that a run has just
+    written do not count.
 
     Without git or .git, what the environment variable FASTGESSL_COMMIT says, else `unknown`.
     """
     code = (".", ":(exclude)bench/results", ":(exclude)docs")
-    known, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    known, changed = (
+        _git("rev-parse", "--short", "HEAD"),
+        _git("status", "--porcelain", "--untracked-files=no", "--", *code),
+    )
     return f"{known}-dirty" if changed else known or os.environ.get(COMMIT) or "unknown"
 
 
 def _git(*words: str) -> str:
     try:
-        return subprocess.run(["git", *words], cwd=ROOT.parent, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=ROOT.parent, capture_output=True, text=True, check=False
+        ).stdout.strip()
     except FileNotFoundError:  # git itself is not there
         return ""
 

@@ -1,7 +1,9 @@
-"""What ranks cost, under torchrun: `python -m torch.distributed.run --nproc_per_node N -m bench.scaling --to FILE [--tiny]`.
+"""What ranks cost, under torchrun: `python -m torch.distributed.run --nproc_per_node N -m bench.scaling --to
+FILE [--tiny]`.
 
-Each row is the seconds of one forward and backward on every rank: InfoNCE with keys gathered and with keys passed round a ring, and a
-batch norm that spans the ranks beside one that does not. The first process writes the rows, each with the slowest rank's median.
+Each row is the seconds of one forward and backward on every rank: InfoNCE with keys gathered and with keys
+passed round a ring, and a batch norm that spans the ranks beside one that does not. The first process writes
+the rows, each with the slowest rank's median.
 """
 
 from __future__ import annotations
@@ -35,10 +37,17 @@ def main() -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
         # Every rank must take as many turns as the others, so rounds and not seconds say when to stop.
-        samples = in_turns(_contenders(arguments.tiny), rounds=3 if arguments.tiny else 30, budget=float("inf"))
-        medians = torch.tensor([statistics.median(taken) for taken in samples.values()], device="cuda" if on_gpu else "cpu")
+        samples = in_turns(
+            _contenders(arguments.tiny), rounds=3 if arguments.tiny else 30, budget=float("inf")
+        )
+        medians = torch.tensor(
+            [statistics.median(taken) for taken in samples.values()], device="cuda" if on_gpu else "cpu"
+        )
         dist.all_reduce(medians, dist.ReduceOp.MAX)
-        rows = {name: {"seconds": seconds, "samples": samples[name]} for name, seconds in zip(samples, medians.tolist(), strict=True)}
+        rows = {
+            name: {"seconds": seconds, "samples": samples[name]}
+            for name, seconds in zip(samples, medians.tolist(), strict=True)
+        }
         if rank == 0:
             arguments.to.write_text(json.dumps({"ranks": size, "backend": dist.get_backend(), "rows": rows}))
     finally:
@@ -48,7 +57,10 @@ def main() -> None:
 def _contenders(tiny: bool) -> dict[str, Callable[[], object]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, width = (32, 16) if tiny else (4096, 128)
-    query, key = (normalize(torch.randn(rows, width, device=device), dim=1).to(torch.bfloat16).requires_grad_() for _ in range(2))
+    query, key = (
+        normalize(torch.randn(rows, width, device=device), dim=1).to(torch.bfloat16).requires_grad_()
+        for _ in range(2)
+    )
     group = dist.group.WORLD
 
     def loss(mode: str, over: dist.ProcessGroup | None) -> Callable[[], object]:

@@ -1,4 +1,6 @@
-"""The stages of `bench.gpu`: each yields (name, row), the most valuable first, and stops when its time is over."""
+"""The stages of `bench.gpu`: each yields (name, row), the most valuable first, and stops when its time is
+over.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,14 @@ def ceilings(conditions: Conditions) -> Rows:
     }
     for name, (amount, call) in work.items():
         samples = _samples(call, 0.0 if conditions.dry_run else min(conditions.left / 3, 5.0))
-        yield name, {"rate": amount / statistics.median(samples), "seconds": statistics.median(samples), "samples": samples}
+        yield (
+            name,
+            {
+                "rate": amount / statistics.median(samples),
+                "seconds": statistics.median(samples),
+                "samples": samples,
+            },
+        )
 
 
 def _samples(work: Callable[[], object], budget: float) -> list[float]:
@@ -75,15 +84,21 @@ def _samples(work: Callable[[], object], budget: float) -> list[float]:
 
 
 def tests(conditions: Conditions) -> Rows:
-    """`pytest -m gpu`: every kernel on the device against float64, first and second order. A dry run only collects them.
+    """`pytest -m gpu`: every kernel on the device against float64, first and second order. A dry run only
+    collects them.
 
-    On half of the cores, because most of the time goes into compiling the kernels. Each outcome is in <date>-gpu-tests.jsonl at once.
+    On half of the cores, because most of the time goes into compiling the kernels. Each outcome is in
+    <date>-gpu-tests.jsonl at once.
     """
     cores = os.cpu_count() or 1
     workers = max(1, min(cores // 2, MOST_TEST_PROCESSES))
     side_by_side = ["-n", str(workers), "--maxschedchunk", "1"] if find_spec("xdist") else []
     # Only the files that have such tests: each process would spend its first seconds on importing all others.
-    files = [str(path) for path in sorted((results.ROOT.parent / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [
+        str(path)
+        for path in sorted((results.ROOT.parent / "tests").rglob("test_*.py"))
+        if "mark.gpu" in path.read_text()
+    ]
     options = ["-m", "gpu", *(["--collect-only"] if conditions.dry_run else side_by_side), *files]
     yield "pytest", run_tests(options, cores // workers, conditions)
 
@@ -94,7 +109,11 @@ def run_tests(options: list[str], threads: int, conditions: Conditions) -> dict[
     own = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.pytest_log", "--outcomes", str(log)]
     command = [sys.executable, "-m", "pytest", *own, *options]
     ended = processes.run(command, conditions.left, environment={"OMP_NUM_THREADS": str(threads)})
-    return {"exit_code": ended.exit_code, **pytest_log.summary(log), "output": (ended.out + ended.err)[-4000:]}
+    return {
+        "exit_code": ended.exit_code,
+        **pytest_log.summary(log),
+        "output": (ended.out + ended.err)[-4000:],
+    }
 
 
 def kernels(conditions: Conditions) -> Rows:
@@ -132,14 +151,19 @@ def _engine_rows(conditions: Conditions) -> Rows:
 
 
 def quality(conditions: Conditions) -> Rows:
-    """A short run of the real command to a k-NN and linear accuracy: CIFAR-10, ResNet-18, SimCLR, and the seconds that it took."""
+    """A short run of the real command to a k-NN and linear accuracy: CIFAR-10, ResNet-18, SimCLR, and the
+    seconds that it took.
+    """
     if conditions.dry_run:
         recipe, options = "digits-simclr", {"train.epochs": 1, "model.width": 0.0625}
     elif conditions.cifar10 is None:
         yield "cifar10-simclr", {"absent": "CIFAR-10: give it with --cifar10 FILE.npz"}
         return
     else:
-        recipe, options = "cifar10-simclr", {"data.name": "npz", "data.root": conditions.cifar10, "train.compile": True}
+        recipe, options = (
+            "cifar10-simclr",
+            {"data.name": "npz", "data.root": conditions.cifar10, "train.compile": True},
+        )
     short, long = 1 if conditions.dry_run else 20, 200
     row = _quality(recipe, options | {"train.epochs": short}, f"gpu-quality-{short}-epochs", conditions)
     yield f"{recipe}, {short} epochs", row
@@ -147,9 +171,15 @@ def quality(conditions: Conditions) -> Rows:
         return
     expected = row["seconds"] + (long / short - 1) * row["training_seconds"]
     if expected > conditions.left:
-        yield f"{recipe}, {long} epochs", {"absent": f"about {expected:.0f} s, and {conditions.left:.0f} s were left"}
+        yield (
+            f"{recipe}, {long} epochs",
+            {"absent": f"about {expected:.0f} s, and {conditions.left:.0f} s were left"},
+        )
         return
-    yield f"{recipe}, {long} epochs", _quality(recipe, options | {"train.epochs": long}, f"gpu-quality-{long}-epochs", conditions)
+    yield (
+        f"{recipe}, {long} epochs",
+        _quality(recipe, options | {"train.epochs": long}, f"gpu-quality-{long}-epochs", conditions),
+    )
 
 
 def _quality(recipe: str, options: dict[str, Any], name: str, conditions: Conditions) -> dict[str, Any]:
@@ -174,7 +204,11 @@ def _quality(recipe: str, options: dict[str, Any], name: str, conditions: Condit
         return {"error": ended.err[-4000:], "kept": kept.name}
     timing = [json.loads(line) for line in (kept / "timing.jsonl").read_text().splitlines()]
     accuracy = json.loads((kept / "evaluation.json").read_text())["rows"]["this run"]
-    return taken | {"training_seconds": sum(line["seconds"] for line in timing), **accuracy, "kept": kept.name}
+    return taken | {
+        "training_seconds": sum(line["seconds"] for line in timing),
+        **accuracy,
+        "kept": kept.name,
+    }
 
 
 def scaling(conditions: Conditions) -> Rows:
@@ -190,17 +224,30 @@ def scaling(conditions: Conditions) -> Rows:
 def _scaled(ranks: int, conditions: Conditions) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         tiny = ["--tiny"] if conditions.dry_run else []
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        ended = processes.run([*launch, "-m", "bench.scaling", "--to", file.name, *tiny], max(conditions.left, 30))
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+        ]
+        ended = processes.run(
+            [*launch, "-m", "bench.scaling", "--to", file.name, *tiny], max(conditions.left, 30)
+        )
         if ended.exit_code is None:
             return {"absent": "not done in the time that was left", "output": ended.err[-4000:]}
-        return json.loads(Path(file.name).read_text()) if ended.exit_code == 0 else {"error": ended.err[-4000:]}
+        return (
+            json.loads(Path(file.name).read_text()) if ended.exit_code == 0 else {"error": ended.err[-4000:]}
+        )
 
 
 def gessl(conditions: Conditions) -> Rows:
-    """Operations, seconds and peak bytes of GeSSL's modes x a plain step, float32: ResNet-18 at 32 px, batch 256; ResNet-50 at 224 px, 64.
+    """Operations, seconds and peak bytes of GeSSL's modes x a plain step, float32: ResNet-18 at 32 px, batch
+    256; ResNet-50 at 224 px, 64.
 
-    A view takes 72 MiB of ResNet-50's plain step, and up to 7.4 x that when K = 3 keeps its graph: 66 GiB at 64 images.
+    A view takes 72 MiB of ResNet-50's plain step, and up to 7.4 x that when K = 3 keeps its graph: 66 GiB at
+    64 images.
     """
     from bench.gessl import SMALL, costs
     from fastgessl.config import ModelConfig

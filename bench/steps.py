@@ -2,8 +2,9 @@
 
     python -m bench.steps [--cases simclr-resnet18-32 ...] [--rounds 20] [--seconds 60] [--out DIR]
 
-Every contender of a case has a backbone of one kind, one batch size, the same resident loader's views, one precision and SGD. Rates are
-source images a second. On a GPU: bfloat16, channels_last, compiled and not, and peak memory of each contender by itself.
+Every contender of a case has a backbone of one kind, one batch size, the same resident loader's views, one
+precision and SGD. Rates are source images a second. On a GPU: bfloat16, channels_last, compiled and not, and
+peak memory of each contender by itself.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ PEER_NAMES = {name for made in PEERS.values() for name in made}
 
 @dataclass(frozen=True)
 class Case:
-    """A training step to measure: a recipe's heads and views over a backbone, `batch` source images of `stored` pixels."""
+    """A training step to measure: a recipe's heads and views over a backbone, `batch` source images of
+    `stored` pixels.
+    """
 
     recipe: str
     model: ModelConfig
@@ -102,13 +105,19 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def measurements(case: Case, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """`measure`, with one contender more each time. Absent: a peer that fails, what `seconds` leave no time for. Ours is an error."""
+    """`measure`, with one contender more each time. Absent: a peer that fails, what `seconds` leave no time
+    for. Ours is an error.
+    """
     if case.method not in METHODS:
         yield {"absent": f"no method is registered as {case.method}"}
         return
     # Else the compiled contender meets another case's guards, and torch compiles for any size.
     torch._dynamo.reset()
-    device, until, made = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter() + seconds, contenders(case)
+    device, until, made = (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        time.perf_counter() + seconds,
+        contenders(case),
+    )
     found = _Found(case, device)
     for number, (name, make) in enumerate(made.items()):
         left = until - time.perf_counter()
@@ -125,7 +134,9 @@ def measurements(case: Case, rounds: int, seconds: float) -> Iterator[dict[str, 
 
 
 class _Found:
-    """What is known of a case. Of its contenders only ours stays on the device, because the others take turns with it."""
+    """What is known of a case. Of its contenders only ours stays on the device, because the others take turns
+    with it.
+    """
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
@@ -189,7 +200,11 @@ def contenders(case: Case) -> dict[str, Callable[[], Trainer] | None]:
 
 def ours(case: Case, settings: GesslConfig, *, compiled: bool = False) -> Trainer:
     """The objective that `fastgessl train` runs."""
-    method = build_method(case.config.method, build_backbone(case.model), RunFacts(total_steps=100_000, images_per_forward=case.batch))
+    method = build_method(
+        case.config.method,
+        build_backbone(case.model),
+        RunFacts(total_steps=100_000, images_per_forward=case.batch),
+    )
     if compiled:
         method.backbone.compile()
     objective, done, passed = GeSSL(method, settings), count(), []
@@ -239,9 +254,11 @@ class Step:
 
 
 def split(step: Step, rounds: int = 5) -> dict[str, float]:
-    """Mean seconds of a step's parts, the device waited for after each, so that together they take longer than the step.
+    """Mean seconds of a step's parts, the device waited for after each, so that together they take longer
+    than the step.
 
-    sigma is what the objective does beyond its first targets, forward and loss; without GeSSL it is what the objective costs by itself.
+    sigma is what the objective does beyond its first targets, forward and loss; without GeSSL it is what the
+    objective costs by itself.
     """
     found = [_split_once(step) for _ in range(rounds * step.grouped)]
     return {part: statistics.fmean(seconds[part] for seconds in found) for part in found[0]}
@@ -281,8 +298,12 @@ def _first_call_timed(method: Method, part: str, parts_taken: dict[str, float]) 
 def batches_of(case: Case, device: torch.device) -> Iterator[Batch]:
     """Endless batches of the recipe's global views, made by the resident engine from random images."""
     generator = np.random.default_rng(0)
-    images = ArrayImages(generator.integers(0, 256, (4 * case.batch, case.stored, case.stored, 3), dtype=np.uint8))
-    loader = pipelines.build(images, view_specs(case.config), batch_size=case.batch, engine="resident", device=str(device))
+    images = ArrayImages(
+        generator.integers(0, 256, (4 * case.batch, case.stored, case.stored, 3), dtype=np.uint8)
+    )
+    loader = pipelines.build(
+        images, view_specs(case.config), batch_size=case.batch, engine="resident", device=str(device)
+    )
     while True:
         yield from loader
 
@@ -307,7 +328,11 @@ def table(name: str, measured: dict[str, Any]) -> Table:
             found.add_row(trainer, row.get("absent", row.get("error")))
             continue
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-        rates = f"{row['images_per_second']:.0f}", f"{row['views_per_second']:.0f}", f"{row['ratio_to_ours']:.2f}"
+        rates = (
+            f"{row['images_per_second']:.0f}",
+            f"{row['views_per_second']:.0f}",
+            f"{row['ratio_to_ours']:.2f}",
+        )
         found.add_row(trainer, *rates, f"{1000 * row['seconds']:.1f}", peak)
     return found
 

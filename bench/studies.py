@@ -1,7 +1,8 @@
-"""Training runs of the real command, one a cell of a study: a cell that is done is not run again, a cell that was cut goes on.
+"""Training runs of the real command, one a cell of a study: a cell that is done is not run again, a cell that
+was cut goes on.
 
-Cells run in processes of their own, so that what is measured is what a user gets. Choices (alpha, w_sigma) are made on a validation split
-of the training images, never on test images.
+Cells run in processes of their own, so that what is measured is what a user gets. Choices (alpha, w_sigma)
+are made on a validation split of the training images, never on test images.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from fastgessl.recipes import load
 
 VALIDATION_SHARE = 0.2
 MEASURES = ("accuracy", "sigma", "discriminability", "generalisation", "transferability")
-"""What is compared of an evaluation: accuracies, and sigma against the labels, of the training and held-out images (`sigma`) and of further
-ones (`universality`)."""
+"""What is compared of an evaluation: accuracies, and sigma against the labels, of the training and held-out
+images (`sigma`) and of further ones (`universality`)."""
 
 
 class OutOfTime(Exception):
@@ -53,7 +54,9 @@ class Cell:
 
 
 def measured(cell: Cell, common: Sequence[str], deadline: float) -> dict[str, float]:
-    """Every accuracy and sigma of the cell's evaluation, by `task.key`; trains it first if need be. Raises OutOfTime at the deadline."""
+    """Every accuracy and sigma of the cell's evaluation, by `task.key`; trains it first if need be. Raises
+    OutOfTime at the deadline.
+    """
     return leaves(rows_of(evaluation(cell, common, deadline))["this run"])
 
 
@@ -67,14 +70,20 @@ def evaluation(cell: Cell, common: Sequence[str], deadline: float) -> dict[str, 
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was measured of each encoder: by task on the run's own images, with `universality`, and by the name of each further data set."""
+    """What was measured of each encoder: by task on the run's own images, with `universality`, and by the
+    name of each further data set.
+    """
     further = {name: rows_of(report) for name, report in evaluation.get("transfer", {}).items()}
     universality = evaluation.get("universality", {}).get("rows", {})
     return {
         row: {
             **values,
             **({"universality": universality[row]["groups"]} if row in universality else {}),
-            **({"transfer": moved} if (moved := {name: rows[row] for name, rows in further.items() if row in rows}) else {}),
+            **(
+                {"transfer": moved}
+                if (moved := {name: rows[row] for name, rows in further.items() if row in rows})
+                else {}
+            ),
         }
         for row, values in evaluation["rows"].items()
     }
@@ -86,7 +95,9 @@ def commits(folder: Path) -> list[str]:
 
 
 def _claim(cell: Cell, common: Sequence[str]) -> None:
-    """Keep beside the run what it was begun with: the folder's name does not say it, and another question must not get this answer."""
+    """Keep beside the run what it was begun with: the folder's name does not say it, and another question
+    must not get this answer.
+    """
     asked = {
         "recipe": cell.recipe,
         "seed": cell.seed,
@@ -100,11 +111,13 @@ def _claim(cell: Cell, common: Sequence[str]) -> None:
         for key, value in asked.items():
             if begun[key] != value:
                 raise ValueError(
-                    f"{cell.folder} was begun with {key} {begun[key]}, and {value} is asked for. Delete it, or give another --work."
+                    f"{cell.folder} was begun with {key} {begun[key]}, and {value} is asked for. Delete it, "
+                    "or give another --work."
                 )
     elif cell.folder.exists():
         raise ValueError(
-            f"{cell.folder} exists without {record.name}, which says what it was begun with. Give another --work, or delete it."
+            f"{cell.folder} exists without {record.name}, which says what it was begun with. Give another "
+            "--work, or delete it."
         )
     else:
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +137,9 @@ def _train(cell: Cell, common: Sequence[str], deadline: float) -> None:
     words = [word for name, value in options.items() for word in (f"--{name}", str(value)) if word]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastgessl", "train", cell.recipe, *words, *common], stdout=subprocess.DEVNULL, stderr=said
+            [sys.executable, "-m", "fastgessl", "train", cell.recipe, *words, *common],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
         )
         try:
             code = process.wait(max(deadline - time.monotonic(), 1))
@@ -158,16 +173,23 @@ def arrays_of(name: str, root: Path | None = None) -> dict[str, np.ndarray]:
     for split in ("train", "test"):
         images = pipelines.open_images(name, root, split)
         if not isinstance(images, ArrayImages) or images.labels is None:
-            raise SystemExit(f"bench: {name} has no labelled {split} arrays. Give an .npz with train_x, train_y, test_x and test_y.")
+            raise SystemExit(
+                f"bench: {name} has no labelled {split} arrays. Give an .npz with train_x, train_y, test_x "
+                "and test_y."
+            )
         arrays |= {f"{split}_x": images.images, f"{split}_y": images.labels}
     return arrays
 
 
-def write_parts(folder: Path, arrays: Mapping[str, np.ndarray], share: float, seed: int = 0) -> tuple[Path, Path]:
-    """(all, choice): `share` of the training images with the test images, and the same training images with a fifth of them as the
-    test split, on which choices are made."""
+def write_parts(
+    folder: Path, arrays: Mapping[str, np.ndarray], share: float, seed: int = 0
+) -> tuple[Path, Path]:
+    """(all, choice): `share` of the training images with the test images, and the same training images with a
+    fifth of them as the test split, on which choices are made."""
     folder.mkdir(parents=True, exist_ok=True)
-    order = np.random.default_rng(seed).permutation(len(arrays["train_y"]))[: max(round(share * len(arrays["train_y"])), 1)]
+    order = np.random.default_rng(seed).permutation(len(arrays["train_y"]))[
+        : max(round(share * len(arrays["train_y"])), 1)
+    ]
     x, y = arrays["train_x"][order], arrays["train_y"][order]
     held = round(VALIDATION_SHARE * len(y))
     whole, choice = folder / f"all-{share:g}.npz", folder / f"choice-{share:g}.npz"
@@ -189,7 +211,8 @@ def plain(config: Config) -> Config:
 
 
 def step_time_ratio(one: Config, other: Config, steps: int = 20) -> float:
-    """Time of a step of `one` over that of `other`, taken in turns on views of their own: the median of the rounds.
+    """Time of a step of `one` over that of `other`, taken in turns on views of their own: the median of the
+    rounds.
 
     A round goes from one step with sigma to the next, so that `gessl.every` counts.
     """
@@ -240,12 +263,17 @@ def with_options(recipe: str, options: Mapping[str, object]) -> Config:
         section, field = name.split(".")
         changed.setdefault(section, {})[field] = value
     base = load(recipe).config.model_dump()
-    return Config.model_validate(base | {section: base[section] | values for section, values in changed.items()})
+    return Config.model_validate(
+        base | {section: base[section] | values for section, values in changed.items()}
+    )
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Mean and standard deviation over seeds."""
-    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else math.nan}
+    return {
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else math.nan,
+    }
 
 
 def paired(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -258,7 +286,11 @@ def paired(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return {"mean": mean, "low": math.nan, "high": math.nan}
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / len(differences) ** 0.5
+    half = (
+        float(stats.t.ppf(0.975, len(differences) - 1))
+        * statistics.stdev(differences)
+        / len(differences) ** 0.5
+    )
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

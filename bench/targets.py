@@ -1,8 +1,8 @@
 """The similarity losses on a GPU against their targets, the floors that the device sets, and peers.
 
-A floor is the larger of two times: matmul units of 2·M·N·D operations at the bf16 rate measured in the same run, and passes of M·N
-exponentials at the measured rate. Units of a pass: forward 1, backward 4 (2 where queries are keys), both orders of σ and of the double
-backward as each target says.
+A floor is the larger of two times: matmul units of 2·M·N·D operations at the bf16 rate measured in the same
+run, and passes of M·N exponentials at the measured rate. Units of a pass: forward 1, backward 4 (2 where
+queries are keys), both orders of σ and of the double backward as each target says.
 """
 
 from __future__ import annotations
@@ -64,13 +64,20 @@ def rows(conditions: Conditions) -> Iterator[tuple[str, dict[str, Any]]]:
             yield target.name, NO_TIME
             continue
         size = min(target.rows, 64) if conditions.dry_run else target.rows
-        for so_far in _measurements(target, size, rates, 0.0 if conditions.dry_run else min(conditions.left, 20.0)):
+        for so_far in _measurements(
+            target, size, rates, 0.0 if conditions.dry_run else min(conditions.left, 20.0)
+        ):
             yield target.name, so_far
 
 
-def _measurements(target: Target, size: int, rates: dict[str, float], budget: float) -> Iterator[dict[str, Any]]:
-    """The target's row, with one contender more each time: what a peer does to the device must not cost our own numbers."""
-    # Code that torch has compiled for another size it compiles for any size the second time, and no peer is at its best then.
+def _measurements(
+    target: Target, size: int, rates: dict[str, float], budget: float
+) -> Iterator[dict[str, Any]]:
+    """The target's row, with one contender more each time: what a peer does to the device must not cost our
+    own numbers.
+    """
+    # Code that torch has compiled for another size it compiles for any size the second time, and no peer is
+    # at its best then.
     torch._dynamo.reset()
     contenders = target.make(*_operands(size, target.width))
     found: dict[str, dict[str, Any]] = {}
@@ -88,7 +95,9 @@ def _measurements(target: Target, size: int, rates: dict[str, float], budget: fl
 def _row(target: Target, size: int, rates: dict[str, float], seconds: float | None) -> dict[str, Any]:
     """Our seconds beside floor and goal; None where there are none."""
     operations = target.units * 2 * size**2 * target.width
-    floor = max(operations / rates["matmul_bf16_tflops"] / 1e12, target.passes * size**2 / rates["exp_per_second"])
+    floor = max(
+        operations / rates["matmul_bf16_tflops"] / 1e12, target.passes * size**2 / rates["exp_per_second"]
+    )
     return {
         "rows": size,
         "width": target.width,
@@ -106,7 +115,12 @@ def _outcome(turns: dict[str, Work], name: str, budget: float) -> dict[str, Any]
     peak = _peak(turns[name])
     samples = in_turns(turns, rounds=50, budget=budget)
     taken, ours = samples[name], next(iter(samples.values()))
-    return {"peak_bytes": peak, "seconds": statistics.median(taken), "ratio_to_ours": ratio(taken, ours), "samples": taken}
+    return {
+        "peak_bytes": peak,
+        "seconds": statistics.median(taken),
+        "ratio_to_ours": ratio(taken, ours),
+        "samples": taken,
+    }
 
 
 def _peak(work: Work) -> int | None:
@@ -126,7 +140,9 @@ def _operands(size: int, width: int) -> tuple[Tensor, Tensor]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(size)
     key = normalize(torch.randn(size, width, generator=generator, device=device), dim=1)
-    query = normalize(key + 1.5 * normalize(torch.randn(size, width, generator=generator, device=device), dim=1), dim=1)
+    query = normalize(
+        key + 1.5 * normalize(torch.randn(size, width, generator=generator, device=device), dim=1), dim=1
+    )
     return query.bfloat16().requires_grad_(), key.bfloat16().requires_grad_()
 
 
@@ -137,7 +153,9 @@ def _backward(loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tens
 def _twice(loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor) -> Work:
     def work() -> object:
         first = torch.autograd.grad(loss(query, key), (query, key), create_graph=True)
-        return torch.autograd.grad(torch.stack([(gradient.float() ** 2).sum() for gradient in first]).sum(), (query, key))
+        return torch.autograd.grad(
+            torch.stack([(gradient.float() ** 2).sum() for gradient in first]).sum(), (query, key)
+        )
 
     return work
 
@@ -179,12 +197,22 @@ def _ours_only(work: Callable[[Tensor, Tensor], Work]) -> Any:
     return lambda query, key: {OURS: Contender(work(query, key))}
 
 
-def _with_peers(own: Callable[[Tensor, Tensor], Tensor], dense: Callable[[Tensor, Tensor], Tensor], *, inf_cl: bool = False) -> Any:
-    """Ours, the dense loss, torch.compile of it (on a GPU), and Inf-CL beside ours in float32, forward and backward."""
+def _with_peers(
+    own: Callable[[Tensor, Tensor], Tensor],
+    dense: Callable[[Tensor, Tensor], Tensor],
+    *,
+    inf_cl: bool = False,
+) -> Any:
+    """Ours, the dense loss, torch.compile of it (on a GPU), and Inf-CL beside ours in float32, forward and
+    backward.
+    """
 
     def make(query: Tensor, key: Tensor) -> dict[str, Contender]:
         stored = "bf16 products, float32 table"
-        made = {OURS: Contender(_backward(own, query, key)), "dense": Contender(_backward(dense, query, key), stored)}
+        made = {
+            OURS: Contender(_backward(own, query, key)),
+            "dense": Contender(_backward(dense, query, key), stored),
+        }
         if torch.cuda.is_available():
             compiled = torch.compile(dense, dynamic=False)
             made["torch.compile of dense"] = Contender(_backward(compiled, query, key), stored)
@@ -192,7 +220,9 @@ def _with_peers(own: Callable[[Tensor, Tensor], Tensor], dense: Callable[[Tensor
             # Inf-CL turns whatever it is given into float32.
             wide = [operand.detach().float().requires_grad_() for operand in (query, key)]
             made[OURS_FLOAT32] = Contender(_backward(own, *wide), "float32 operands, three TF32 products")
-            made["inf-cl"] = Contender(_backward(_inf_cl, *wide), "float32 operands, TF32 products", beside=OURS_FLOAT32)
+            made["inf-cl"] = Contender(
+                _backward(_inf_cl, *wide), "float32 operands, TF32 products", beside=OURS_FLOAT32
+            )
         return made
 
     return make

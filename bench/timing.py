@@ -1,4 +1,6 @@
-"""Timing that survives a shared machine: contenders take turns, every sample is kept, ratios are taken round by round."""
+"""Timing that survives a shared machine: contenders take turns, every sample is kept, ratios are taken round
+by round.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ def wait() -> None:
 
 
 def clock() -> Callable[[], float]:
-    """The process's own time on one CPU thread, so that a busy machine's other processes do not count; else the wall clock."""
-    return time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
+    """The process's own time on one CPU thread, so that a busy machine's other processes do not count; else
+    the wall clock.
+    """
+    return (
+        time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
+    )
 
 
 def timed(taken: dict[str, float], name: str, work: Callable[[], Value]) -> Value:
@@ -34,8 +40,11 @@ def timed(taken: dict[str, float], name: str, work: Callable[[], Value]) -> Valu
     return value
 
 
-def in_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int, budget: float, warm_up: int = 2) -> Samples:
-    """Seconds of every call, after `warm_up` calls of each: up to `rounds` rounds, at least three, until `budget` seconds are spent.
+def in_turns(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int, budget: float, warm_up: int = 2
+) -> Samples:
+    """Seconds of every call, after `warm_up` calls of each: up to `rounds` rounds, at least three, until
+    `budget` seconds are spent.
 
     >>> samples = in_turns({"nothing": lambda: None}, rounds=3, budget=1.0)
     >>> len(samples["nothing"])

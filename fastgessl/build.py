@@ -1,4 +1,6 @@
-"""From a configuration to the objects of a run. Whatever a user may have got wrong is found here, before any work is done."""
+"""From a configuration to the objects of a run. Whatever a user may have got wrong is found here, before any
+work is done.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ _MOST_STEPS = 10**9
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from a configuration on this many processes. Printed at the start and kept in environment.json."""
+    """What follows from a configuration on this many processes. Printed at the start and kept in
+    environment.json.
+    """
 
     world_size: int
     images: int
@@ -59,19 +63,24 @@ def build_accelerator(config: Config, folder: Path, init_method: str | None = No
     """
     device = config.train.device
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device is cuda, but torch finds no GPU here. Train with --train.device cpu, or see `fastgessl doctor`.")
+        raise UsageError(
+            "train.device is cuda, but torch finds no GPU here. Train with --train.device cpu, or see "
+            "`fastgessl doctor`."
+        )
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     precision = _precision(config, on_cpu)
     if unknown := [name for name in config.log.trackers if name not in LoggerType.list()]:
         raise UsageError(
-            f"log.trackers '{unknown[0]}' is no tracker that Accelerate knows. Choose from {', '.join(sorted(LoggerType.list()))}, or give "
+            f"log.trackers '{unknown[0]}' is no tracker that Accelerate knows. Choose from "
+            f"{', '.join(sorted(LoggerType.list()))}, or give "
             "--log.trackers without a name for none."
         )
     # Accelerate drops them with a warning, and the run would be recorded nowhere.
     here = {str(tracker) for tracker in get_available_trackers()}
     if missing := [name for name in config.log.trackers if name not in here and name != "all"]:
         raise UsageError(
-            f"log.trackers {missing[0]}: its package is not installed here. pip install {missing[0]}, or leave it out; "
+            f"log.trackers {missing[0]}: its package is not installed here. pip install {missing[0]}, or "
+            "leave it out; "
             f"installed are {', '.join(sorted(here)) or 'none'}."
         )
     accelerator = Accelerator(
@@ -79,15 +88,23 @@ def build_accelerator(config: Config, folder: Path, init_method: str | None = No
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(config.log.trackers) or None,
         project_config=tracker_folders(folder),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulate, sync_with_dataloader=False),
-        # Batch-norm statistics are synchronised by the norm itself or not at all; broadcasting rank 0's would be a third meaning.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(init_method=init_method)],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.train.accumulate, sync_with_dataloader=False
+        ),
+        # Batch-norm statistics are synchronised by the norm itself or not at all; broadcasting rank 0's would
+        # be a third meaning.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(init_method=init_method),
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UsageError(
-            f"the launcher started {launched} processes, but Accelerate joined {accelerator.num_processes} of them. "
-            "On a CPU launch with `ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node N -m fastgessl train ...`."
+            f"the launcher started {launched} processes, but Accelerate joined {accelerator.num_processes} "
+            "of them. "
+            "On a CPU launch with `ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node "
+            "N -m fastgessl train ...`."
         )
     return accelerator
 
@@ -102,7 +119,10 @@ def _precision(config: Config, on_cpu: bool) -> str:
     if precision == "auto":
         return "fp32" if on_cpu else precision_of_gpu()
     if precision == "fp16" and on_cpu:
-        raise UsageError("train.precision fp16 needs a GPU (its small range needs a gradient scaler). On a CPU take fp32 or bf16.")
+        raise UsageError(
+            "train.precision fp16 needs a GPU (its small range needs a gradient scaler). On a CPU take fp32 "
+            "or bf16."
+        )
     return precision
 
 
@@ -135,7 +155,9 @@ def view_specs(config: Config) -> tuple[ViewSpec, ...]:
 
 
 def build_loader(config: Config, images: Images, accelerator: Accelerator) -> Loader:
-    """The training views of this rank, twice over where sigma is measured on fresh ones; one batch is one forward pass of all ranks."""
+    """The training views of this rank, twice over where sigma is measured on fresh ones; one batch is one
+    forward pass of all ranks.
+    """
     return pipelines.build(
         images,
         view_specs(config) * (2 if needs_fresh_views(config) else 1),
@@ -161,12 +183,14 @@ def _images_per_forward(config: Config, world_size: int) -> int:
     parts = world_size * config.train.accumulate
     if config.train.batch_size % parts:
         raise UsageError(
-            f"train.batch_size {config.train.batch_size} counts the images of a step over all processes; it does not divide into "
+            f"train.batch_size {config.train.batch_size} counts the images of a step over all processes; it "
+            "does not divide into "
             f"{world_size} processes x {config.train.accumulate} micro-batches. Choose a multiple of {parts}."
         )
     if config.train.batch_size == parts:
         raise UsageError(
-            f"train.batch_size {config.train.batch_size} leaves one image for a forward pass of each of {world_size} processes: batch norm "
+            f"train.batch_size {config.train.batch_size} leaves one image for a forward pass of each of "
+            f"{world_size} processes: batch norm "
             f"has no batch, and the image nothing to be told from. Choose {2 * parts} or more."
         )
     return config.train.batch_size // config.train.accumulate
@@ -180,9 +204,12 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
         total_steps = min(total_steps, config.train.max_steps)
     if total_steps > _MOST_STEPS:
         raise UsageError(
-            f"train.epochs {config.train.epochs} are {total_steps} steps, more than {_MOST_STEPS:,}. Set fewer, or train.max_steps."
+            f"train.epochs {config.train.epochs} are {total_steps} steps, more than {_MOST_STEPS:,}. Set "
+            "fewer, or train.max_steps."
         )
-    engine, reason = pipelines.choose_engine(images, config.data.engine, str(accelerator.device), config.data.resident_limit)
+    engine, reason = pipelines.choose_engine(
+        images, config.data.engine, str(accelerator.device), config.data.resident_limit
+    )
     several_plain = accelerator.num_processes > 1 and config.gessl.w_sigma == 0
     negatives = config.method.negatives
     return Plan(
@@ -202,11 +229,14 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
 
 
 def _batch_norm(config: Config, several_plain: bool) -> Literal["local", "synchronised"]:
-    """Statistics of all ranks for plain training, and of one where a mini-batch is a task or its keys are dealt out among ranks."""
+    """Statistics of all ranks for plain training, and of one where a mini-batch is a task or its keys are
+    dealt out among ranks.
+    """
     shuffles = config.method.name == "moco" and config.method.shuffle_batch_norm
     if config.model.batch_norm == "synchronised" and shuffles:
         raise UsageError(
-            "method.shuffle_batch_norm deals images out so that local batch norm does not tell the batch that a key came in; under "
+            "method.shuffle_batch_norm deals images out so that local batch norm does not tell the batch "
+            "that a key came in; under "
             "model.batch_norm synchronised there is nothing to hide. Leave out one of the two."
         )
     if config.model.batch_norm != "auto":
@@ -230,8 +260,8 @@ def run_facts(config: Config, plan: Plan) -> RunFacts:
 
 
 def build_model(config: Config, plan: Plan, *, filled_later: bool = False) -> Method:
-    """Backbone and method with weights that depend on the seed, and on those that the configuration starts from unless a checkpoint's are
-    `filled_later`. UsageError for names that do not exist."""
+    """Backbone and method with weights that depend on the seed, and on those that the configuration starts
+    from unless a checkpoint's are `filled_later`. UsageError for names that do not exist."""
     config = _without_sources(config) if filled_later else config
     set_seed(config.train.seed)
     facts = run_facts(config, plan)
@@ -248,10 +278,14 @@ def build_model(config: Config, plan: Plan, *, filled_later: bool = False) -> Me
 
 
 def _without_sources(config: Config) -> Config:
-    """The same model without the weights that it once started from, which need not be there any longer. A helper network that a run has
-    trained is built as that run's configuration says, and keeps its source."""
+    """The same model without the weights that it once started from, which need not be there any longer. A
+    helper network that a run has trained is built as that run's configuration says, and keeps its source."""
     model = config.model.model_copy(update={"weights": "none"})
-    dsa = config.dsa if run_of(config.dsa.helper_weights) else config.dsa.model_copy(update={"helper_weights": "none"})
+    dsa = (
+        config.dsa
+        if run_of(config.dsa.helper_weights)
+        else config.dsa.model_copy(update={"helper_weights": "none"})
+    )
     return config.model_copy(update={"model": model, "dsa": dsa})
 
 
@@ -259,7 +293,8 @@ def _pass_keys_around(config: Config, method: Method) -> None:
     able = [part for part in method.modules() if isinstance(part, Method) and part.rings]
     if not able:
         raise UsageError(
-            f"method.negatives ring passes keys from rank to rank, and {config.method.name} has none to pass. Use global, or simclr, "
+            f"method.negatives ring passes keys from rank to rank, and {config.method.name} has none to "
+            "pass. Use global, or simclr, "
             "mocov3 or cissl."
         )
     for part in able:
@@ -267,8 +302,8 @@ def _pass_keys_around(config: Config, method: Method) -> None:
 
 
 def build_objective(config: Config, plan: Plan, *, filled_later: bool = False) -> GeSSL | CachedObjective:
-    """The one module that DDP wraps, around `build_model`. UsageError where its settings ask for a second derivative that the method does
-    not have."""
+    """The one module that DDP wraps, around `build_model`. UsageError where its settings ask for a second
+    derivative that the method does not have."""
     _check_sharding(config, plan)
     method = build_model(config, plan, filled_later=filled_later)
     if config.train.compile:
@@ -277,7 +312,8 @@ def build_objective(config: Config, plan: Plan, *, filled_later: bool = False) -
         return GeSSL(method, config.gessl)
     if plan.precision == "fp16":
         raise UsageError(
-            "train.gradient_cache goes back through the encoder before GradScaler sees the loss, and half-precision gradients of a large "
+            "train.gradient_cache goes back through the encoder before GradScaler sees the loss, and "
+            "half-precision gradients of a large "
             "batch vanish there. Train with --train.precision bf16 or fp32."
         )
     return CachedObjective(method, config.gessl, config.train.gradient_cache)
@@ -287,6 +323,11 @@ def _check_sharding(config: Config, plan: Plan) -> None:
     if config.train.sharding == "none":
         return
     if plan.world_size == 1:
-        raise UsageError("train.sharding fsdp spreads the weights over several processes, and there is one. Launch more, or use none.")
+        raise UsageError(
+            "train.sharding fsdp spreads the weights over several processes, and there is one. Launch more, "
+            "or use none."
+        )
     if config.train.compile or plan.precision == "fp16":
-        raise UsageError("train.sharding fsdp is tested in eager mode, fp32 and bf16. Leave out --train.compile, and fp16.")
+        raise UsageError(
+            "train.sharding fsdp is tested in eager mode, fp32 and bf16. Leave out --train.compile, and fp16."
+        )

@@ -1,8 +1,8 @@
 """The command line: parse, build, run, close. Nothing else.
 
-Exit codes: 0 done; 2 a mistake that the message tells how to mend; 130 / 138 / 143 stopped by Ctrl-C / SIGUSR1 / SIGTERM with a checkpoint
-written; 75 another process of the job has died.
-Nothing heavy is imported before it is known that there is work to do.
+Exit codes: 0 done; 2 a mistake that the message tells how to mend; 130 / 138 / 143 stopped by Ctrl-C /
+SIGUSR1 / SIGTERM with a checkpoint written; 75 another process of the job has died. Nothing heavy is imported
+before it is known that there is work to do.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()),
     )
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below; COMMAND --help explains it")
+    parser.add_argument(
+        "command",
+        metavar="COMMAND",
+        choices=COMMANDS,
+        help="one of the commands below; COMMAND --help explains it",
+    )
     command = parser.parse_args(arguments[:1]).command
     run = {
         "train": _train,
@@ -65,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _fail(command, str(error))
     except KeyboardInterrupt:
-        print(f"fastgessl {command}: interrupted. A run whose training had ended is measured by `fastgessl evaluate RUN`.", file=sys.stderr)
+        print(
+            f"fastgessl {command}: interrupted. A run whose training had ended is measured by `fastgessl "
+            "evaluate RUN`.",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,9 +88,15 @@ def _mistakes() -> tuple[type[ValueError], ...]:
 
 
 def _train(arguments: list[str]) -> None:
-    recipe, options = _positional(arguments, "train", "RECIPE", "a composed name such as digits-simclr-gessl, or a YAML file")
+    recipe, options = _positional(
+        arguments, "train", "RECIPE", "a composed name such as digits-simclr-gessl, or a YAML file"
+    )
     print_config = "--print_config" in options
-    config = _override(_load(recipe).config, [word for word in options if word != "--print_config"], f"fastgessl train {recipe}")
+    config = _override(
+        _load(recipe).config,
+        [word for word in options if word != "--print_config"],
+        f"fastgessl train {recipe}",
+    )
     if print_config:
         print(to_yaml(config), end="")
         return
@@ -91,10 +106,15 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    target, options = _positional(arguments, "evaluate", "TARGET", "the folder of a run, timm:NAME, or a .safetensors file")
+    target, options = _positional(
+        arguments, "evaluate", "TARGET", "the folder of a run, timm:NAME, or a .safetensors file"
+    )
     from fastgessl.evaluate.subject import base_config, open_subject
 
-    options = [{"--tasks": "--evaluate.tasks", "--transfer": "--evaluate.transfer"}.get(word, word) for word in options]
+    options = [
+        {"--tasks": "--evaluate.tasks", "--transfer": "--evaluate.transfer"}.get(word, word)
+        for word in options
+    ]
     config = _override(base_config(target), options, f"fastgessl evaluate {target}")
     from fastgessl.evaluate.run import evaluate_subject
 
@@ -102,10 +122,14 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _embed(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="fastgessl embed", description=COMMANDS["embed"], epilog="Further options as of `evaluate`.")
+    parser = argparse.ArgumentParser(
+        prog="fastgessl embed", description=COMMANDS["embed"], epilog="Further options as of `evaluate`."
+    )
     parser.add_argument("target", help="the folder of a run, timm:NAME, or a .safetensors file")
     parser.add_argument("path", type=Path, help="folder of images, or an .npz")
-    parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), help="file to write (default: embeddings.npz)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("embeddings.npz"), help="file to write (default: embeddings.npz)"
+    )
     given, options = parser.parse_known_args(arguments)
     from fastgessl.evaluate.subject import base_config, open_subject
 
@@ -118,8 +142,12 @@ def _embed(arguments: list[str]) -> None:
 
 def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="fastgessl report", description=COMMANDS["report"])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
-    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the folder of the first run)")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: report.html in the folder of the first run)"
+    )
     given = parser.parse_args(arguments)
     from fastgessl.report import write_report
 
@@ -129,7 +157,9 @@ def _report(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="fastgessl export", description=COMMANDS["export"])
     parser.add_argument("run", help="folder of a finished run")
-    parser.add_argument("--to", required=True, metavar="KIND", help="safetensors, torchvision, timm or hub-folder")
+    parser.add_argument(
+        "--to", required=True, metavar="KIND", help="safetensors, torchvision, timm or hub-folder"
+    )
     parser.add_argument("--out", type=Path, help="folder to write (default: export-KIND in the run's folder)")
     given = parser.parse_args(arguments)
     from fastgessl.commands.export import export_run
@@ -139,7 +169,9 @@ def _export(arguments: list[str]) -> None:
 
 def _recipes(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="fastgessl recipes", description=COMMANDS["recipes"])
-    parser.add_argument("name", nargs="?", help="recipe to show in full, for example digits-simclr-gessl-fast")
+    parser.add_argument(
+        "name", nargs="?", help="recipe to show in full, for example digits-simclr-gessl-fast"
+    )
     name = parser.parse_args(arguments).name
     if name is None:
         _print_matrix()
@@ -161,11 +193,22 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _views(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="fastgessl views", description=COMMANDS["views"], epilog="Further options as of `train`.")
-    parser.add_argument("recipe", metavar="RECIPE", help="a composed name such as digits-simclr-gessl, or a YAML file")
-    parser.add_argument("--out", type=Path, default=Path("views.png"), help="file to write (default: views.png)")
+    parser = argparse.ArgumentParser(
+        prog="fastgessl views", description=COMMANDS["views"], epilog="Further options as of `train`."
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a composed name such as digits-simclr-gessl, or a YAML file"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("views.png"), help="file to write (default: views.png)"
+    )
     parser.add_argument("--images", type=int, default=8, help="images to show, one a row (default: 8)")
-    parser.add_argument("--against", default="", metavar="ENGINE", help="second engine, which shows the same draw below the first one")
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="ENGINE",
+        help="second engine, which shows the same draw below the first one",
+    )
     given, options = parser.parse_known_args(arguments)
     config = _override(_load(given.recipe).config, options, f"fastgessl views {given.recipe}")
     from fastgessl.commands.views import write_view_grid
@@ -173,7 +216,10 @@ def _views(arguments: list[str]) -> None:
     grid = write_view_grid(config, given.out, count=given.images, against=given.against)
     print(f"{grid.path}: {grid.views} views an image by {' and '.join(grid.engines)}")
     if given.against:
-        print(f"they differ by {grid.mean_difference:.2f} of 255 on average, {grid.largest_difference:.1f} at most")
+        print(
+            f"they differ by {grid.mean_difference:.2f} of 255 on average, {grid.largest_difference:.1f} at "
+            "most"
+        )
 
 
 def _load(recipe: str) -> Recipe:
@@ -187,17 +233,27 @@ def _positional(arguments: list[str], command: str, name: str, meaning: str) -> 
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
     if not {"-h", "--help"} & set(arguments):
-        raise UsageError(f"{name} is missing: {meaning}. `fastgessl {command} --help` lists the options, `fastgessl recipes` the recipes.")
+        raise UsageError(
+            f"{name} is missing: {meaning}. `fastgessl {command} --help` lists the options, `fastgessl "
+            "recipes` the recipes."
+        )
     extra = {
         "train": "--print_config prints the complete configuration and stops.",
         "evaluate": "--tasks and --transfer are short for --evaluate.tasks and --evaluate.transfer.",
     }[command]
-    _override(Config(), ["--help"], f"fastgessl {command} {name}", f"{COMMANDS[command]}. {name}: {meaning}. {extra}")
+    _override(
+        Config(),
+        ["--help"],
+        f"fastgessl {command} {name}",
+        f"{COMMANDS[command]}. {name}: {meaning}. {extra}",
+    )
     raise SystemExit(0)
 
 
 def _override(config: Config, options: list[str], program: str, description: str = "") -> Config:
-    """`config` with the command line's options over it, by tyro; its findings about bad options become a UsageError."""
+    """`config` with the command line's options over it, by tyro; its findings about bad options become a
+    UsageError.
+    """
     import tyro
 
     _refuse_unknown(options)
@@ -231,11 +287,18 @@ def _refuse_unknown(options: list[str]) -> None:
 
 
 def _one_line(boxed: str) -> str:
-    """Tyro's boxed message as one sentence: without its frame, the help text that it repeats, and pydantic's jargon."""
+    """Tyro's boxed message as one sentence: without its frame, the help text that it repeats, and pydantic's
+    jargon.
+    """
     words = " ".join(re.sub(r"[╭╮╰╯│─]+|[-+]{5,}|^\||\|$", " ", boxed, flags=re.MULTILINE).split())
     words = re.split(r" Argument helptext: | For full helptext, | For further information visit ", words)[0]
-    words = re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument|Required options) ", "", words)
-    found = re.match(r"Error parsing (\S+): \d+ validation errors? for \w+ (.*) \[type=\w+, input_value=(.*), input_type=", words)
+    words = re.sub(
+        r"^(Value error|Parsing error|Invalid choice|Missing argument|Required options) ", "", words
+    )
+    found = re.match(
+        r"Error parsing (\S+): \d+ validation errors? for \w+ (.*) \[type=\w+, input_value=(.*), input_type=",
+        words,
+    )
     if found is None:
         return f"{words.rstrip('.')}. `fastgessl train --help` explains every option."
     section, finding, value = found.groups()
@@ -269,7 +332,12 @@ def _print_matrix() -> None:
             table.add_row(" ".join(recipes), offered)
     console = Console()
     console.print(table)
-    for kind, title in (("data", "data sets"), ("methods", "methods"), ("regulators", "regulators"), ("gessl", "GeSSL presets")):
+    for kind, title in (
+        ("data", "data sets"),
+        ("methods", "methods"),
+        ("regulators", "regulators"),
+        ("gessl", "GeSSL presets"),
+    ):
         console.print(f"\n{title}")
         for name, part in parts(kind).items():
             console.print(f"  {name:12} {part['about']}", highlight=False, soft_wrap=True)
@@ -297,6 +365,8 @@ def _fail(command: str, message: str) -> NoReturn:
     """One line on standard error from the first process of a machine, and exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         # A file's or folder's name may hold words that a terminal would obey.
-        shown = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in message)
+        shown = "".join(
+            character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in message
+        )
         print(f"fastgessl {command}: {shown}", file=sys.stderr)
     sys.exit(2)

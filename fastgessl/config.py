@@ -1,7 +1,9 @@
-"""Every option of a run, with its type, its unit, its range and its default: the only place where a default stands.
+"""Every option of a run, with its type, its unit, its range and its default: the only place where a default
+stands.
 
-One frozen model a concern. `Config` holds them all; a recipe is a partial `Config` in YAML (see `recipes.py`), and the command
-line overrides single fields (`--train.batch_size 512`). The docstring under a field is its `--help` text.
+One frozen model a concern. `Config` holds them all; a recipe is a partial `Config` in YAML (see
+`recipes.py`), and the command line overrides single fields (`--train.batch_size 512`). The docstring under a
+field is its `--help` text.
 """
 
 from __future__ import annotations
@@ -18,26 +20,37 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A single number is a tuple of one, so that a recipe may leave out the brackets.
 Fractions = Annotated[
-    tuple[Fraction, ...], Field(min_length=1), BeforeValidator(lambda given: (given,) if isinstance(given, int | float) else given)
+    tuple[Fraction, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda given: (given,) if isinstance(given, int | float) else given),
 ]
 
 
 class UsageError(ValueError):
-    """A mistake that its message can mend: what was wrong, what was found, what to do. The command line prints it and exits with 2."""
+    """A mistake that its message can mend: what was wrong, what was found, what to do. The command line
+    prints it and exits with 2.
+    """
 
 
 class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _shows(cls, values: Any) -> Any:
-        """Words that a terminal would obey, and file names that the system refuses, stop here: a recipe file may come from anyone."""
+        """Words that a terminal would obey, and file names that the system refuses, stop here: a recipe file
+        may come from anyone.
+        """
         for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, str | Path) and not str(value).isprintable():
-                raise ValueError(f"{str(key)[:80]!r} holds characters that cannot be shown, {str(value)[:80]!r}. Leave them out.")
+                raise ValueError(
+                    f"{str(key)[:80]!r} holds characters that cannot be shown, {str(value)[:80]!r}. Leave "
+                    "them out."
+                )
         return values
 
 
@@ -45,21 +58,22 @@ class DataConfig(Section):
     """Where the images come from."""
 
     name: str = "digits"
-    """Data set. Your own: npz, folder, list, shards. By name: digits, cifar10, cifar100, stl10, stl10_unlabeled, tinyimagenet, imagenet100,
-    imagenet, flowers102, food101, aircraft."""
+    """Data set. Your own: npz, folder, list, shards. By name: digits, cifar10, cifar100, stl10,
+    stl10_unlabeled, tinyimagenet, imagenet100, imagenet, flowers102, food101, aircraft."""
     root: Path | None = None
-    """File or folder that holds the data; digits need none. An .npz has uint8 arrays train_x (N, H, W[, 3]), and if there are any
-    train_y, test_x, test_y; a list is a text file of paths; shards are WebDataset's tar files."""
+    """File or folder that holds the data; digits need none. An .npz has uint8 arrays train_x (N, H, W[, 3]),
+    and if there are any train_y, test_x, test_y; a list is a text file of paths; shards are WebDataset's tar
+    files."""
     engine: Literal["auto", "resident", "dali", "torchvision"] = "auto"
-    """What makes the views: resident (arrays on the training device), dali (image files), torchvision (the way out); auto takes
-    resident for arrays that fit, else dali where it imports, else torchvision."""
+    """What makes the views: resident (arrays on the training device), dali (image files), torchvision (the
+    way out); auto takes resident for arrays that fit, else dali where it imports, else torchvision."""
     workers: Positive = 2
     """Threads (dali) or processes (torchvision) that decode images, a rank."""
     resident_limit: PositiveFloat = 16.0
     """Largest data set that the resident engine may keep on the training device, GiB."""
     bad_files: Literal["error", "skip"] = "error"
-    """An image that cannot be decoded: error stops the run and names it; skip shows another in its place and lists it in the run's
-    bad_files.txt."""
+    """An image that cannot be decoded: error stops the run and names it; skip shows another in its place and
+    lists it in the run's bad_files.txt."""
 
 
 class ViewsConfig(Section):
@@ -86,12 +100,13 @@ class ViewsConfig(Section):
     jitter_strength: NonNegativeFloat = 1.0
     """Multiplies the preset's brightness, contrast, saturation and hue ranges."""
     color: Literal["torchvision", "yiq"] = "torchvision"
-    """How jitter and grayscale are done: torchvision's operations, whatever the engine; or DALI's own, faster on a CPU, with hue in YIQ
-    and in one order (the dali engine only)."""
+    """How jitter and grayscale are done: torchvision's operations, whatever the engine; or DALI's own, faster
+    on a CPU, with hue in YIQ and in one order (the dali engine only)."""
     grayscale_probability: Fraction | None = None
     """Chance of losing the colour."""
     blur_probability: Fractions | None = None
-    """Chance of a Gaussian blur: one number for every view, or one a global view, and perhaps one more for all local views."""
+    """Chance of a Gaussian blur: one number for every view, or one a global view, and perhaps one more for
+    all local views."""
     solarize_probability: Fractions | None = None
     """Chance of solarisation: one number or several, as for the blur."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -106,21 +121,24 @@ class ModelConfig(Section):
     name: str = "resnet18"
     """Backbone, by timm's name."""
     stem: Literal["imagenet", "medium", "small"] = "imagenet"
-    """imagenet: the backbone's own; medium: 3x3 stride 1 before the max-pooling, for about 64 pixels; small: without it, for about 32
-    (ResNets)."""
+    """imagenet: the backbone's own; medium: 3x3 stride 1 before the max-pooling, for about 64 pixels; small:
+    without it, for about 32 (ResNets)."""
     width: PositiveFloat = 1.0
     """Channel multiplier (ResNets)."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth: chance that the last residual branch is left out, and linearly less before it. A momentum encoder drops none."""
+    """Stochastic depth: chance that the last residual branch is left out, and linearly less before it. A
+    momentum encoder drops none."""
     dimension: Positive | None = None
-    """Width of the representation; None is the backbone's own. A wider one is reached through a bottleneck of channels (ResNets)."""
+    """Width of the representation; None is the backbone's own. A wider one is reached through a bottleneck of
+    channels (ResNets)."""
     dimension_bottleneck: Positive = 512
     """Channels of that bottleneck."""
     weights: str = "none"
-    """What the encoder starts from: none (random), pretrained (timm's, fetched once), a .safetensors file, or the folder of a run."""
+    """What the encoder starts from: none (random), pretrained (timm's, fetched once), a .safetensors file, or
+    the folder of a run."""
     batch_norm: Literal["auto", "local", "synchronised"] = "auto"
-    """Whose rows batch norm averages over in training: this rank's, or all ranks'. auto: synchronised for plain SSL, local under
-    GeSSL, where a task is rank-local, and under method.shuffle_batch_norm."""
+    """Whose rows batch norm averages over in training: this rank's, or all ranks'. auto: synchronised for
+    plain SSL, local under GeSSL, where a task is rank-local, and under method.shuffle_batch_norm."""
 
 
 class MethodConfig(Section):
@@ -129,7 +147,8 @@ class MethodConfig(Section):
     name: str = "simclr"
     """Method: see `fastgessl recipes`."""
     temperature: PositiveFloat = 0.5
-    """Temperature of the student's softmax: over similarities or prototypes in the loss, and in the output distribution pi under GeSSL."""
+    """Temperature of the student's softmax: over similarities or prototypes in the loss, and in the output
+    distribution pi under GeSSL."""
     projector_hidden: Positive = 2048
     """Hidden width of the projector."""
     projector_out: Positive = 128
@@ -139,19 +158,21 @@ class MethodConfig(Section):
     predictor_hidden: Positive = 4096
     """Hidden width of the predictor (BYOL, MoCo v3)."""
     momentum_start: Fraction = 0.99
-    """Momentum of the momentum encoder at the first step; a half cosine leads to momentum_end (BYOL, MoCo, MoCo v3, DINO)."""
+    """Momentum of the momentum encoder at the first step; a half cosine leads to momentum_end (BYOL, MoCo,
+    MoCo v3, DINO)."""
     momentum_end: Fraction = 1.0
     """Momentum of the momentum encoder at the last step (BYOL, MoCo, MoCo v3, DINO)."""
     queue_length: Annotated[int, Field(ge=-1)] = 4096
-    """Rows of earlier batches that are kept, a view: MoCo's negatives; SwAV's further rows of the assignment, where 0 is none. -1 is
-    chosen from the number of images."""
+    """Rows of earlier batches that are kept, a view: MoCo's negatives; SwAV's further rows of the assignment,
+    where 0 is none. -1 is chosen from the number of images."""
     queue_start_epoch: NonNegativeFloat = 15.0
-    """Epochs before the rows that enter the queue are counted; it is used once it has been filled with counted ones (SwAV)."""
+    """Epochs before the rows that enter the queue are counted; it is used once it has been filled with
+    counted ones (SwAV)."""
     symmetric: bool = True
     """Both views query the momentum encoder of the other (v2+), or the first view only (v2) (MoCo)."""
     shuffle_batch_norm: bool = False
-    """Deal the momentum encoder's images out among ranks, so that batch norm, which it makes local, tells nothing of the batch they came
-    in; with one process there is nobody to deal to (MoCo)."""
+    """Deal the momentum encoder's images out among ranks, so that batch norm, which it makes local, tells
+    nothing of the batch they came in; with one process there is nobody to deal to (MoCo)."""
     sinkhorn_epsilon: PositiveFloat = 0.05
     """Temperature of the balanced assignment (SwAV)."""
     sinkhorn_iterations: Positive = 3
@@ -181,8 +202,9 @@ class MethodConfig(Section):
     invariance_weight: NonNegativeFloat = 0.8
     """beta: weight of the cross-entropy between an image's two assignments (DISSL)."""
     negatives: Literal["auto", "local", "global", "ring"] = "auto"
-    """Whose images a loss compares or averages over: this rank's or all ranks'. auto: global for plain SSL, local under GeSSL. ring: all
-    ranks', passed around one rank's after the other, for keys that do not fit together (SimCLR, MoCo v3, CISSL)."""
+    """Whose images a loss compares or averages over: this rank's or all ranks'. auto: global for plain SSL,
+    local under GeSSL. ring: all ranks', passed around one rank's after the other, for keys that do not fit
+    together (SimCLR, MoCo v3, CISSL)."""
 
 
 class GesslConfig(Section):
@@ -195,15 +217,18 @@ class GesslConfig(Section):
     inner_lr: PositiveFloat = 0.01
     """alpha: learning rate of the inner steps; inner_lr_schedule says what it is multiplied by."""
     inner_lr_schedule: Literal["constant", "cosine", "times_lr"] = "constant"
-    """alpha over the run: constant; cosine: half a cosine from inner_lr towards 0; times_lr: inner_lr times the outer learning rate of
-    the step, its warm-up included."""
+    """alpha over the run: constant; cosine: half a cosine from inner_lr towards 0; times_lr: inner_lr times
+    the outer learning rate of the step, its warm-up included."""
     inner_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Momentum of the inner SGD, from rest at the present weights; the target goes on with the student's velocity."""
+    """Momentum of the inner SGD, from rest at the present weights; the target goes on with the student's
+    velocity."""
     hypergradient: Literal["exact", "first_order", "finite_difference"] = "exact"
-    """How the outer gradient passes through the inner steps: exact (second order), first_order (identity Jacobian),
-    finite_difference (central-difference Hessian-vector products: near exact where activations are smooth, as GELU is, not with ReLU)."""
+    """How the outer gradient passes through the inner steps: exact (second order), first_order (identity
+    Jacobian), finite_difference (central-difference Hessian-vector products: near exact where activations are
+    smooth, as GELU is, not with ReLU)."""
     checkpoint_inner_steps: bool = True
-    """exact, K > 1: keep the graph of one inner step at a time and make the others anew. Memory then does not grow with K."""
+    """exact, K > 1: keep the graph of one inner step at a time and make the others anew. Memory then does not
+    grow with K."""
     scope: Literal["all", "head"] = "all"
     """What the inner steps adapt: every weight, or the heads only (features are then computed once)."""
     every: Positive = 1
@@ -220,7 +245,9 @@ class GesslConfig(Section):
     @model_validator(mode="after")
     def _something_to_descend(self) -> GesslConfig:
         if self.w_ssl == 0 and self.w_sigma == 0:
-            raise ValueError("w_ssl and w_sigma are both 0, so there is nothing to train. Set one of them above 0.")
+            raise ValueError(
+                "w_ssl and w_sigma are both 0, so there is nothing to train. Set one of them above 0."
+            )
         return self
 
 
@@ -242,10 +269,11 @@ class DsaConfig(Section):
     discriminator_hidden: Positive = 128
     """Hidden width of the network that looks at the difference of two projections."""
     helper: str = "momentum"
-    """Network that says which images are alike: momentum (a slow copy of the encoder), or one of timm's by name."""
+    """Network that says which images are alike: momentum (a slow copy of the encoder), or one of timm's by
+    name."""
     helper_weights: str = "pretrained"
-    """Weights of a timm helper: none, pretrained, a .safetensors file or a run's folder, whose stem and width come with them. Weights
-    trained with labels are warned of."""
+    """Weights of a timm helper: none, pretrained, a .safetensors file or a run's folder, whose stem and width
+    come with them. Weights trained with labels are warned of."""
     helper_momentum: Fraction = 0.99
     """Momentum of the slow copy."""
 
@@ -290,7 +318,8 @@ class TrainConfig(Section):
     """The training loop and the run's folder."""
 
     batch_size: Natural = 256
-    """Images of one optimiser step over all processes and all accumulated micro-batches; 0 is chosen from the number of images."""
+    """Images of one optimiser step over all processes and all accumulated micro-batches; 0 is chosen from the
+    number of images."""
     accumulate: Positive = 1
     """Micro-batches of an optimiser step; each is a task of its own."""
     epochs: Natural = 100
@@ -315,29 +344,35 @@ class TrainConfig(Section):
     keep_checkpoints: Positive = 2
     """How many of the newest checkpoints to keep."""
     resume: str = "never"
-    """never, auto (newest checkpoint in run_dir), if_any (the same, or from the start if there is none: for schedulers that requeue and
-    launchers that restart), or a checkpoint's folder."""
+    """never, auto (newest checkpoint in run_dir), if_any (the same, or from the start if there is none: for
+    schedulers that requeue and launchers that restart), or a checkpoint's folder."""
     join_seconds: PositiveFloat = 180.0
-    """Seconds that the processes of a job wait for the next one at the start; then all end and name those that are missing."""
+    """Seconds that the processes of a job wait for the next one at the start; then all end and name those
+    that are missing."""
     nonfinite_limit: Positive = 10
-    """Stop after this many optimiser steps in a row whose loss or gradient is not finite; each is skipped and counted."""
+    """Stop after this many optimiser steps in a row whose loss or gradient is not finite; each is skipped and
+    counted."""
     gradient_cache: Natural = 0
-    """Images a chunk and rank of an exact large-batch step: embeddings first, then the loss over all, then gradients chunk by chunk;
-    0 takes the whole batch at once. Plain methods only."""
+    """Images a chunk and rank of an exact large-batch step: embeddings first, then the loss over all, then
+    gradients chunk by chunk; 0 takes the whole batch at once. Plain methods only."""
     sharding: Literal["none", "fsdp"] = "none"
-    """none: every rank holds all weights (DDP); fsdp: weights, gradients and optimiser state in parts over the ranks (FSDP2)."""
+    """none: every rank holds all weights (DDP); fsdp: weights, gradients and optimiser state in parts over
+    the ranks (FSDP2)."""
 
 
 class EvaluateConfig(Section):
     """What is measured with the frozen encoder. Empty tasks: the quick ones that the data allows."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks: linear, few_labels, knn, sigma (these need labels), geometry; further, by name or `all`: linear_sgd, mlp, knn_protocols,
-    label_fractions, few_shot, conditions, finetune, universality, learning."""
+    """Tasks: linear, few_labels, knn, sigma (these need labels), geometry; further, by name or `all`:
+    linear_sgd, mlp, knn_protocols, label_fractions, few_shot, conditions, finetune, universality,
+    learning."""
     transfer: tuple[str, ...] = ()
-    """Further data sets for linear, knn, few_shot and universality: NAME=ROOT (cifar100=/data), a folder of images, or an .npz."""
+    """Further data sets for linear, knn, few_shot and universality: NAME=ROOT (cifar100=/data), a folder of
+    images, or an .npz."""
     every_epochs: Natural = 0
-    """Epochs between k-NN, online-probe and effective-rank reports during training; 0 evaluates at the end only."""
+    """Epochs between k-NN, online-probe and effective-rank reports during training; 0 evaluates at the end
+    only."""
     batch_size: Positive = 256
     """Images a forward pass when features are extracted."""
     labels_per_class: Positive = 10
@@ -369,9 +404,11 @@ class EvaluateConfig(Section):
     finetune_lrs: tuple[PositiveFloat, ...] = (1e-3, 3e-4)
     """Learning rates (AdamW) of which fine-tuning takes the one that is best on its validation split."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
-    """Fine-tuning: a layer's learning rate is that of the layer above it times this; 1 is one rate for all."""
+    """Fine-tuning: a layer's learning rate is that of the layer above it times this; 1 is one rate for all.
+    """
     sigma_against: Literal["labels", "supervised"] = "labels"
-    """universality: the target distribution of each task: one-hot labels, or a supervised model that is trained for it and kept."""
+    """universality: the target distribution of each task: one-hot labels, or a supervised model that is
+    trained for it and kept."""
     supervised_epochs: Positive = 30
     """Passes over a task's training images when its supervised model is trained."""
     learning_tasks: Positive = 4
@@ -392,8 +429,8 @@ class LogConfig(Section):
     """What is written down during training."""
 
     every: Natural = 0
-    """Optimiser steps between two lines of metrics.jsonl; 0 writes every step of a run of up to 100,000 steps, and of a longer one
-    as many, evenly spaced."""
+    """Optimiser steps between two lines of metrics.jsonl; 0 writes every step of a run of up to 100,000
+    steps, and of a longer one as many, evenly spaced."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers; none is allowed."""
 
@@ -430,7 +467,8 @@ class Config(Section):
     def _batches_divide(self) -> Config:
         if self.train.batch_size % self.train.accumulate:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} does not divide into train.accumulate {self.train.accumulate} "
+                f"train.batch_size {self.train.batch_size} does not divide into train.accumulate "
+                f"{self.train.accumulate} "
                 "micro-batches. Choose a multiple."
             )
         return self

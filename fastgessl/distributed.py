@@ -1,6 +1,8 @@
-"""Which ranks a collective spans. Collectives with backwards that are right at every order: `fastgessl.kernels.collectives`.
+"""Which ranks a collective spans. Collectives with backwards that are right at every order:
+`fastgessl.kernels.collectives`.
 
-The convention of the whole project: each rank backpropagates the loss of its own rows, and gradients are averaged over ranks (DDP).
+The convention of the whole project: each rank backpropagates the loss of its own rows, and gradients are
+averaged over ranks (DDP).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _ALONE: ContextVar[bool] = ContextVar("rank_local", default=False)
 def rank_local() -> Iterator[None]:
     """Inside, this rank is a world of its own: batch norm uses its own rows and losses its own negatives.
 
-    GeSSL's inner loop runs here, because a task belongs to one rank and every rank may hold weights of its own.
+    GeSSL's inner loop runs here, because a task belongs to one rank and every rank may hold weights of its
+    own.
 
     >>> with rank_local():
     ...     world_size(), world_group()

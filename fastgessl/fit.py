@@ -1,14 +1,18 @@
-"""What a recipe leaves open because it depends on how many images there are. What the user gives is never touched."""
+"""What a recipe leaves open because it depends on how many images there are. What the user gives is never
+touched.
+"""
 
 from __future__ import annotations
 
 from fastgessl.config import Config, UsageError
 
-# Enough for a ResNet-18 to converge on a few thousand photos, a night on one GPU; published CIFAR runs have 195,000, ImageNet's 31,000 up.
+# Enough for a ResNet-18 to converge on a few thousand photos, a night on one GPU; published CIFAR runs have
+# 195,000, ImageNet's 31,000 up.
 STEPS = 20_000
 EPOCHS = (100, 1000)
 BATCHES = (16, 256)
-# Longest queue by method, and what a queue of the images themselves would do: MoCo's is of negatives, SwAV's balances its assignment.
+# Longest queue by method, and what a queue of the images themselves would do: MoCo's is of negatives, SwAV's
+# balances its assignment.
 LONGEST_QUEUE = {"moco": 65_536, "swav": 3_840}
 _WHY_SHORT = {
     "moco": "so that few negatives are older views of the image itself",
@@ -17,9 +21,11 @@ _WHY_SHORT = {
 
 
 def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, list[str]]:
-    """The configuration with batch_size 0, epochs 0 and queue_length -1 filled in for so many images, and a line a choice that says why.
+    """The configuration with batch_size 0, epochs 0 and queue_length -1 filled in for so many images, and a
+    line a choice that says why.
 
-    `parts`: processes times micro-batches, of which the batch must be a multiple. Raises UsageError if there are too few images.
+    `parts`: processes times micro-batches, of which the batch must be a multiple. Raises UsageError if there
+    are too few images.
 
     >>> from fastgessl.recipes import load
     >>> config, reasons = fit_to_images(load("folder-moco").config, 1200)
@@ -32,17 +38,28 @@ def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, 
     if train.batch_size == 0:
         train = train.model_copy(update={"batch_size": _batch(images, parts)})
         bounds = f"from {BATCHES[0]} to {BATCHES[1]}"
-        reasons.append(f"train.batch_size {train.batch_size}: the power of two next below a sixteenth of {images} images, {bounds}")
+        reasons.append(
+            f"train.batch_size {train.batch_size}: the power of two next below a sixteenth of {images} "
+            f"images, {bounds}"
+        )
     if train.epochs == 0:
         steps = max(images // train.batch_size, 1)
         train = train.model_copy(update={"epochs": min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1])})
-        reasons.append(f"train.epochs {train.epochs}: {STEPS:,} steps at {steps} an epoch, from {EPOCHS[0]} to {EPOCHS[1]} epochs")
+        reasons.append(
+            f"train.epochs {train.epochs}: {STEPS:,} steps at {steps} an epoch, from {EPOCHS[0]} to "
+            f"{EPOCHS[1]} epochs"
+        )
     if method.queue_length < 0:
         forward = train.batch_size // train.accumulate
         longest = LONGEST_QUEUE.get(method.name, max(LONGEST_QUEUE.values()))
-        method = method.model_copy(update={"queue_length": max(min(images // 2, longest) // forward, 1) * forward})
+        method = method.model_copy(
+            update={"queue_length": max(min(images // 2, longest) // forward, 1) * forward}
+        )
         why = _WHY_SHORT.get(method.name, "so that few rows are older views of the image itself")
-        reasons.append(f"method.queue_length {method.queue_length}: whole batches, half of the images and {longest:,} rows at most, {why}")
+        reasons.append(
+            f"method.queue_length {method.queue_length}: whole batches, half of the images and {longest:,} "
+            f"rows at most, {why}"
+        )
     return config.model_copy(update={"train": train, "method": method}), reasons
 
 
@@ -52,16 +69,26 @@ def leaves_open(config: Config) -> bool:
 
 
 def as_chosen_before(config: Config, earlier: Config) -> Config:
-    """`config` with what it leaves open filled in from the run that it continues: a batch chosen for other processes would end elsewhere.
+    """`config` with what it leaves open filled in from the run that it continues: a batch chosen for other
+    processes would end elsewhere.
 
     >>> from fastgessl.recipes import load
     >>> open_again = load("folder-simclr").config
     >>> as_chosen_before(open_again, fit_to_images(open_again, 1200)[0]).train.batch_size
     64
     """
-    train = {name: getattr(earlier.train, name) for name in ("batch_size", "epochs") if getattr(config.train, name) == 0}
+    train = {
+        name: getattr(earlier.train, name)
+        for name in ("batch_size", "epochs")
+        if getattr(config.train, name) == 0
+    }
     method = {"queue_length": earlier.method.queue_length} if config.method.queue_length < 0 else {}
-    return config.model_copy(update={"train": config.train.model_copy(update=train), "method": config.method.model_copy(update=method)})
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=train),
+            "method": config.method.model_copy(update=method),
+        }
+    )
 
 
 def _batch(images: int, parts: int) -> int:
@@ -70,7 +97,8 @@ def _batch(images: int, parts: int) -> int:
     batch = max(wanted // parts, 1) * parts
     if batch > images:
         raise UsageError(
-            f"train.batch_size is left open, and {images} images are too few for a batch of {batch}. Give --train.batch_size, or more "
+            f"train.batch_size is left open, and {images} images are too few for a batch of {batch}. Give "
+            "--train.batch_size, or more "
             "images."
         )
     return batch

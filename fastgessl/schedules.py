@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 
-def learning_rate(peak: float, total_steps: int, *, warmup_steps: int = 0, shape: str = "cosine", end: float = 0.0) -> np.ndarray:
-    """Linear warm-up from peak / warmup_steps to `peak`, then half a cosine to `end` x peak, or constant: (total_steps,) float64.
+def learning_rate(
+    peak: float, total_steps: int, *, warmup_steps: int = 0, shape: str = "cosine", end: float = 0.0
+) -> np.ndarray:
+    """Linear warm-up from peak / warmup_steps to `peak`, then half a cosine to `end` x peak, or constant:
+    (total_steps,) float64.
 
-    A warm-up longer than the run fills all of it.  Loshchilov and Hutter, "SGDR", ICLR 2017, eq. (5), without restarts.
+    A warm-up longer than the run fills all of it.  Loshchilov and Hutter, "SGDR", ICLR 2017, eq. (5), without
+    restarts.
 
     >>> learning_rate(1.0, 5, warmup_steps=2).round(3).tolist()
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -25,7 +29,8 @@ def learning_rate(peak: float, total_steps: int, *, warmup_steps: int = 0, shape
 def cosine_momentum(start: float, end: float, total_steps: int) -> np.ndarray:
     """Momentum of a momentum encoder from `start` to `end` along half a cosine: (total_steps,) float64.
 
-    Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, section 3.2: tau_k = 1 - (1 - tau_0)(cos(pi k / K) + 1) / 2.
+    Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, section 3.2: tau_k = 1 - (1 - tau_0)(cos(pi k /
+    K) + 1) / 2.
 
     >>> cosine_momentum(0.99, 1.0, 3).round(4).tolist()
     [0.99, 0.9925, 0.9975]
@@ -35,16 +40,22 @@ def cosine_momentum(start: float, end: float, total_steps: int) -> np.ndarray:
 
 
 def linear_warmup(start: float, end: float, total_steps: int, *, warmup_steps: int) -> np.ndarray:
-    """A straight line from `start` to `end` over `warmup_steps` steps, then `end`: (total_steps,) float64. DINO's teacher temperature.
+    """A straight line from `start` to `end` over `warmup_steps` steps, then `end`: (total_steps,) float64.
+    DINO's teacher temperature.
 
     >>> linear_warmup(0.04, 0.07, 5, warmup_steps=3).round(3).tolist()
     [0.04, 0.05, 0.06, 0.07, 0.07]
     """
-    return start + (end - start) * np.minimum(np.arange(total_steps) / warmup_steps, 1) if warmup_steps else np.full(total_steps, end)
+    return (
+        start + (end - start) * np.minimum(np.arange(total_steps) / warmup_steps, 1)
+        if warmup_steps
+        else np.full(total_steps, end)
+    )
 
 
 def weight_decay(start: float, total_steps: int, *, end: float = 1.0) -> np.ndarray:
-    """Weight decay from `start` towards `end` x start along half a cosine: (total_steps,) float64. Caron et al., "DINO", ICCV 2021.
+    """Weight decay from `start` towards `end` x start along half a cosine: (total_steps,) float64. Caron et
+    al., "DINO", ICCV 2021.
 
     >>> weight_decay(0.04, 4, end=10.0).round(3).tolist()
     [0.04, 0.093, 0.22, 0.347]
@@ -55,8 +66,8 @@ def weight_decay(start: float, total_steps: int, *, end: float = 1.0) -> np.ndar
 def inner_learning_rate(inner_lr: float, outer: np.ndarray, *, shape: str) -> np.ndarray:
     """GeSSL's alpha of every step beside the `outer` learning rates (total_steps,): (total_steps,) float64.
 
-    "constant": `inner_lr`; "cosine": inner_lr (cos(pi k / K) + 1) / 2, above 0 at the last step too, where alpha = 0 would measure
-    nothing; "times_lr": `inner_lr` times the outer rate.
+    "constant": `inner_lr`; "cosine": inner_lr (cos(pi k / K) + 1) / 2, above 0 at the last step too, where
+    alpha = 0 would measure nothing; "times_lr": `inner_lr` times the outer rate.
 
     >>> inner_learning_rate(0.1, np.array([0.5, 1.0, 0.2]), shape="times_lr").round(3).tolist()
     [0.05, 0.1, 0.02]

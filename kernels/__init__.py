@@ -1,4 +1,5 @@
-"""Contrastive and distillation losses of self-supervised learning: no similarity table is stored, and all are twice differentiable.
+"""Contrastive and distillation losses of self-supervised learning: no similarity table is stored, and all are
+twice differentiable.
 
 >>> import torch
 >>> from fastgessl.kernels import nt_xent
@@ -8,7 +9,8 @@
 
 if __name__ != "fastgessl.kernels":
     raise ImportError(
-        f"this package is fastgessl.kernels, but was imported as {__name__!r}, which would load it twice. Write `import fastgessl.kernels`."
+        f"this package is fastgessl.kernels, but was imported as {__name__!r}, which would load it twice. "
+        "Write `import fastgessl.kernels`."
     )
 
 from fastgessl.kernels.backend import implementation_for

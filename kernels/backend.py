@@ -16,18 +16,21 @@ from torch import Tensor
 IMPLEMENTATIONS = ("reference", "chunked", "triton")
 ENVIRONMENT = "FASTGESSL_KERNELS"
 SMALL_TABLE = 1 << 20
-"""Entries up to which a CPU computes fastest on the stored table: at 1,024 x 1,024 it took 0.80 of the chunked time, at 2,048 1.1 times.
+"""Entries up to which a CPU computes fastest on the stored table: at 1,024 x 1,024 it took 0.80 of the
+chunked time, at 2,048 1.1 times.
 
-On a GPU none is stored: forward and backward of the kernels ask it for fewer operations (float32: InfoNCE 12, the stored table 15; CLIP 19
-and 23; σ 13 and 23), which tests count. Whether that is also faster at a few hundred rows, where the host's own time counts, waits for a
-measurement on a GPU."""
+On a GPU none is stored: forward and backward of the kernels ask it for fewer operations (float32: InfoNCE 12,
+the stored table 15; CLIP 19 and 23; σ 13 and 23), which tests count. Whether that is also faster at a few
+hundred rows, where the host's own time counts, waits for a measurement on a GPU."""
 OLDEST_ARCHITECTURE = (8, 0)
 BLACKWELL, OLDEST_TRITON_FOR_BLACKWELL = (10, 0), (3, 3)
 """Triton 3.2 ends the process with a failed assertion when it compiles for compute capability 10."""
 
 
 def triton_version() -> str:
-    """That of the module: its distribution may have another name (pytorch-triton, triton-windows), under which no metadata is found."""
+    """That of the module: its distribution may have another name (pytorch-triton, triton-windows), under
+    which no metadata is found.
+    """
     import triton
 
     return triton.__version__
@@ -47,7 +50,10 @@ def _device_obstacle(index: int) -> str | None:
         obstacle = "the kernels are tuned and tested for NVIDIA cards only"
     elif torch.cuda.get_device_capability(index) < OLDEST_ARCHITECTURE:
         obstacle = f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0 and has no bfloat16 matrix instructions"
-    elif torch.cuda.get_device_capability(index) >= BLACKWELL and _triton_release() < OLDEST_TRITON_FOR_BLACKWELL:
+    elif (
+        torch.cuda.get_device_capability(index) >= BLACKWELL
+        and _triton_release() < OLDEST_TRITON_FOR_BLACKWELL
+    ):
         obstacle = f"{torch.cuda.get_device_name(index)} needs triton 3.3 or newer, found {triton_version()}"
     if obstacle:
         warnings.warn(f"fastgessl.kernels runs as chunked PyTorch on this GPU: {obstacle}.", stacklevel=4)
@@ -55,22 +61,30 @@ def _device_obstacle(index: int) -> str | None:
 
 
 def triton_obstacle(tensor: Tensor) -> str | None:
-    """Why the Triton kernels cannot take `tensor`; None if they can. Under TRITON_INTERPRET=1 they take CPU tensors, slowly."""
+    """Why the Triton kernels cannot take `tensor`; None if they can. Under TRITON_INTERPRET=1 they take CPU
+    tensors, slowly.
+    """
     if tensor.dtype == torch.float64:
         return "float64 has no matrix instructions there"
     if tensor.is_cuda:
         return _device_obstacle(tensor.get_device())
-    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    if (
+        tensor.device.type == "cpu"
+        and os.environ.get("TRITON_INTERPRET") == "1"
+        and importlib.util.find_spec("triton") is not None
+    ):
         return None
     return f"a {tensor.device.type} tensor"
 
 
-def implementation_for(tensor: Tensor, implementation: str | None = None, entries: float = math.inf) -> tuple[str, str]:
+def implementation_for(
+    tensor: Tensor, implementation: str | None = None, entries: float = math.inf
+) -> tuple[str, str]:
     """The implementation that a loss on `tensor` uses for a table of `entries` similarities, and why:
 
-    the argument, else the environment variable FASTGESSL_KERNELS, else the best that works. A small table is stored on a CPU, because that
-    is faster, and on a GPU not: by the number of operations the kernels have the better of it, which is not yet measured. Without `entries`
-    the answer is that for a large one.
+    the argument, else the environment variable FASTGESSL_KERNELS, else the best that works. A small table is
+    stored on a CPU, because that is faster, and on a GPU not: by the number of operations the kernels have
+    the better of it, which is not yet measured. Without `entries` the answer is that for a large one.
 
     Raises ValueError for an unknown name and for a choice that cannot run.
 
@@ -80,12 +94,19 @@ def implementation_for(tensor: Tensor, implementation: str | None = None, entrie
     """
     wanted, source = implementation, f'implementation="{implementation}" was given'
     if wanted is None:
-        wanted, source = os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT} says so"
+        wanted, source = (
+            os.environ.get(ENVIRONMENT) or None,
+            f"the environment variable {ENVIRONMENT} says so",
+        )
     if wanted is not None and wanted not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {wanted!r} ({source}). Choose one of {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(
+            f"unknown implementation {wanted!r} ({source}). Choose one of {', '.join(IMPLEMENTATIONS)}."
+        )
     obstacle = triton_obstacle(tensor)
     if wanted == "triton" and obstacle:
-        raise ValueError(f"the Triton kernels cannot be used, though {source}: {obstacle}. Choose chunked or reference.")
+        raise ValueError(
+            f"the Triton kernels cannot be used, though {source}: {obstacle}. Choose chunked or reference."
+        )
     if wanted is not None:
         return wanted, source
     # Compiled code takes the opaque operators: the dense path's checks of values would break the graph.
@@ -93,11 +114,17 @@ def implementation_for(tensor: Tensor, implementation: str | None = None, entrie
         return "reference", f"on a CPU a table of {entries:,} entries is faster stored"
     if obstacle:
         return "chunked", obstacle
-    return ("triton", f"a CUDA tensor of {tensor.dtype}") if tensor.is_cuda else ("chunked", "the interpreter is for tests")
+    return (
+        ("triton", f"a CUDA tensor of {tensor.dtype}")
+        if tensor.is_cuda
+        else ("chunked", "the interpreter is for tests")
+    )
 
 
 def matmul_dtype(operand: Tensor) -> torch.dtype:
-    """The dtype in which a matmul would take the operand: autocast's, where that is on and the operand is not float64."""
+    """The dtype in which a matmul would take the operand: autocast's, where that is on and the operand is not
+    float64.
+    """
     device = operand.device.type
     if operand.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return operand.dtype
@@ -105,7 +132,9 @@ def matmul_dtype(operand: Tensor) -> torch.dtype:
 
 
 def as_matmul(*operands: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, the operands in the dtype that a matmul would take; their gradients come back in their own."""
+    """Under autocast, the operands in the dtype that a matmul would take; their gradients come back in their
+    own.
+    """
     if not torch.is_autocast_enabled(operands[0].device.type):
         return operands
     return tuple(operand.to(matmul_dtype(operand)) for operand in operands)

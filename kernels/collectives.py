@@ -1,8 +1,9 @@
 """Collectives whose backward is right, and differentiable twice.
 
-The convention: every rank backpropagates the loss of its own rows, and gradients mean those of the sum of all ranks' losses. DDP's
-averaging of local means then gives the gradient of the global mean. So the backward of a gather is a reduce-scatter (sum), and that of a
-sum is a sum. In forward mode each collective moves the tangents as it moves the values.
+The convention: every rank backpropagates the loss of its own rows, and gradients mean those of the sum of all
+ranks' losses. DDP's averaging of local means then gives the gradient of the global mean. So the backward of a
+gather is a reduce-scatter (sum), and that of a sum is a sum. In forward mode each collective moves the
+tangents as it moves the values.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def check_equal_rows(tensor: Tensor, group: dist.ProcessGroup, name: str) -> Non
 
     Raises ValueError on every rank.
     """
-    # Filled on the device: a number that is copied there from pageable memory, as by torch.tensor, makes the host wait.
+    # Filled on the device: a number that is copied there from pageable memory, as by torch.tensor, makes the
+    # host wait.
     rows = torch.full((1,), len(tensor), dtype=torch.int64, device=tensor.device)
     found = rows.new_empty(dist.get_world_size(group))
     dist.all_gather_into_tensor(found, rows, group=group)
@@ -103,7 +105,8 @@ class _Sum(torch.autograd.Function):
 
 
 def all_gather_rows(tensor: Tensor, group: dist.ProcessGroup | None, name: str = "key") -> Tensor:
-    """(N, …) on each of W ranks -> (W·N, …), rank by rank, the same on all. Without a group, the tensor itself. Differentiable twice.
+    """(N, …) on each of W ranks -> (W·N, …), rank by rank, the same on all. Without a group, the tensor
+    itself. Differentiable twice.
 
     Raises ValueError if the ranks hold unequal numbers of rows.
     """

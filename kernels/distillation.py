@@ -2,8 +2,9 @@
 
 σ-measurement, and the student losses of DINO, SwAV, DISSL.
 
-What `losses` says of operands, indices, reductions and groups holds here. The two sides may differ in features, temperatures and column
-biases, not in rows and keys. Gradients of both orders go to both sides; detach the teacher where none should.
+What `losses` says of operands, indices, reductions and groups holds here. The two sides may differ in
+features, temperatures and column biases, not in rows and keys. Gradients of both orders go to both sides;
+detach the teacher where none should.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from fastgessl.kernels.similarity.autograd import similarity_statistics
 from fastgessl.kernels.similarity.chunked import Side
 
 LARGEST_STORED_GESSL = 1 << 16
-"""Chunked, both losses share a table: at 256 x 256 it takes 0.95, 1.2 and 1.0 times as long as the stored one (forward, with backward, with
-double backward), at 512 x 512 0.5, 1.0 and 0.8."""
+"""Chunked, both losses share a table: at 256 x 256 it takes 0.95, 1.2 and 1.0 times as long as the stored one
+(forward, with backward, with double backward), at 512 x 512 0.5, 1.0 and 0.8."""
 
 
 class _Sides(NamedTuple):
@@ -68,12 +69,19 @@ def _sides(
     """`chosen`: positives that a user passed."""
     group, mode, _ = how
     sides, ring = [], None
-    for owner, query, key, given, bias in zip(("student", "teacher"), operands[::2], operands[1::2], temperatures, biases, strict=True):
+    for owner, query, key, given, bias in zip(
+        ("student", "teacher"), operands[::2], operands[1::2], temperatures, biases, strict=True
+    ):
         check_pair(query, key, (f"{owner}_query", f"{owner}_key"))
         check_bias(bias, key, f"{owner}_bias")
-        name, temperature = ("temperature", temperatures[0]) if given is None else (f"{owner}_temperature".removeprefix("student_"), given)
+        name, temperature = (
+            ("temperature", temperatures[0])
+            if given is None
+            else (f"{owner}_temperature".removeprefix("student_"), given)
+        )
         if given is None and owner == "teacher" and isinstance(temperature, Tensor):
-            # A target does not move: through both softmaxes σ's derivative to a shared temperature was 1.3 times the student's own.
+            # A target does not move: through both softmaxes σ's derivative to a shared temperature was 1.3
+            # times the student's own.
             temperature = temperature.detach()
         query, key = as_matmul(query, key)
         scale = scale_of(temperature, query, name)
@@ -87,8 +95,17 @@ def _sides(
 
 def _dense_rows(function: Callable[..., Tensor], sides: _Sides, exclude: Tensor | None) -> Tensor:
     student, teacher = sides.student, sides.teacher
-    scale = checked(student.scale, teacher.scale, student.bias, teacher.bias, None, exclude, len(student.key), sides.given)
-    operands = (student.query, student.key, teacher.query, teacher.key, scale.reciprocal(), teacher.scale.reciprocal())
+    scale = checked(
+        student.scale, teacher.scale, student.bias, teacher.bias, None, exclude, len(student.key), sides.given
+    )
+    operands = (
+        student.query,
+        student.key,
+        teacher.query,
+        teacher.key,
+        scale.reciprocal(),
+        teacher.scale.reciprocal(),
+    )
     return dense(function, *operands, student.bias, teacher.bias, exclude)
 
 
@@ -120,8 +137,9 @@ def sigma_kl(
 
     (M, D), (N, D), (M, E), (N, E) -> () or (M,).
 
-    Without `teacher_temperature` the teacher has the student's, as a constant: a temperature that is learnt has its gradient from the
-    student alone. Pass it as `teacher_temperature` too if it shall move the teacher.
+    Without `teacher_temperature` the teacher has the student's, as a constant: a temperature that is learnt
+    has its gradient from the student alone. Pass it as `teacher_temperature` too if it shall move the
+    teacher.
 
     >>> import torch
     >>> student, teacher = torch.eye(2), torch.eye(2).flip(0)
@@ -155,11 +173,12 @@ def soft_cross_entropy(
     mode: str = "gather",
     implementation: str | None = None,
 ) -> Tensor:
-    """-Σ_j P_teacher,ij log P_student,ij: `sigma_kl` plus the teacher's entropy.  (M, D), (N, D), (M, E), (N, E) -> () or (M,).
+    """-Σ_j P_teacher,ij log P_student,ij: `sigma_kl` plus the teacher's entropy.  (M, D), (N, D), (M, E), (N,
+    E) -> () or (M,).
 
-    The student's gradient equals that of `sigma_kl`; the teacher's does not. With prototypes as keys, a column bias and detached teacher
-    this is the loss of DINO (bias = -centre/τ_t) and SwAV (bias = `sinkhorn_potentials`), and without detaching DISSL's.
-    `teacher_temperature` as in `sigma_kl`.
+    The student's gradient equals that of `sigma_kl`; the teacher's does not. With prototypes as keys, a
+    column bias and detached teacher this is the loss of DINO (bias = -centre/τ_t) and SwAV (bias =
+    `sinkhorn_potentials`), and without detaching DISSL's. `teacher_temperature` as in `sigma_kl`.
 
     >>> import torch
     >>> prototypes = torch.eye(3)
@@ -197,8 +216,8 @@ def gessl_loss(
 
     `teacher_temperature` as in `sigma_kl`.
 
-    For a teacher that is at hand before the step, as in distillation; GeSSL's own self-motivated target is not, so its trainer calls
-    `info_nce` and `sigma_kl` one after the other.
+    For a teacher that is at hand before the step, as in distillation; GeSSL's own self-motivated target is
+    not, so its trainer calls `info_nce` and `sigma_kl` one after the other.
 
     >>> import torch
     >>> contrastive, sigma = gessl_loss(torch.eye(2), torch.eye(2), torch.eye(2), torch.eye(2), temperature=1.0)
@@ -208,7 +227,10 @@ def gessl_loss(
     check_choices("none", mode)
     check_pair(student_query, student_key, ("student_query", "student_key"))
     rank, _ = rank_and_size(group)
-    chosen, positives = positives, positives_of(positives, student_query, len(student_key), first=rank * len(student_key))
+    chosen, positives = (
+        positives,
+        positives_of(positives, student_query, len(student_key), first=rank * len(student_key)),
+    )
     sides = _sides(
         (student_query, student_key, teacher_query, teacher_key),
         (temperature, teacher_temperature),
@@ -225,4 +247,6 @@ def gessl_loss(
         return dense(reference.info_nce, *operands), _dense_rows(reference.sigma_kl, sides, excluded)
     how = (sides.implementation, given, sides.ring)
     lse, positive, divergence = similarity_statistics(student, sides.teacher, positives, excluded, True, *how)
-    return contrastive_rows(lse, positive, positives, excluded, given), where_columns_are_left(divergence + lse, lse, excluded)
+    return contrastive_rows(lse, positive, positives, excluded, given), where_columns_are_left(
+        divergence + lse, lse, excluded
+    )

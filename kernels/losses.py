@@ -1,15 +1,18 @@
-"""The losses: streaming, twice differentiable in everything, in any floating dtype, over one device or a group of ranks.
+"""The losses: streaming, twice differentiable in everything, in any floating dtype, over one device or a
+group of ranks.
 
-Common to all. Operands are matrices (rows, features) of float64, float32, bfloat16 or float16; statistics and results are float32
-(float64 for float64). Nothing is normalised unless the docstring says so. `temperature` is a number or a 0-d tensor that may need a
-gradient. `positives` (M,) and `exclude` (M,) or (M, 2) are int64 column numbers, -1 = none; a row without a positive, or with every
-column excluded, has zero loss and zero gradient and is still counted by reduction "mean" (the others: "sum", "none"). NaN in an operand
-gives NaN. Under torch.autocast operands are cast as those of a matmul, and may come in different dtypes.
+Common to all. Operands are matrices (rows, features) of float64, float32, bfloat16 or float16; statistics and
+results are float32 (float64 for float64). Nothing is normalised unless the docstring says so. `temperature`
+is a number or a 0-d tensor that may need a gradient. `positives` (M,) and `exclude` (M,) or (M, 2) are int64
+column numbers, -1 = none; a row without a positive, or with every column excluded, has zero loss and zero
+gradient and is still counted by reduction "mean" (the others: "sum", "none"). NaN in an operand gives NaN.
+Under torch.autocast operands are cast as those of a matmul, and may come in different dtypes.
 
-With `group`, a process group, keys are those of all ranks and column numbers are global (rank r's own keys start at r·N); each rank gets
-the loss of its own rows, and DDP's averaging gives the gradient of the global mean. mode "gather" gives each rank a copy of all keys;
-"ring" passes them around. `implementation` forces "reference", "chunked" or "triton". Shapes, dtypes, devices, indices and temperatures
-that do not fit raise ValueError; third derivatives raise RuntimeError.
+With `group`, a process group, keys are those of all ranks and column numbers are global (rank r's own keys
+start at r·N); each rank gets the loss of its own rows, and DDP's averaging gives the gradient of the global
+mean. mode "gather" gives each rank a copy of all keys; "ring" passes them around. `implementation` forces
+"reference", "chunked" or "triton". Shapes, dtypes, devices, indices and temperatures that do not fit raise
+ValueError; third derivatives raise RuntimeError.
 """
 
 from __future__ import annotations
@@ -41,15 +44,19 @@ from fastgessl.kernels.similarity.symmetric import symmetric_info_nce
 Temperature = float | Tensor
 
 LARGEST_STORED_CLIP = 1 << 18
-"""Chunked, both directions share a table: at 512 x 512 it takes 1.2, 1.1 and 1.6 times as long as the stored one (forward, with backward,
-with double backward), at 1,024 x 1,024 0.6, 0.9 and 1.1."""
+"""Chunked, both directions share a table: at 512 x 512 it takes 1.2, 1.1 and 1.6 times as long as the stored
+one (forward, with backward, with double backward), at 1,024 x 1,024 0.6, 0.9 and 1.1."""
 
 How = tuple[ProcessGroup | None, str, str | None]
 """group, mode, implementation"""
 
 
-def chosen_for(query: Tensor, key: Tensor, exclude: Tensor | None, how: How, largest: float = math.inf) -> str:
-    """The implementation's name. Only a table of one process without excluded columns is ever worth storing, if not above `largest`."""
+def chosen_for(
+    query: Tensor, key: Tensor, exclude: Tensor | None, how: How, largest: float = math.inf
+) -> str:
+    """The implementation's name. Only a table of one process without excluded columns is ever worth storing,
+    if not above `largest`.
+    """
     group, _, implementation = how
     entries = len(query) * len(key)
     storable = group is None and exclude is None and entries <= largest
@@ -62,16 +69,27 @@ def reduced(rows: Tensor, reduction: str) -> Tensor:
 
 
 def gathered(
-    key: Tensor, bias: Tensor | None, scale: Tensor, group: ProcessGroup | None, mode: str, implementation: str, name: str = "key"
+    key: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    group: ProcessGroup | None,
+    mode: str,
+    implementation: str,
+    name: str = "key",
 ) -> tuple[Tensor, Tensor | None, ProcessGroup | None]:
-    """Keys and column bias (in the dtype of the statistics) as the operators want them, and the group if they are to travel in a ring.
+    """Keys and column bias (in the dtype of the statistics) as the operators want them, and the group if they
+    are to travel in a ring.
 
     The dense reference gathers always.
     """
     wide = None if bias is None else bias.to(scale.dtype)
     if group is not None and mode == "ring" and implementation != "reference":
         return key, wide, group
-    return all_gather_rows(key, group, name), None if wide is None else all_gather_rows(wide, group, "bias"), None
+    return (
+        all_gather_rows(key, group, name),
+        None if wide is None else all_gather_rows(wide, group, "bias"),
+        None,
+    )
 
 
 def where_columns_are_left(values: Tensor, lse: Tensor, exclude: Tensor | None) -> Tensor:
@@ -79,7 +97,9 @@ def where_columns_are_left(values: Tensor, lse: Tensor, exclude: Tensor | None) 
     return values if exclude is None else values.masked_fill(lse == -torch.inf, 0.0)
 
 
-def contrastive_rows(lse: Tensor, positive: Tensor, positives: Tensor, exclude: Tensor | None, given: Given) -> Tensor:
+def contrastive_rows(
+    lse: Tensor, positive: Tensor, positives: Tensor, exclude: Tensor | None, given: Given
+) -> Tensor:
     """InfoNCE of each row; 0 where there is no positive or no column, as only given indices have it."""
     rows = where_columns_are_left(lse - positive, lse, exclude if given.exclude else None)
     return rows.masked_fill(positives < 0, 0.0) if given.positives else rows
@@ -96,7 +116,8 @@ def similarity_logsumexp(
     mode: str = "gather",
     implementation: str | None = None,
 ) -> Tensor:
-    """lse_i = log Σ_j exp(q_i·k_j/τ + bias_j), the primitive that other losses are composed from.  (M, D), (N, D), bias (N,) -> (M,).
+    """lse_i = log Σ_j exp(q_i·k_j/τ + bias_j), the primitive that other losses are composed from.  (M, D),
+    (N, D), bias (N,) -> (M,).
 
     A row with every column excluded gives -inf, the logarithm of an empty sum, with zero gradient.
 
@@ -114,7 +135,13 @@ def similarity_logsumexp(
 
 
 def logsumexp_rows(
-    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None, exclude: Tensor | None, how: How, given: Given
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    exclude: Tensor | None,
+    how: How,
+    given: Given,
 ) -> Tensor:
     """`similarity_logsumexp` of operands whose shapes are checked."""
     group, mode, _ = how
@@ -123,7 +150,9 @@ def logsumexp_rows(
     if name == "reference":
         scale = checked(scale, None, bias, None, None, exclude, len(key), given)
         return dense(reference.similarity_logsumexp, query, key, scale.reciprocal(), bias, exclude)
-    return similarity_statistics(Side(query, key, scale, bias), None, None, exclude, False, name, given, ring)[0]
+    return similarity_statistics(
+        Side(query, key, scale, bias), None, None, exclude, False, name, given, ring
+    )[0]
 
 
 def info_nce(
@@ -138,10 +167,11 @@ def info_nce(
     mode: str = "gather",
     implementation: str | None = None,
 ) -> Tensor:
-    """-log( exp(q_i·k_pos/τ) / Σ_j exp(q_i·k_j/τ) ), van den Oord et al. 2018, eq. (4).  (M, D), (N, D) -> () or (M,).
+    """-log( exp(q_i·k_pos/τ) / Σ_j exp(q_i·k_j/τ) ), van den Oord et al. 2018, eq. (4).  (M, D), (N, D) -> ()
+    or (M,).
 
-    Without `positives` row i's positive is key i. The sum runs over the columns that are not excluded; an excluded positive leaves the sum
-    but stays the positive (decoupled contrastive loss).
+    Without `positives` row i's positive is key i. The sum runs over the columns that are not excluded; an
+    excluded positive leaves the sum but stays the positive (decoupled contrastive loss).
 
     >>> import torch
     >>> info_nce(torch.eye(2), torch.eye(2), temperature=1.0)
@@ -151,7 +181,9 @@ def info_nce(
     check_choices(reduction, mode)
     query, key = as_matmul(query, key)
     rank, _ = rank_and_size(group)
-    given = Given(scale=isinstance(temperature, Tensor), positives=positives is not None, exclude=exclude is not None)
+    given = Given(
+        scale=isinstance(temperature, Tensor), positives=positives is not None, exclude=exclude is not None
+    )
     scale, excluded = scale_of(temperature, query), exclude_of(exclude, query)
     positives = positives_of(positives, query, len(key), first=rank * len(key))
     rows = _info_nce_rows(query, key, scale, positives, excluded, (group, mode, implementation), given)
@@ -159,7 +191,14 @@ def info_nce(
 
 
 def _info_nce_rows(
-    query: Tensor, key: Tensor, scale: Tensor, positives: Tensor, exclude: Tensor | None, how: How, given: Given, owner: str = "key"
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    positives: Tensor,
+    exclude: Tensor | None,
+    how: How,
+    given: Given,
+    owner: str = "key",
 ) -> Tensor:
     group, mode, _ = how
     name = chosen_for(query, key, exclude, how)
@@ -168,7 +207,9 @@ def _info_nce_rows(
         scale = checked(scale, None, None, None, positives, exclude, len(key), given)
         return dense(reference.info_nce, query, key, scale.reciprocal(), positives, exclude)
     student = Side(query, key, scale, None)
-    lse, positive, _ = similarity_statistics(student, None, positives, exclude, False, name, given, ring, tied=key is query)
+    lse, positive, _ = similarity_statistics(
+        student, None, positives, exclude, False, name, given, ring, tied=key is query
+    )
     return contrastive_rows(lse, positive, positives, exclude, given)
 
 
@@ -182,7 +223,8 @@ def nt_xent(
     mode: str = "gather",
     implementation: str | None = None,
 ) -> Tensor:
-    """SimCLR's loss, Chen et al. 2020, eq. (1), over the 2N rows of both views; normalises them.  (N, D) twice -> () or (2N,).
+    """SimCLR's loss, Chen et al. 2020, eq. (1), over the 2N rows of both views; normalises them.  (N, D)
+    twice -> () or (2N,).
 
     A row's positive is its image's other view; the row itself is excluded, the other 2N - 1 stay.
 
@@ -192,7 +234,10 @@ def nt_xent(
     """
     check_pair(view1, view2, ("view1", "view2"))
     if view1.shape != view2.shape:
-        raise ValueError(f"view1 and view2 must hold the same images; found shapes {tuple(view1.shape)} and {tuple(view2.shape)}.")
+        raise ValueError(
+            f"view1 and view2 must hold the same images; found shapes {tuple(view1.shape)} and "
+            f"{tuple(view2.shape)}."
+        )
     check_choices(reduction, mode)
     wide = torch.float64 if view1.dtype == torch.float64 else torch.float32
     rows = normalize(torch.cat([view1, view2]).to(wide), dim=1).to(view1.dtype)
@@ -200,7 +245,9 @@ def nt_xent(
     first = rank_and_size(group)[0] * len(rows)
     own = torch.arange(first, first + len(rows), device=rows.device)
     scale, given = scale_of(temperature, rows), Given(scale=isinstance(temperature, Tensor))
-    losses = _info_nce_rows(rows, rows, scale, own.roll(len(view1)), own[:, None], (group, mode, implementation), given, "view1")
+    losses = _info_nce_rows(
+        rows, rows, scale, own.roll(len(view1)), own[:, None], (group, mode, implementation), given, "view1"
+    )
     return reduced(losses, reduction)
 
 
@@ -214,7 +261,8 @@ def clip_loss(
     mode: str = "gather",
     implementation: str | None = None,
 ) -> Tensor:
-    """Mean of InfoNCE from image to text and from text to image, Radford et al. 2021, fig. 3.  (N, D) twice -> () or (N,).
+    """Mean of InfoNCE from image to text and from text to image, Radford et al. 2021, fig. 3.  (N, D) twice
+    -> () or (N,).
 
     >>> import torch
     >>> clip_loss(torch.eye(2), torch.eye(2), temperature=1.0)
@@ -222,10 +270,17 @@ def clip_loss(
     """
     check_pair(image, text, ("image", "text"))
     if image.shape != text.shape:
-        raise ValueError(f"image and text must be paired row by row; found shapes {tuple(image.shape)} and {tuple(text.shape)}.")
+        raise ValueError(
+            f"image and text must be paired row by row; found shapes {tuple(image.shape)} and "
+            f"{tuple(text.shape)}."
+        )
     check_choices(reduction, mode)
     image, text = as_matmul(image, text)
-    scale, how, given = scale_of(temperature, image), (group, mode, implementation), Given(scale=isinstance(temperature, Tensor))
+    scale, how, given = (
+        scale_of(temperature, image),
+        (group, mode, implementation),
+        Given(scale=isinstance(temperature, Tensor)),
+    )
     name = chosen_for(image, text, None, how, LARGEST_STORED_CLIP)
     if group is None and name == "reference":
         scale = checked(scale, None, None, None, None, None, len(text), given)

@@ -1,7 +1,8 @@
-"""The losses as modules, shaped like those that people already use: swapping an import is the whole migration.
+"""The losses as modules, shaped like those that people already use: swapping an import is the whole
+migration.
 
-Modules normalise what their originals normalise and hold what state those hold; the functions beneath are pure. `gather_distributed`
-takes the keys of all ranks of the default process group.
+Modules normalise what their originals normalise and hold what state those hold; the functions beneath are
+pure. `gather_distributed` takes the keys of all ranks of the default process group.
 """
 
 from __future__ import annotations
@@ -26,22 +27,31 @@ def default_group(gather_distributed: bool) -> dist.ProcessGroup | None:
 
 
 def group_of_size(world_size: int) -> dist.ProcessGroup | None:
-    """The default group, which must have so many ranks; none for one. Raises ValueError otherwise: no rank is left out without a word."""
+    """The default group, which must have so many ranks; none for one. Raises ValueError otherwise: no rank is
+    left out without a word.
+    """
     if world_size == 1:
         return None
     ranks = dist.get_world_size() if dist.is_initialized() else 0
     if ranks != world_size:
-        found = f"the default process group has {ranks} ranks" if ranks else "torch.distributed is not initialised"
-        raise ValueError(f"world_size is {world_size}, but {found}. Call init_process_group first, or pass the group's own size.")
+        found = (
+            f"the default process group has {ranks} ranks"
+            if ranks
+            else "torch.distributed is not initialised"
+        )
+        raise ValueError(
+            f"world_size is {world_size}, but {found}. Call init_process_group first, or pass the group's "
+            "own size."
+        )
     return dist.group.WORLD
 
 
 class NTXentLoss(nn.Module):
     """SimCLR's loss, or MoCo's with a memory bank; lightly's signature. Normalises both inputs.
 
-    With `memory_bank_size=(K, D)` the second input's rows are keys: row i's negatives are the bank, and the bank then takes the keys in.
-    The bank moves in `forward` when the first input requires a gradient, as in lightly; `similarity_logsumexp` over a queue of your own
-    is the pure form.
+    With `memory_bank_size=(K, D)` the second input's rows are keys: row i's negatives are the bank, and the
+    bank then takes the keys in. The bank moves in `forward` when the first input requires a gradient, as in
+    lightly; `similarity_logsumexp` over a queue of your own is the pure form.
 
     >>> import torch
     >>> criterion = NTXentLoss(temperature=0.5)
@@ -53,7 +63,12 @@ class NTXentLoss(nn.Module):
     bank: Tensor
     bank_position: Tensor
 
-    def __init__(self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+    ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, found {temperature}.")
@@ -84,7 +99,8 @@ class NTXentLoss(nn.Module):
         """Overwrite the bank's oldest rows; what does not fit before its end is dropped, as in lightly."""
         size = len(self.bank)
         keys = keys[:size].to(self.bank.dtype)
-        # The position stays on the device, so that the host need not wait for it. Keys past the end leave the first rows as they are.
+        # The position stays on the device, so that the host need not wait for it. Keys past the end leave the
+        # first rows as they are.
         rows = self.bank_position + torch.arange(len(keys), device=keys.device)
         first, fits = rows % size, (rows < size)[:, None]
         # A new tensor: the old one may still be needed by the backward of the loss that was computed on it.
@@ -95,10 +111,11 @@ class NTXentLoss(nn.Module):
 class ClipLoss(nn.Module):
     """CLIP's symmetric loss; open_clip's signature. Features come normalised, `logit_scale` is 1/temperature.
 
-    Every rank computes the loss of its own pairs against all ranks' and gradients flow through the gather: open_clip's `local_loss=True,
-    gather_with_grad=True`, whatever is passed. open_clip's gradients without `gather_with_grad` are, after DDP's averaging, those of the
-    ranks' own features only, 1/world_size of these with `local_loss=False`. There are no labels to cache, and `rank` is the group's own.
-    Raises ValueError with `use_horovod`.
+    Every rank computes the loss of its own pairs against all ranks' and gradients flow through the gather:
+    open_clip's `local_loss=True, gather_with_grad=True`, whatever is passed. open_clip's gradients without
+    `gather_with_grad` are, after DDP's averaging, those of the ranks' own features only, 1/world_size of
+    these with `local_loss=False`. There are no labels to cache, and `rank` is the group's own. Raises
+    ValueError with `use_horovod`.
 
     >>> import torch
     >>> criterion, logit_scale = ClipLoss(), torch.tensor(10.0, requires_grad=True)
@@ -118,7 +135,10 @@ class ClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         if use_horovod:
-            raise ValueError("ClipLoss gathers with torch.distributed, found use_horovod=True. Launch with torchrun instead.")
+            raise ValueError(
+                "ClipLoss gathers with torch.distributed, found use_horovod=True. Launch with torchrun "
+                "instead."
+            )
         self.world_size = world_size
 
     def forward(
@@ -131,12 +151,17 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict:
         """(N, D) twice and () -> (), or {"contrastive_loss": ()}.
 
-        A `logit_bias` (), the same for all pairs, cancels in the softmax: its gradient is 0. Raises ValueError if `world_size` is above 1
-        and not that of the default group.
+        A `logit_bias` (), the same for all pairs, cancels in the softmax: its gradient is 0. Raises
+        ValueError if `world_size` is above 1 and not that of the default group.
         """
         if isinstance(logit_bias, bool) or (isinstance(logit_bias, Tensor) and logit_bias.dim() > 0):
-            raise ValueError(f"logit_bias must be a number or a 0-d tensor, found {logit_bias}. Pass output_dict by its name.")
-        loss = clip_loss(image_features, text_features, temperature=1 / logit_scale, group=group_of_size(self.world_size))
+            raise ValueError(
+                f"logit_bias must be a number or a 0-d tensor, found {logit_bias}. Pass output_dict by its "
+                "name."
+            )
+        loss = clip_loss(
+            image_features, text_features, temperature=1 / logit_scale, group=group_of_size(self.world_size)
+        )
         if logit_bias is not None:
             # DDP waits for a gradient of every parameter.
             loss = loss + 0 * logit_bias
@@ -144,10 +169,12 @@ class ClipLoss(nn.Module):
 
 
 class SupConLoss(nn.Module):
-    """Supervised contrastive loss, Khosla et al. 2020, eq. (2): several positives a row, all rows of its class; SupContrast's signature.
+    """Supervised contrastive loss, Khosla et al. 2020, eq. (2): several positives a row, all rows of its
+    class; SupContrast's signature.
 
-    Since a row's positives enter linearly, they count as their mean key: loss_i = lse_i - q_i·(mean key of the class)/τ, without a mask
-    of pairs. `contrast_mode` "one" takes the first views only as rows, "all" all of them.
+    Since a row's positives enter linearly, they count as their mean key: loss_i = lse_i - q_i·(mean key of
+    the class)/τ, without a mask of pairs. `contrast_mode` "one" takes the first views only as rows, "all" all
+    of them.
 
     >>> import torch
     >>> features = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=2)
@@ -155,23 +182,34 @@ class SupConLoss(nn.Module):
     torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
+    def __init__(
+        self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07
+    ) -> None:
         super().__init__()
         if contrast_mode not in ("all", "one"):
             raise ValueError(f"contrast_mode must be 'all' or 'one', found {contrast_mode!r}.")
-        self.temperature, self.contrast_mode, self.base_temperature = temperature, contrast_mode, base_temperature
+        self.temperature, self.contrast_mode, self.base_temperature = (
+            temperature,
+            contrast_mode,
+            base_temperature,
+        )
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalised features (N, V, …) of V views, classes (N,) or (N, 1) (without them every image is its own class) -> ().
+        """Normalised features (N, V, …) of V views, classes (N,) or (N, 1) (without them every image is its
+        own class) -> ().
 
-        Instead of classes a `mask` (N, N): how much image j counts as a positive of image i. Raises ValueError for other shapes, and for
-        both. A row without a positive has zero loss and is counted. Computed in float32 at least, under autocast too.
+        Instead of classes a `mask` (N, N): how much image j counts as a positive of image i. Raises
+        ValueError for other shapes, and for both. A row without a positive has zero loss and is counted.
+        Computed in float32 at least, under autocast too.
         """
         if features.dim() < 3:
-            raise ValueError(f"features must have shape (images, views, features), found {tuple(features.shape)}.")
+            raise ValueError(
+                f"features must have shape (images, views, features), found {tuple(features.shape)}."
+            )
         images, views = features.shape[:2]
-        # lse and the positives nearly cancel where the positives are nearly certain. With lse of rows rounded to bfloat16, as autocast
-        # has it, gradients at a loss of 1.5e-3 were off by 1.4 of their norm, in float32 by 1.1e-4.
+        # lse and the positives nearly cancel where the positives are nearly certain. With lse of rows rounded
+        # to bfloat16, as autocast has it, gradients at a loss of 1.5e-3 were off by 1.4 of their norm, in
+        # float32 by 1.1e-4.
         with torch.autocast(features.device.type, enabled=False):
             rows = features.flatten(2).transpose(0, 1).flatten(0, 1)
             rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
@@ -180,23 +218,34 @@ class SupConLoss(nn.Module):
             own = torch.arange(anchors, device=rows.device)
             lse = similarity_logsumexp(rows[:anchors], rows, temperature=self.temperature, exclude=own)
             losses = lse - (rows * mean_key)[:anchors].sum(1) / self.temperature
-            return (self.temperature / self.base_temperature) * losses.masked_fill(lonely[:anchors], 0.0).mean()
+            return (self.temperature / self.base_temperature) * losses.masked_fill(
+                lonely[:anchors], 0.0
+            ).mean()
 
 
-def _mean_positives(rows: Tensor, images: int, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows (V·N, D), view by view -> the mean of each row's positives (V·N, D), itself not among them; and who has none (V·N,)."""
+def _mean_positives(
+    rows: Tensor, images: int, labels: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rows (V·N, D), view by view -> the mean of each row's positives (V·N, D), itself not among them; and
+    who has none (V·N,).
+    """
     views, sums = len(rows) // images, rows.unflatten(0, (-1, images)).sum(0)
     if labels is not None and mask is not None:
         raise ValueError("labels and mask both say what a positive is; pass one of them.")
     if mask is not None:
         if mask.shape != (images, images):
-            raise ValueError(f"mask must have shape ({images}, {images}), one entry a pair of images; found {tuple(mask.shape)}.")
+            raise ValueError(
+                f"mask must have shape ({images}, {images}), one entry a pair of images; found "
+                f"{tuple(mask.shape)}."
+            )
         weight = mask.to(rows)
         sums, total, own = weight @ sums, weight.sum(1), weight.diagonal()
     else:
         labels = torch.arange(images, device=rows.device) if labels is None else labels
         if labels.shape not in ((images,), (images, 1)):
-            raise ValueError(f"labels must have shape ({images},), one a row of features; found {tuple(labels.shape)}.")
+            raise ValueError(
+                f"labels must have shape ({images},), one a row of features; found {tuple(labels.shape)}."
+            )
         classes = labels.flatten().to(rows.device).unique(return_inverse=True)[1]
         sums = sums.new_zeros(int(classes.max()) + 1, sums.shape[1]).index_add(0, classes, sums)[classes]
         total, own = classes.bincount()[classes].to(rows.dtype), rows.new_ones(images)
@@ -206,7 +255,8 @@ def _mean_positives(rows: Tensor, images: int, labels: Tensor | None, mask: Tens
 
 
 class SigmaLoss(nn.Module):
-    """GeSSL's σ: KL from a teacher's similarity softmax to the student's, with the teacher detached. Normalises all operands.
+    """GeSSL's σ: KL from a teacher's similarity softmax to the student's, with the teacher detached.
+    Normalises all operands.
 
     >>> import torch
     >>> views = torch.randn(2, 8, 16)
@@ -218,8 +268,12 @@ class SigmaLoss(nn.Module):
         super().__init__()
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
 
-    def forward(self, student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> Tensor:
+    def forward(
+        self, student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor
+    ) -> Tensor:
         """(M, D), (N, D), (M, E), (N, E) -> ()."""
         student = (normalize(part, dim=1) for part in (student_query, student_key))
         teacher = (normalize(part.detach(), dim=1) for part in (teacher_query, teacher_key))
-        return sigma_kl(*student, *teacher, temperature=self.temperature, teacher_temperature=self.teacher_temperature)
+        return sigma_kl(
+            *student, *teacher, temperature=self.temperature, teacher_temperature=self.teacher_temperature
+        )

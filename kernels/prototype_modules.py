@@ -1,7 +1,7 @@
 """DINO, SwAV and DISSL as modules over features and prototypes: no table of outputs is stored.
 
-Their originals take the table (rows × prototypes); these take its two factors, the features and the last layer's weight, and stream over
-it.
+Their originals take the table (rows × prototypes); these take its two factors, the features and the last
+layer's weight, and stream over it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from fastgessl.kernels.prototypes import sinkhorn_potentials, softmax_marginal
 class DINOLoss(nn.Module):
     """Self-distillation with a centred teacher, Caron et al. 2021, eq. (3) and (4).
 
-    Cross-entropy from the teacher's softmax((t - c)/τ_t) to the student's, over all pairs of different views. The centre is the
-    column bias -c/τ_t; c is a buffer that `update_center` moves, once after each optimiser step.
+    Cross-entropy from the teacher's softmax((t - c)/τ_t) to the student's, over all pairs of different views.
+    The centre is the column bias -c/τ_t; c is a buffer that `update_center` moves, once after each optimiser
+    step.
 
     >>> import torch
     >>> criterion = DINOLoss(output_dim=32)
@@ -35,10 +36,18 @@ class DINOLoss(nn.Module):
     center: Tensor
 
     def __init__(
-        self, output_dim: int = 65536, teacher_temp: float = 0.04, student_temp: float = 0.1, center_momentum: float = 0.9
+        self,
+        output_dim: int = 65536,
+        teacher_temp: float = 0.04,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        self.teacher_temp, self.student_temp, self.center_momentum = teacher_temp, student_temp, center_momentum
+        self.teacher_temp, self.student_temp, self.center_momentum = (
+            teacher_temp,
+            student_temp,
+            center_momentum,
+        )
         self.register_buffer("center", torch.zeros(output_dim))
 
     def forward(
@@ -59,12 +68,15 @@ class DINOLoss(nn.Module):
             for i, teacher in enumerate(teacher_features) for j, student in enumerate(student_features) if i != j
         ]  # fmt: skip
         if not losses:
-            raise ValueError("DINOLoss needs a view of the student that is not the teacher's; found one view of each.")
+            raise ValueError(
+                "DINOLoss needs a view of the student that is not the teacher's; found one view of each."
+            )
         return torch.stack(losses).mean()
 
     @torch.no_grad()
     def update_center(self, teacher_features: Sequence[Tensor], teacher_prototypes: Tensor) -> None:
-        """c <- m·c + (1 - m)·mean output of the teacher over views and ranks. The mean of outputs is the output of the mean.
+        """c <- m·c + (1 - m)·mean output of the teacher over views and ranks. The mean of outputs is the
+        output of the mean.
 
         Raises ValueError if the ranks hold unequal numbers of rows.
         """
@@ -78,10 +90,11 @@ class DINOLoss(nn.Module):
 
 
 class SwaVLoss(nn.Module):
-    """Swapped prediction of balanced assignments, Caron et al. 2020, eq. (2); lightly's signature, with prototypes beside the features.
+    """Swapped prediction of balanced assignments, Caron et al. 2020, eq. (2); lightly's signature, with
+    prototypes beside the features.
 
-    Features and prototypes come normalised. Codes are computed on the high-resolution views, with a queue's rows if given, and carry no
-    gradient.
+    Features and prototypes come normalised. Codes are computed on the high-resolution views, with a queue's
+    rows if given, and carry no gradient.
 
     >>> import torch
     >>> views = torch.nn.functional.normalize(torch.randn(4, 8, 16), dim=2)
@@ -109,10 +122,16 @@ class SwaVLoss(nn.Module):
         queue_features: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Features (N, D) of each view, prototypes (K, D), a queue (L, D) a high-resolution view -> ()."""
-        views, group, losses = [*high_resolution_features, *low_resolution_features], default_group(self.gather_distributed), []
+        views, group, losses = (
+            [*high_resolution_features, *low_resolution_features],
+            default_group(self.gather_distributed),
+            [],
+        )
         for i, target in enumerate(high_resolution_features):
             balanced = target if queue_features is None else torch.cat([target, queue_features[i]])
-            bias = sinkhorn_potentials(balanced, prototypes, epsilon=self.epsilon, iterations=self.iterations, group=group)
+            bias = sinkhorn_potentials(
+                balanced, prototypes, epsilon=self.epsilon, iterations=self.iterations, group=group
+            )
             losses += [
                 soft_cross_entropy(
                     view, prototypes, target.detach(), prototypes.detach(),
@@ -126,10 +145,11 @@ class SwaVLoss(nn.Module):
 
 
 class DISSLLoss(nn.Module):
-    """Distillation to a teacher without stop-gradient, kept spread out by its mean assignment's entropy, Dubois et al. 2022, eq. (10).
+    """Distillation to a teacher without stop-gradient, kept spread out by its mean assignment's entropy,
+    Dubois et al. 2022, eq. (10).
 
-    CE(p(x1), q(x2)) - λ·H[mean p(x1)] + β·CE(p(x1), p(x2)), averaged over both directions; p = softmax(teacher/τ_t), q =
-    softmax(student/τ_s).
+    CE(p(x1), q(x2)) - λ·H[mean p(x1)] + β·CE(p(x1), p(x2)), averaged over both directions; p =
+    softmax(teacher/τ_t), q = softmax(student/τ_s).
 
     >>> import torch
     >>> student, teacher = torch.randn(2, 8, 16), torch.randn(2, 8, 24)
@@ -151,18 +171,34 @@ class DISSLLoss(nn.Module):
         self.gather_distributed = gather_distributed
 
     def forward(
-        self, student_features: Sequence[Tensor], student_prototypes: Tensor, teacher_features: Sequence[Tensor], teacher_prototypes: Tensor
+        self,
+        student_features: Sequence[Tensor],
+        student_prototypes: Tensor,
+        teacher_features: Sequence[Tensor],
+        teacher_prototypes: Tensor,
     ) -> Tensor:
         """Both views' features (N, D) and (N, E), the last layers' weights (K, D) and (K, E) -> ()."""
-        directions = [self._direction(i, student_features, student_prototypes, teacher_features, teacher_prototypes) for i in (0, 1)]
+        directions = [
+            self._direction(i, student_features, student_prototypes, teacher_features, teacher_prototypes)
+            for i in (0, 1)
+        ]
         return torch.stack(directions).mean()
 
     def _direction(
-        self, i: int, student: Sequence[Tensor], student_prototypes: Tensor, teacher: Sequence[Tensor], teacher_prototypes: Tensor
+        self,
+        i: int,
+        student: Sequence[Tensor],
+        student_prototypes: Tensor,
+        teacher: Sequence[Tensor],
+        teacher_prototypes: Tensor,
     ) -> Tensor:
         target, other, warm = (teacher[i], teacher_prototypes), 1 - i, self.teacher_temperature
         distilled = soft_cross_entropy(
-            student[other], student_prototypes, *target, temperature=self.student_temperature, teacher_temperature=warm
+            student[other],
+            student_prototypes,
+            *target,
+            temperature=self.student_temperature,
+            teacher_temperature=warm,
         )
         invariant = soft_cross_entropy(teacher[other], teacher_prototypes, *target, temperature=warm)
         mean = softmax_marginal(*target, temperature=warm, group=default_group(self.gather_distributed))

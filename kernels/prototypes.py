@@ -1,4 +1,6 @@
-"""What prototype methods need besides a cross-entropy: SwAV's balanced assignment, and the mean assignment that DISSL keeps spread out."""
+"""What prototype methods need besides a cross-entropy: SwAV's balanced assignment, and the mean assignment
+that DISSL keeps spread out.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ BIAS_ONLY = (False, False, False, True, *(False,) * 4)
 def marginal_body(
     query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, implementation: str, given: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """p_j = mean_i P_ij (N,), which is the gradient of mean_i lse_i to the column bias; and what is saved of lse (2, M).
+    """p_j = mean_i P_ij (N,), which is the gradient of mean_i lse_i to the column bias; and what is saved of
+    lse (2, M).
 
     `given` is an `arguments.Given`: whether scale and bias are checked.
     """
@@ -62,7 +65,9 @@ def _(query, key, scale, bias, implementation, given):
 
 
 class _Transposed(NamedTuple):
-    """Σ_j u_j p_j = mean_i E_P[u] as a loss: the cross-entropy statistic of a student whose logits are the column bias -u, in every row."""
+    """Σ_j u_j p_j = mean_i E_P[u] as a loss: the cross-entropy statistic of a student whose logits are the
+    column bias -u, in every row.
+    """
 
     weights: tuple[Tensor, None, Tensor]
     operands: tuple[Tensor, ...]
@@ -70,10 +75,18 @@ class _Transposed(NamedTuple):
 
 
 def _transposed(
-    cotangent: Tensor, teacher: Sequence[Tensor], implementation: str, forward: Callable[..., tuple[Tensor, ...]]
+    cotangent: Tensor,
+    teacher: Sequence[Tensor],
+    implementation: str,
+    forward: Callable[..., tuple[Tensor, ...]],
 ) -> _Transposed:
     query, key, scale, _ = teacher
-    flat = (query.new_zeros(len(query), 1), key.new_zeros(len(key), 1), torch.ones_like(scale), nan_for_infinity(-cotangent))
+    flat = (
+        query.new_zeros(len(query), 1),
+        key.new_zeros(len(key), 1),
+        torch.ones_like(scale),
+        nan_for_infinity(-cotangent),
+    )
     operands = (*flat, *teacher)
     saved = forward(*operands, None, None, False, implementation, Given())[3].detach()
     weight = torch.full_like(saved[0], 1 / len(query))
@@ -81,12 +94,17 @@ def _transposed(
 
 
 def nan_for_infinity(bias: Tensor) -> Tensor:
-    """For a column bias that no user passed: what overflowed gives NaN, instead of an error about an argument that nobody wrote."""
+    """For a column bias that no user passed: what overflowed gives NaN, instead of an error about an argument
+    that nobody wrote.
+    """
     return torch.where(bias.isinf(), torch.nan, bias)
 
 
 def _marginal_backward(
-    ctx: Any, cotangent: Tensor, forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]
+    ctx: Any,
+    cotangent: Tensor,
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Any, ...]:
     weights, operands, saved = _transposed(cotangent, ctx.saved_tensors[:4], ctx.implementation, forward)
     needs = (*NOTHING, *ctx.needs_input_grad[:4])
@@ -96,7 +114,9 @@ def _marginal_backward(
 
 @signed_once
 class MarginalDerivative(torch.autograd.Function):
-    """Forward mode of `Marginal`: its change along tangents of query, key, scale and bias; reverse over it through its transpose."""
+    """Forward mode of `Marginal`: its change along tangents of query, key, scale and bias; reverse over it
+    through its transpose.
+    """
 
     @staticmethod
     def forward(*inputs):
@@ -104,7 +124,20 @@ class MarginalDerivative(torch.autograd.Function):
         weight = torch.full_like(saved[0], 1 / len(query))
         operands = (query, key, scale, bias, *NO_SIDE)
         call: Callable[..., tuple[Tensor, ...]] = curvature_body if plain(inputs) else curvature
-        found = call(*tangents, *NO_SIDE, weight, None, None, *operands, None, None, saved, False, implementation, BIAS_ONLY)
+        found = call(
+            *tangents,
+            *NO_SIDE,
+            weight,
+            None,
+            None,
+            *operands,
+            None,
+            None,
+            saved,
+            False,
+            implementation,
+            BIAS_ONLY,
+        )
         return (found[WEIGHTS + 3],)
 
     @staticmethod
@@ -118,8 +151,14 @@ class MarginalDerivative(torch.autograd.Function):
         weights, operands, saved = _transposed(cotangent, at, ctx.implementation, Statistics.apply)
         needs, rest = ctx.needs_input_grad, (None, None, saved, False, ctx.implementation)
         straight = Gradients.apply(*weights, *operands, *rest, (*NOTHING, *needs[:4]))[4:]
-        bent = Curvature.apply(*NO_SIDE, *tangents, *weights, *operands, *rest, (*NOTHING, *needs[4:8]))[WEIGHTS + 4 :]
-        return (*(grad if need else None for grad, need in zip((*straight, *bent), needs[:8], strict=True)), None, None)
+        bent = Curvature.apply(*NO_SIDE, *tangents, *weights, *operands, *rest, (*NOTHING, *needs[4:8]))[
+            WEIGHTS + 4 :
+        ]
+        return (
+            *(grad if need else None for grad, need in zip((*straight, *bent), needs[:8], strict=True)),
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -176,10 +215,12 @@ def softmax_marginal(
     group: ProcessGroup | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """p_j = mean over rows of softmax_j(q_i·k_j/τ + bias_j), e.g. for DISSL's entropy of the mean assignment.  (M, D), (N, D) -> (N,).
+    """p_j = mean over rows of softmax_j(q_i·k_j/τ + bias_j), e.g. for DISSL's entropy of the mean assignment.
+    (M, D), (N, D) -> (N,).
 
-    Twice differentiable. Keys are prototypes, the same on every rank; with `group` the mean runs over the rows of all ranks.
-    Raises ValueError for shapes, dtypes, devices or temperatures that do not fit, and for ranks with unequal numbers of rows.
+    Twice differentiable. Keys are prototypes, the same on every rank; with `group` the mean runs over the
+    rows of all ranks. Raises ValueError for shapes, dtypes, devices or temperatures that do not fit, and for
+    ranks with unequal numbers of rows.
 
     >>> import torch
     >>> softmax_marginal(torch.eye(2), torch.eye(2), temperature=1.0)
@@ -190,12 +231,17 @@ def softmax_marginal(
     if group is not None:
         check_equal_rows(query, group, "query")
     query, key = as_matmul(query, key)
-    scale, given = scale_of(temperature, query), Given(scale=isinstance(temperature, Tensor), bias=bias is not None)
+    scale, given = (
+        scale_of(temperature, query),
+        Given(scale=isinstance(temperature, Tensor), bias=bias is not None),
+    )
     wide_bias = scale.new_zeros(len(key)) if bias is None else bias.to(scale.dtype)
     name, _ = implementation_for(query, implementation)
     if name == "reference":
         scale = checked(scale, None, wide_bias, None, None, None, len(key), given)
-        return all_reduce_mean(dense(reference.softmax_marginal, query, key, scale.reciprocal(), wide_bias), group)
+        return all_reduce_mean(
+            dense(reference.softmax_marginal, query, key, scale.reciprocal(), wide_bias), group
+        )
     call = marginal if compiled(query, key, scale, wide_bias) else Marginal.apply
     return all_reduce_mean(call(query, key, scale, wide_bias, name, given)[0], group)
 
@@ -213,9 +259,10 @@ def sinkhorn_potentials(
 
     (M, D), (N, D) -> (N,), mean 0, no gradient.
 
-    Caron et al. 2020, §3.1. Each step is one streaming log-sum-exp over the rows and one over the prototypes; no table is stored. Pass the
-    result as `teacher_bias` of `soft_cross_entropy` with `teacher_temperature=epsilon`. With `group`, prototypes are the same on every rank
-    and the balance is over the rows of all ranks. Raises ValueError for operands that do not fit, epsilon ≤ 0 or iterations < 1.
+    Caron et al. 2020, §3.1. Each step is one streaming log-sum-exp over the rows and one over the prototypes;
+    no table is stored. Pass the result as `teacher_bias` of `soft_cross_entropy` with
+    `teacher_temperature=epsilon`. With `group`, prototypes are the same on every rank and the balance is over
+    the rows of all ranks. Raises ValueError for operands that do not fit, epsilon ≤ 0 or iterations < 1.
 
     >>> import torch
     >>> sinkhorn_potentials(torch.eye(2), torch.eye(2))
@@ -224,7 +271,10 @@ def sinkhorn_potentials(
     check_pair(query, prototypes, ("query", "prototypes"))
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, found {iterations}.")
-    (query, prototypes), scale = as_matmul(query.detach(), prototypes.detach()), scale_of(epsilon, query, "epsilon")
+    (query, prototypes), scale = (
+        as_matmul(query.detach(), prototypes.detach()),
+        scale_of(epsilon, query, "epsilon"),
+    )
     name, _ = implementation_for(query, implementation)
     if name == "reference" and group is None:
         return dense(reference.sinkhorn_potentials, query, prototypes, epsilon, iterations)

@@ -1,8 +1,8 @@
 """What every kernel must equal: the dense definition of each public function, as readable as the paper.
 
-Plain differentiable PyTorch that stores the (M, N) table; autograd gives its derivatives of any order. Arguments are those of the public
-functions, already checked, with `temperature` a number or a 0-d tensor, `positives` (M,) and `exclude` (M, 1 or 2) int64 or None, -1 =
-none.
+Plain differentiable PyTorch that stores the (M, N) table; autograd gives its derivatives of any order.
+Arguments are those of the public functions, already checked, with `temperature` a number or a 0-d tensor,
+`positives` (M,) and `exclude` (M, 1 or 2) int64 or None, -1 = none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def log_softmax(table: Tensor, exclude: Tensor | None) -> Tensor:
     if exclude is None:
         return table.log_softmax(1)
     excluded = excluded_columns(table, exclude)
-    # A row without columns would be -inf - (-inf): give it one made-up column and let the callers drop the row.
+    # A row without columns would be -inf - (-inf): give it one made-up column and let the callers drop the
+    # row.
     open_rows = excluded & ~excluded.all(1, keepdim=True)
     return table.masked_fill(open_rows, -torch.inf).log_softmax(1).masked_fill(excluded, 0.0)
 
@@ -45,9 +46,15 @@ def empty_rows(table: Tensor, exclude: Tensor | None) -> Tensor:
 
 
 def similarity_logsumexp(
-    query: Tensor, key: Tensor, temperature: Temperature, bias: Tensor | None = None, exclude: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    temperature: Temperature,
+    bias: Tensor | None = None,
+    exclude: Tensor | None = None,
 ) -> Tensor:
-    """lse_i = log Σ_j exp(q_i·k_j/τ + bias_j) over the columns that are not excluded; -inf where none is left.  (M, D), (N, D) -> (M,)."""
+    """lse_i = log Σ_j exp(q_i·k_j/τ + bias_j) over the columns that are not excluded; -inf where none is
+    left.  (M, D), (N, D) -> (M,).
+    """
     return _logsumexp(logits(query, key, temperature, bias), exclude)
 
 
@@ -78,7 +85,8 @@ def info_nce(
 
 
 def nt_xent(view1: Tensor, view2: Tensor, temperature: Temperature) -> Tensor:
-    """InfoNCE of the 2N normalised rows against one another: a row's positive is its image's other view, the row itself is excluded.
+    """InfoNCE of the 2N normalised rows against one another: a row's positive is its image's other view, the
+    row itself is excluded.
 
     -> (2N,).
     """
@@ -90,7 +98,9 @@ def nt_xent(view1: Tensor, view2: Tensor, temperature: Temperature) -> Tensor:
 def clip_loss(image: Tensor, text: Tensor, temperature: Temperature) -> Tensor:
     """Mean of InfoNCE from image to text and from text to image, pair by pair.  (N, D), (N, D) -> (N,)."""
     table, index = logits(image, text, temperature), torch.arange(len(image), device=image.device)
-    return (cross_entropy(table, index, reduction="none") + cross_entropy(table.T, index, reduction="none")) / 2
+    return (
+        cross_entropy(table, index, reduction="none") + cross_entropy(table.T, index, reduction="none")
+    ) / 2
 
 
 def sigma_kl(
@@ -130,15 +140,19 @@ def soft_cross_entropy(
     return terms.sum(1)
 
 
-def softmax_marginal(query: Tensor, key: Tensor, temperature: Temperature, bias: Tensor | None = None) -> Tensor:
+def softmax_marginal(
+    query: Tensor, key: Tensor, temperature: Temperature, bias: Tensor | None = None
+) -> Tensor:
     """p_j = mean_i P_ij.  (M, D), (N, D) -> (N,)."""
     return logits(query, key, temperature, bias).softmax(1).mean(0)
 
 
 def sinkhorn_potentials(query: Tensor, prototypes: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Column bias b (N,) such that softmax_j(q_i·c_j/ε + b_j) is SwAV's assignment of row i after so many iterations.
+    """Column bias b (N,) such that softmax_j(q_i·c_j/ε + b_j) is SwAV's assignment of row i after so many
+    iterations.
 
-    Caron et al. 2020, §3.1: divide by the sums over samples (prototypes become equally likely), then by the sums over prototypes.
+    Caron et al. 2020, §3.1: divide by the sums over samples (prototypes become equally likely), then by the
+    sums over prototypes.
     """
     assignment = logits(query, prototypes, epsilon).detach()
     scores = assignment.clone()

@@ -1,4 +1,6 @@
-"""What is done about images that cannot be decoded: the run stops and names them, or others stand in and they are listed."""
+"""What is done about images that cannot be decoded: the run stops and names them, or others stand in and they
+are listed.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ class Obtained(Generic[Read]):
 class BadFiles:
     """The images of a loader that were found to be bad, and what is shown in their place.
 
-    In training the next image that can be read stands in, with its own label, so that a batch stays whole; in evaluation a bad image is
-    left out. Both depend on the images alone, so that every engine, rank and resumed run shows the same.
+    In training the next image that can be read stands in, with its own label, so that a batch stays whole; in
+    evaluation a bad image is left out. Both depend on the images alone, so that every engine, rank and
+    resumed run shows the same.
     """
 
     def __init__(self, images: Images, *, skip: bool, training: bool, listing: Path | None) -> None:
@@ -42,11 +45,17 @@ class BadFiles:
         self._announced: set[int] = set()
 
     def obtain(self, asked: NDArray[np.int64], read: Callable[[int], Read]) -> Obtained[Read]:
-        """What is shown for the images `asked` for, (B,) int64, with what `read` makes of each; raises as `obtain_one`."""
+        """What is shown for the images `asked` for, (B,) int64, with what `read` makes of each; raises as
+        `obtain_one`.
+        """
         found = [self.obtain_one(int(image), read) for image in asked]
         kept = [place for place, one in enumerate(found) if one is not None]
         shown = [one for one in found if one is not None]
-        return Obtained(asked[kept], np.array([image for image, _ in shown], dtype=np.int64), [content for _, content in shown])
+        return Obtained(
+            asked[kept],
+            np.array([image for image, _ in shown], dtype=np.int64),
+            [content for _, content in shown],
+        )
 
     def obtain_one(self, image: int, read: Callable[[int], Read]) -> tuple[int, Read] | None:
         """The image that is shown for `image`, and what `read` makes of it; None if it is left out.
@@ -62,7 +71,9 @@ class BadFiles:
                     self.add(number, error)
             if not self._training:
                 return None
-        raise DataError(f"not one of the {len(self._images)} images can be read; the last one: {self.found[image]}")
+        raise DataError(
+            f"not one of the {len(self._images)} images can be read; the last one: {self.found[image]}"
+        )
 
     def add(self, image: int, error: DataError) -> None:
         """Remember a bad image, or raise `error` if bad images are not to be skipped."""
@@ -88,6 +99,10 @@ class BadFiles:
 
     def _append(self, names: Sequence[str], listing: Path) -> None:
         """Other ranks and loaders write to the same listing."""
-        listed = set(listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines()) if listing.exists() else set()
+        listed = (
+            set(listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+            if listing.exists()
+            else set()
+        )
         with listing.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write("".join(f"{name}\n" for name in names if name not in listed))

@@ -29,7 +29,9 @@ BROKEN = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBom
 
 
 def image_size(encoded: NDArray[np.uint8], name: str) -> tuple[int, int]:
-    """Height and width of the upright picture, EXIF orientation applied. Raises DataError if it is not one of the formats read here."""
+    """Height and width of the upright picture, EXIF orientation applied. Raises DataError if it is not one of
+    the formats read here.
+    """
     image, orientation = _open(encoded, name)
     width, height = image.size
     return (width, height) if orientation in _TURNED else (height, width)
@@ -41,7 +43,9 @@ def decode(encoded: NDArray[np.uint8], name: str) -> Image.Image:
     try:
         pixels = as_rgb(image)
     except BROKEN as error:
-        raise DataError(f"image {name!r} is damaged ({error}). Remove it from the data set, or replace it.") from error
+        raise DataError(
+            f"image {name!r} is damaged ({error}). Remove it from the data set, or replace it."
+        ) from error
     return pixels.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else pixels
 
 
@@ -62,16 +66,22 @@ def _open(encoded: NDArray[np.uint8], name: str) -> tuple[Image.Image, int]:
             image.load()
     except BROKEN as error:
         raise DataError(
-            f"image {name!r} is not an image that can be read ({type(error).__name__}; it begins with {content[:8]!r}). "
+            f"image {name!r} is not an image that can be read ({type(error).__name__}; it begins with "
+            f"{content[:8]!r}). "
             "Remove it from the data set, or replace it."
         ) from error
     if image.format not in _FORMATS:
-        raise DataError(f"image {name!r} is a {image.format} file, not JPEG, PNG, WebP or BMP. Convert it, or remove it from the data set.")
+        raise DataError(
+            f"image {name!r} is a {image.format} file, not JPEG, PNG, WebP or BMP. Convert it, or remove it "
+            "from the data set."
+        )
     return image, _orientation(image.info.get("exif", b""))
 
 
 def _orientation(block: bytes) -> int:
-    """As it is written; 1, upright, if the EXIF block is absent or broken, as DALI has it. XMP, which DALI does not read, is left aside."""
+    """As it is written; 1, upright, if the EXIF block is absent or broken, as DALI has it. XMP, which DALI
+    does not read, is left aside.
+    """
     exif = Image.Exif()
     try:
         exif.load(block)

@@ -1,7 +1,7 @@
 """What chance decides about a view, as a pure function of (seed, epoch, image, view).
 
-It does not hang on rank, world size, batch, threads or engine: two processes see the views that one process sees, a resumed run sees
-those it would have seen, and two engines can be shown the same draw.
+It does not hang on rank, world size, batch, threads or engine: two processes see the views that one process
+sees, a resumed run sees those it would have seen, and two engines can be shown the same draw.
 """
 
 from __future__ import annotations
@@ -32,16 +32,24 @@ class Draws:
     specs: tuple[ViewSpec, ...]
     seed: int
 
-    def __call__(self, index: Integers, height: Integers, width: Integers, epoch: int) -> list[ViewParameters]:
+    def __call__(
+        self, index: Integers, height: Integers, width: Integers, epoch: int
+    ) -> list[ViewParameters]:
         """One `ViewParameters` of B rows for each view of the images `index`: (B,) int64 each."""
-        return [draw_views(spec, index, height, width, seed=self.seed, epoch=epoch, view=view) for view, spec in enumerate(self.specs)]
+        return [
+            draw_views(spec, index, height, width, seed=self.seed, epoch=epoch, view=view)
+            for view, spec in enumerate(self.specs)
+        ]
 
 
-def draw_views(spec: ViewSpec, index: Integers, height: Integers, width: Integers, *, seed: int, epoch: int, view: int) -> ViewParameters:
+def draw_views(
+    spec: ViewSpec, index: Integers, height: Integers, width: Integers, *, seed: int, epoch: int, view: int
+) -> ViewParameters:
     """Draw view number `view` of the images `index`, whose sizes are `height` and `width`: (B,) int64 each.
 
-    Distributions are torchvision's: RandomResizedCrop (ten attempts, then the largest central crop), RandomHorizontalFlip, RandomApply
-    of ColorJitter, RandomGrayscale, RandomApply of GaussianBlur, RandomSolarize.
+    Distributions are torchvision's: RandomResizedCrop (ten attempts, then the largest central crop),
+    RandomHorizontalFlip, RandomApply of ColorJitter, RandomGrayscale, RandomApply of GaussianBlur,
+    RandomSolarize.
 
     >>> spec = ViewSpec(size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     >>> both = draw_views(spec, np.array([3, 7]), np.array([9, 9]), np.array([5, 5]), seed=0, epoch=0, view=0)
@@ -50,7 +58,9 @@ def draw_views(spec: ViewSpec, index: Integers, height: Integers, width: Integer
     True
     """
     key = key_of(seed, epoch)
-    chance, strength, further = uniforms(index, view, range(_CROP_ATTEMPTS, _CROP_ATTEMPTS + 3), key).transpose(1, 0, 2)
+    chance, strength, further = uniforms(
+        index, view, range(_CROP_ATTEMPTS, _CROP_ATTEMPTS + 3), key
+    ).transpose(1, 0, 2)
     if spec.resize_short:
         crop, reach = _centre_crop(spec, height, width)
     else:
@@ -78,8 +88,12 @@ def _factors(spec: ViewSpec, uniform: Floats) -> Floats:
     return low + (high - low) * uniform
 
 
-def _random_resized_crop(spec: ViewSpec, index: Integers, height: Integers, width: Integers, view: int, key: tuple[int, int]) -> Floats:
-    """(B, 4) top, left, height, width. An attempt is drawn again only for the images in which the one before did not fit."""
+def _random_resized_crop(
+    spec: ViewSpec, index: Integers, height: Integers, width: Integers, view: int, key: tuple[int, int]
+) -> Floats:
+    """(B, 4) top, left, height, width. An attempt is drawn again only for the images in which the one before
+    did not fit.
+    """
     crop = _largest_central_crop(spec, height, width)
     pending = np.arange(len(index))
     low_ratio, high_ratio = map(math.log, spec.crop_ratio)
@@ -108,10 +122,14 @@ def _largest_central_crop(spec: ViewSpec, height: Integers, width: Integers) -> 
 
 
 def _centre_crop(spec: ViewSpec, height: Integers, width: Integers) -> tuple[Floats, Floats]:
-    """Crop and reach of torchvision's Resize(resize_short) and CenterCrop(size), in pixels of the image before resizing."""
+    """Crop and reach of torchvision's Resize(resize_short) and CenterCrop(size), in pixels of the image
+    before resizing.
+    """
     short = np.minimum(height, width)
     new_height, new_width = spec.resize_short * height // short, spec.resize_short * width // short
     top, left = np.rint((new_height - spec.size) / 2), np.rint((new_width - spec.size) / 2)
     vertical, horizontal = height / new_height, width / new_width
     crop = np.stack([top * vertical, left * horizontal, spec.size * vertical, spec.size * horizontal], axis=1)
-    return crop, np.stack([np.zeros_like(height), np.zeros_like(width), height, width], axis=1).astype(np.float64)
+    return crop, np.stack([np.zeros_like(height), np.zeros_like(width), height, width], axis=1).astype(
+        np.float64
+    )

@@ -43,13 +43,19 @@ class Batch:
 class Loader:
     """Batches of views, one epoch for each `for` loop.
 
-    In training the images come in a new order each epoch and the last partial global batch is dropped; a loop that is left early is
-    continued by the next one, as after a resume, and the engine reads ahead from one epoch into the next. In evaluation every loop shows
-    every image once, in order, with the same draws.
+    In training the images come in a new order each epoch and the last partial global batch is dropped; a loop
+    that is left early is continued by the next one, as after a resume, and the engine reads ahead from one
+    epoch into the next. In evaluation every loop shows every image once, in order, with the same draws.
     """
 
     def __init__(
-        self, images: Images, engine: Engine, sampling: Sampling, bad_files: BadFiles, device: torch.device, engine_name: str
+        self,
+        images: Images,
+        engine: Engine,
+        sampling: Sampling,
+        bad_files: BadFiles,
+        device: torch.device,
+        engine_name: str,
     ) -> None:
         self._engine, self._sampling, self._bad_files, self._device = engine, sampling, bad_files, device
         self._labels = None if images.labels is None else torch.from_numpy(images.labels)
@@ -88,8 +94,11 @@ class Loader:
     def _next(self) -> Shown:
         """The batch that the loader stands before."""
         if self._stream is None:
-            self._stream = self._engine.views(_requests(self._sampling, len(self), self._epoch, self._iteration))
-            # Also at the interpreter's exit, before torch takes apart what its workers are told to stop with: it would wait 5 s for them.
+            self._stream = self._engine.views(
+                _requests(self._sampling, len(self), self._epoch, self._iteration)
+            )
+            # Also at the interpreter's exit, before torch takes apart what its workers are told to stop with:
+            # it would wait 5 s for them.
             self._stop_stream = weakref.finalize(self, self._stream.close)
         try:
             return next(self._stream)
@@ -108,7 +117,9 @@ class Loader:
         return self._bad_files.names()
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands: the batches yielded so far are done. It fits a loader on any number of ranks."""
+        """Where the loader stands: the batches yielded so far are done. It fits a loader on any number of
+        ranks.
+        """
         done = self._iteration == len(self)
         return {
             "epoch": self._epoch + done,
@@ -119,11 +130,18 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises DataError if seed, global batch size or number of images differ from those of the state."""
-        for name, here in (("seed", self._sampling.seed), ("batch_size", self._sampling.batch_size), ("images", self._sampling.size)):
+        """Go on where `state` was taken. Raises DataError if seed, global batch size or number of images
+        differ from those of the state.
+        """
+        for name, here in (
+            ("seed", self._sampling.seed),
+            ("batch_size", self._sampling.batch_size),
+            ("images", self._sampling.size),
+        ):
             if state[name] != here:
                 raise DataError(
-                    f"the saved loader had {name} {state[name]}, this one has {here}. Resume with the same data, batch size and seed."
+                    f"the saved loader had {name} {state[name]}, this one has {here}. Resume with the same "
+                    "data, batch size and seed."
                 )
         self._go_to(state["epoch"], state["iteration"])
 
@@ -134,7 +152,9 @@ class Loader:
 
 
 def _requests(sampling: Sampling, steps: int, epoch: int, iteration: int) -> Iterator[Request]:
-    """What is asked of the engine from there on: in training without an end, so that it is never idle between two epochs."""
+    """What is asked of the engine from there on: in training without an end, so that it is never idle between
+    two epochs.
+    """
     for later in itertools.count(epoch) if sampling.training else (epoch,):
         for step in range(iteration if later == epoch else 0, steps):
             yield Request(sampling.indices(later, step), later)
@@ -143,7 +163,8 @@ def _requests(sampling: Sampling, steps: int, epoch: int, iteration: int) -> Ite
 def choose_engine(
     images: Images, engine: str = "auto", device: str | torch.device = "cpu", resident_limit: float = 16.0
 ) -> tuple[str, str]:
-    """The engine that `build` will use, and the reason in a sentence. Raises DataError if `engine` cannot do it.
+    """The engine that `build` will use, and the reason in a sentence. Raises DataError if `engine` cannot do
+    it.
 
     >>> import numpy as np
     >>> images = ArrayImages(np.zeros((10, 8, 8, 3), dtype=np.uint8))
@@ -156,13 +177,23 @@ def choose_engine(
         gib = images.images.nbytes / GIB
         held = f"{len(images)} images take {gib:.3g} GiB"
         if engine == "auto" and gib <= resident_limit:
-            return "resident", f"{held} of {torch.device(device).type} memory, within data.resident_limit {resident_limit:g} GiB"
+            return (
+                "resident",
+                f"{held} of {torch.device(device).type} memory, within data.resident_limit "
+                f"{resident_limit:g} GiB",
+            )
         if engine == "resident" and gib > resident_limit:
-            raise DataError(f"{held}, more than data.resident_limit {resident_limit:g} GiB. Raise the limit, or use data.engine auto.")
+            raise DataError(
+                f"{held}, more than data.resident_limit {resident_limit:g} GiB. Raise the limit, or use "
+                "data.engine auto."
+            )
         why = f"{held}, more than data.resident_limit {resident_limit:g} GiB"
     else:
         if engine == "resident":
-            raise DataError("data.engine resident needs an array data set, found image files. Use dali, or pack the images into an .npz.")
+            raise DataError(
+                "data.engine resident needs an array data set, found image files. Use dali, or pack the "
+                "images into an .npz."
+            )
         why = f"{len(images)} image files are decoded as they are needed"
     if engine != "auto":
         return engine, "asked for"
@@ -188,11 +219,12 @@ def build(
 ) -> Loader:
     """A loader of `views` of `images`.
 
-    `batch_size` counts the images of all `world_size` ranks; rank r gets the r-th part of every global batch. `workers` threads (dali)
-    or processes (torchvision) decode; arrays of up to `resident_limit` GiB are kept on `device`. What is drawn depends on `seed`, epoch,
-    image and view alone. An image that cannot be decoded raises DataError in its batch ("error"), or is left out of evaluation and has the
-    next one in its place in training ("skip"), and is listed in the file `bad_list`. Raises DataError if the batch cannot be dealt out or
-    filled, if the views do not fit the images, or if the engine cannot be had.
+    `batch_size` counts the images of all `world_size` ranks; rank r gets the r-th part of every global batch.
+    `workers` threads (dali) or processes (torchvision) decode; arrays of up to `resident_limit` GiB are kept
+    on `device`. What is drawn depends on `seed`, epoch, image and view alone. An image that cannot be decoded
+    raises DataError in its batch ("error"), or is left out of evaluation and has the next one in its place in
+    training ("skip"), and is listed in the file `bad_list`. Raises DataError if the batch cannot be dealt out
+    or filled, if the views do not fit the images, or if the engine cannot be had.
 
     >>> import numpy as np
     >>> images = ArrayImages(np.zeros((10, 8, 8, 3), dtype=np.uint8))
@@ -207,13 +239,21 @@ def build(
     _check_views(images, specs)
     name, _ = choose_engine(images, engine, device, resident_limit)
     if name != "dali" and any(spec.color == "yiq" for spec in specs):
-        raise DataError(f"views.color yiq is DALI's, and the engine is {name}. Use data.engine dali, or views.color torchvision.")
+        raise DataError(
+            f"views.color yiq is DALI's, and the engine is {name}. Use data.engine dali, or views.color "
+            "torchvision."
+        )
     if name != "resident" and (missing := _missing(REQUIRES[name])):
-        raise DataError(f"data.engine {name} does not import ({missing}). Install fastgessl[train], or use data.engine auto.")
+        raise DataError(
+            f"data.engine {name} does not import ({missing}). Install fastgessl[train], or use data.engine "
+            "auto."
+        )
     device = torch.device(device)
     module = importlib.import_module(f"fastgessl.pipelines.engines.{name}")
     bad = BadFiles(images, skip=bad_files == "skip", training=training, listing=bad_list)
-    made = module.make_engine(images, Draws(specs, seed), bad, batch_size=batch_size // world_size, device=device, workers=workers)
+    made = module.make_engine(
+        images, Draws(specs, seed), bad, batch_size=batch_size // world_size, device=device, workers=workers
+    )
     return Loader(images, made, sampling, bad, device, name)
 
 

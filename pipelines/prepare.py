@@ -1,6 +1,8 @@
-"""`fastgessl prepare`: a data set fetched by name, or a folder of photos made into tar shards or one .npz, resumably.
+"""`fastgessl prepare`: a data set fetched by name, or a folder of photos made into tar shards or one .npz,
+resumably.
 
-HEIC, TIFF and whatever else Pillow opens but DALI does not are converted on the way; what cannot be is named in the report.
+HEIC, TIFF and whatever else Pillow opens but DALI does not are converted on the way; what cannot be is named
+in the report.
 """
 
 from __future__ import annotations
@@ -46,14 +48,17 @@ class Report:
 def prepare_folder(folder: Path, out: Path, *, size: int, per_shard: int, track: Track) -> Report:
     """Write the images of `folder` (its splits and classes as `read_folder` finds them) to `out`.
 
-    An `out` that ends in .npz gets arrays of `size` x `size` pixels (resized, then centre-cropped; 0 asks that all pictures are of one
-    size). Otherwise it is a folder of tar shards of `per_shard` images each, in which JPEG, PNG, WebP and BMP files lie unchanged. What
-    an interrupted call has done is kept: whole shards, and blocks of an .npz in a folder `out`.part. `track` wraps the work of a split, to
-    show progress. Raises DataError if there is nothing to read, or what is there was made from other pictures.
+    An `out` that ends in .npz gets arrays of `size` x `size` pixels (resized, then centre-cropped; 0 asks
+    that all pictures are of one size). Otherwise it is a folder of tar shards of `per_shard` images each, in
+    which JPEG, PNG, WebP and BMP files lie unchanged. What an interrupted call has done is kept: whole
+    shards, and blocks of an .npz in a folder `out`.part. `track` wraps the work of a split, to show progress.
+    Raises DataError if there is nothing to read, or what is there was made from other pictures.
     """
     report = Report()
     splits = {
-        split: images for split in ("train", "test") if (images := read_folder(folder, split, (*EXTENSIONS, *CONVERTIBLE))) is not None
+        split: images
+        for split in ("train", "test")
+        if (images := read_folder(folder, split, (*EXTENSIONS, *CONVERTIBLE))) is not None
     }
     if out.suffix == ".npz":
         _write_npz(splits, out, size, track, report)
@@ -66,7 +71,9 @@ def prepare_folder(folder: Path, out: Path, *, size: int, per_shard: int, track:
     return report
 
 
-def _write_shards(images: FileImages, out: Path, split: str, per_shard: int, track: Track, report: Report) -> None:
+def _write_shards(
+    images: FileImages, out: Path, split: str, per_shard: int, track: Track, report: Report
+) -> None:
     _check_same_source(images, out / f"{split}.txt", f"{per_shard} images a shard")
     listed = _listed(out / LEFT_OUT)
     for start in track(range(0, len(images), per_shard), f"{split} shards"):
@@ -89,7 +96,9 @@ def _write_shards(images: FileImages, out: Path, split: str, per_shard: int, tra
 
 def _listed(listing: Path) -> list[str]:
     """Why pictures were left out so far, a line each."""
-    return listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if listing.exists() else []
+    return (
+        listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if listing.exists() else []
+    )
 
 
 def _report_kept(shard: Path, images: FileImages, numbers: range, listed: list[str], report: Report) -> None:
@@ -98,11 +107,15 @@ def _report_kept(shard: Path, images: FileImages, numbers: range, listed: list[s
         with tarfile.open(shard) as archive:
             kept = {int(name.partition(".")[0]) for name in archive.getnames()}
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise DataError(f"shard {str(shard)!r} of a call before cannot be read ({error}). Remove it, and call again.") from error
+        raise DataError(
+            f"shard {str(shard)!r} of a call before cannot be read ({error}). Remove it, and call again."
+        ) from error
     for image in numbers:
         name = images.name(image)
         if image not in kept:
-            report.left_out[name] = next((reason for reason in listed if repr(name) in reason), f"image {name!r} was left out before.")
+            report.left_out[name] = next(
+                (reason for reason in listed if repr(name) in reason), f"image {name!r} was left out before."
+            )
             continue
         report.written += 1
         if not _stays(images, image):
@@ -110,13 +123,16 @@ def _report_kept(shard: Path, images: FileImages, numbers: range, listed: list[s
 
 
 def _check_same_source(images: FileImages, record: Path, options: str) -> None:
-    """What the pictures are, and in which order, stands beside the work, so that a later call cannot go on with another folder."""
+    """What the pictures are, and in which order, stands beside the work, so that a later call cannot go on
+    with another folder.
+    """
     lines = (options, *(images.name(image) for image in range(len(images))))
     if not record.exists():
         _write_whole(record, lines)
     elif record.read_bytes() != _encoded_lines(lines):
         raise DataError(
-            f"{str(record.parent)!r} holds work on other pictures, or with other options, of a call before. Remove it, or write elsewhere."
+            f"{str(record.parent)!r} holds work on other pictures, or with other options, of a call before. "
+            "Remove it, or write elsewhere."
         )
 
 
@@ -171,13 +187,19 @@ def _ending(images: FileImages, image: int) -> str:
 
 
 def picture(encoded: NDArray[np.uint8], name: str) -> Image.Image:
-    """The upright RGB picture of any format that Pillow opens, with pillow-heif's help if that is installed. Raises DataError otherwise."""
+    """The upright RGB picture of any format that Pillow opens, with pillow-heif's help if that is installed.
+    Raises DataError otherwise.
+    """
     _register_heif()
     try:
         with Image.open(io.BytesIO(encoded.tobytes())) as opened:
             return as_rgb(ImageOps.exif_transpose(opened))
     except (*BROKEN, RuntimeError, EOFError) as error:
-        hint = " Install pillow-heif, and prepare into an empty place again." if Path(name).suffix.lower() in (".heic", ".heif") else ""
+        hint = (
+            " Install pillow-heif, and prepare into an empty place again."
+            if Path(name).suffix.lower() in (".heic", ".heif")
+            else ""
+        )
         reason = "Pillow does not know its format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"image {name!r} cannot be converted ({reason}).{hint}") from error
 
@@ -191,7 +213,9 @@ def _register_heif() -> None:
 
 
 def _write_npz(splits: dict[str, FileImages], out: Path, size: int, track: Track, report: Report) -> None:
-    """By way of blocks in a folder beside `out`, which an interrupted call finds again. `out` appears when it is whole."""
+    """By way of blocks in a folder beside `out`, which an interrupted call finds again. `out` appears when it
+    is whole.
+    """
     parts = out.with_name(f"{out.name}.part")
     parts.mkdir(parents=True, exist_ok=True)
     blocks = {split: _written_blocks(images, parts, split, size, track) for split, images in splits.items()}
@@ -243,8 +267,12 @@ def _write_block(images: FileImages, numbers: range, block: Path, size: int) -> 
     os.replace(unfinished, block)
 
 
-def _join_blocks(archive: zipfile.ZipFile, blocks: list[Path], split: str, parts: Path, report: Report) -> NDArray[np.int64]:
-    """Write the pixels of all blocks as one array, one block in memory at a time; returns the numbers of the pictures in it."""
+def _join_blocks(
+    archive: zipfile.ZipFile, blocks: list[Path], split: str, parts: Path, report: Report
+) -> NDArray[np.int64]:
+    """Write the pixels of all blocks as one array, one block in memory at a time; returns the numbers of the
+    pictures in it.
+    """
     kept, shapes = [], set()
     for block in blocks:
         with np.load(block) as content:
@@ -255,7 +283,9 @@ def _join_blocks(archive: zipfile.ZipFile, blocks: list[Path], split: str, parts
     numbers = np.concatenate(kept)
     if len(numbers) == 0:
         shutil.rmtree(parts)
-        raise DataError(f"not one of the {split} pictures can be read; the last one: {[*report.left_out.values()][-1]}")
+        raise DataError(
+            f"not one of the {split} pictures can be read; the last one: {[*report.left_out.values()][-1]}"
+        )
     _require_one_size(shapes, parts)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(numbers), *shapes.pop())}
     with archive.open(f"{split}_x.npy", "w", force_zip64=True) as file:
@@ -277,7 +307,10 @@ def _require_one_size(shapes: set[tuple[int, ...]], parts: Path) -> None:
         # The same call could never be finished, and one with --size makes other blocks.
         shutil.rmtree(parts)
         first, *_, last = sorted(shapes)
-        raise DataError(f"the pictures are of several sizes, such as {first[1]}x{first[0]} and {last[1]}x{last[0]}. Give one with --size.")
+        raise DataError(
+            f"the pictures are of several sizes, such as {first[1]}x{first[0]} and {last[1]}x{last[0]}. "
+            "Give one with --size."
+        )
 
 
 def _pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:

@@ -15,8 +15,8 @@ Colour = tuple[float, float, float]
 class ViewSpec:
     """One kind of view. `repeat` such views are drawn from each image, each with a draw of its own.
 
-    The operations in their order: random resized crop, flip, colour jitter in a random order, grayscale, blur, solarize, normalise.
-    Raises DataError if a value is out of its range.
+    The operations in their order: random resized crop, flip, colour jitter in a random order, grayscale,
+    blur, solarize, normalise. Raises DataError if a value is out of its range.
     """
 
     size: int
@@ -42,8 +42,8 @@ class ViewSpec:
     hue: float = 0.0
     """Shift in [-hue, hue], turns."""
     color: str = "torchvision"
-    """How jitter and grayscale are done. torchvision: its operations, hue in HSV, in each sample's own order. yiq: DALI's, hue in YIQ, in
-    one order; the dali engine only."""
+    """How jitter and grayscale are done. torchvision: its operations, hue in HSV, in each sample's own order.
+    yiq: DALI's, hue in YIQ, in one order; the dali engine only."""
     grayscale_probability: float = 0.0
     blur_probability: float = 0.0
     blur_kernel: int = 23
@@ -70,14 +70,31 @@ class ViewSpec:
         for name in ("brightness", "contrast", "saturation"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.hue <= 0.5, "hue", self.hue, "in [0, 0.5] turns")
-        require(self.size >= 1 and self.repeat >= 1, "size and repeat", (self.size, self.repeat), "at least 1")
-        require(self.resize_short == 0 or self.resize_short >= self.size, "resize_short", self.resize_short, f"0 or at least {self.size}")
-        require(self.interpolation in ("bilinear", "bicubic"), "interpolation", self.interpolation, "bilinear or bicubic")
+        require(
+            self.size >= 1 and self.repeat >= 1, "size and repeat", (self.size, self.repeat), "at least 1"
+        )
+        require(
+            self.resize_short == 0 or self.resize_short >= self.size,
+            "resize_short",
+            self.resize_short,
+            f"0 or at least {self.size}",
+        )
+        require(
+            self.interpolation in ("bilinear", "bicubic"),
+            "interpolation",
+            self.interpolation,
+            "bilinear or bicubic",
+        )
         require(self.color in ("torchvision", "yiq"), "color", self.color, "torchvision or yiq")
         require(all(value > 0 for value in self.std), "std", self.std, "positive")
         if self.blur_probability > 0:
             fits = self.blur_kernel % 2 == 1 and self.blur_kernel // 2 < self.size
-            require(fits, "blur_kernel", self.blur_kernel, f"odd and at most {2 * self.size - 1} for a view of {self.size} pixels")
+            require(
+                fits,
+                "blur_kernel",
+                self.blur_kernel,
+                f"odd and at most {2 * self.size - 1} for a view of {self.size} pixels",
+            )
 
 
 def require(holds: bool, name: str, found: object, expected: str) -> None:
@@ -91,14 +108,19 @@ def count_views(views: Sequence[ViewSpec]) -> tuple[int, int]:
     >>> count_views([ViewSpec(size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), repeat=2)])
     (2, 0)
     """
-    return sum(spec.repeat for spec in views if not spec.local), sum(spec.repeat for spec in views if spec.local)
+    return sum(spec.repeat for spec in views if not spec.local), sum(
+        spec.repeat for spec in views if spec.local
+    )
 
 
 def evaluation_view(size: int, *, mean: Colour, std: Colour) -> ViewSpec:
-    """One view without chance: short side resized to 256/224 of `size` (to `size` itself below 96 pixels), centre cropped.
+    """One view without chance: short side resized to 256/224 of `size` (to `size` itself below 96 pixels),
+    centre cropped.
 
     >>> evaluation_view(224, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)).resize_short
     256
     """
     short = round(size * 256 / 224) if size >= 96 else size
-    return ViewSpec(size=size, mean=mean, std=std, resize_short=short, flip_probability=0.0, jitter_probability=0.0)
+    return ViewSpec(
+        size=size, mean=mean, std=std, resize_short=short, flip_probability=0.0, jitter_probability=0.0
+    )

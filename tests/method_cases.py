@@ -1,4 +1,6 @@
-"""On which methods a test of the objective runs: on all of them once, and on one of each kind through every option."""
+"""On which methods a test of the objective runs: on all of them once, and on one of each kind through every
+option.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from typing import Any
 from fastgessl.methods import METHODS
 
 ALL = [name for name in sorted(METHODS) if not METHODS[name].needs_labels]
-# A momentum encoder's targets; negatives that ranks exchange; prototypes, a queue, and targets that follow from the outputs.
+# A momentum encoder's targets; negatives that ranks exchange; prototypes, a queue, and targets that follow
+# from the outputs.
 KINDS = ("byol", "simclr", "swav")
 
 
 def cases(*options: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """(method, option, ...): every combination for one method of each kind, and the first one for every other method.
+    """(method, option, ...): every combination for one method of each kind, and the first one for every other
+    method.
 
     >>> [case for case in cases(["exact", "fast"]) if case[0] in ("moco", "swav")]
     [('moco', 'exact'), ('swav', 'exact'), ('swav', 'fast')]

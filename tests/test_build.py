@@ -28,7 +28,10 @@ def test_epochs_of_a_broken_number_of_steps_end_with_the_last_whole_step(data, t
 
 def test_a_tracker_whose_package_is_missing_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "get_available_trackers", list)
-    with pytest.raises(UsageError, match=r"log.trackers tensorboard: its package is not installed here. pip install tensorboard"):
+    with pytest.raises(
+        UsageError,
+        match=r"log.trackers tensorboard: its package is not installed here. pip install tensorboard",
+    ):
         start(small_config(data, log={"trackers": ("tensorboard",)}), tmp_path)
 
 
@@ -42,9 +45,14 @@ def test_a_tracker_whose_package_is_missing_is_refused(data, tmp_path, monkeypat
         ("digits-moco", True, "synchronised", None),
     ],
 )
-def test_keys_that_are_dealt_out_among_ranks_keep_statistics_of_their_own(data, recipe, shuffles, asked, planned):
+def test_keys_that_are_dealt_out_among_ranks_keep_statistics_of_their_own(
+    data, recipe, shuffles, asked, planned
+):
     base = load(recipe).config
-    method, model = base.method.model_copy(update={"shuffle_batch_norm": shuffles}), base.model.model_copy(update={"batch_norm": asked})
+    method, model = (
+        base.method.model_copy(update={"shuffle_batch_norm": shuffles}),
+        base.model.model_copy(update={"batch_norm": asked}),
+    )
     config = base.model_copy(update={"method": method, "model": model})
     two = SimpleNamespace(num_processes=2, device="cpu", mixed_precision="no")
     images = pipelines.open_images("npz", data)
@@ -58,5 +66,7 @@ def test_keys_that_are_dealt_out_among_ranks_keep_statistics_of_their_own(data, 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
 def test_a_gpu_that_only_emulates_bf16_trains_in_fp16(monkeypatch, native, precision):
     """Without an argument torch counts emulation as support."""
-    monkeypatch.setattr(build.torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(
+        build.torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
     assert build._precision(load("digits-simclr").config, on_cpu=False) == precision

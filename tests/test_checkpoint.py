@@ -9,12 +9,22 @@ from fastgessl.config import UsageError
 from fastgessl.runs import checkpoint
 
 # What every checkpoint has, as small as it can be.
-STATE = {"optimizer": {}, "scaler": None, "loader": {}, "probe": None, "ranks": [], "skipped": 0, "symptoms": {}}
+STATE = {
+    "optimizer": {},
+    "scaler": None,
+    "loader": {},
+    "probe": None,
+    "ranks": [],
+    "skipped": 0,
+    "symptoms": {},
+}
 
 
 def test_what_was_saved_is_loaded(tmp_path):
     weights = torch.randn(3, 2)
-    saved = checkpoint.save(tmp_path, 7, STATE | {"objective": {"weights": weights}, "ranks": [{"step": 1}]}, keep=2)
+    saved = checkpoint.save(
+        tmp_path, 7, STATE | {"objective": {"weights": weights}, "ranks": [{"step": 1}]}, keep=2
+    )
     state = checkpoint.load(saved)
     assert torch.equal(state["objective"]["weights"], weights)
     assert (state["step"], state["ranks"]) == (7, [{"step": 1}])
@@ -122,7 +132,9 @@ def test_what_comes_after_the_step_that_a_run_goes_on_from_is_set_aside_whole(tm
     resumed = tmp_path / "checkpoints" / "step-000000004"
     assert checkpoint.set_aside(tmp_path, resumed, 4) == tmp_path / "branch-1"
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000000002", "step-000000004"]
-    assert [checkpoint.load(path)["objective"]["step"] for path in checkpoint.complete(tmp_path / "branch-1")] == [6, 8]
+    assert [
+        checkpoint.load(path)["objective"]["step"] for path in checkpoint.complete(tmp_path / "branch-1")
+    ] == [6, 8]
     assert {path.name for path in (tmp_path / "branch-1").iterdir()} == {
         "checkpoints",
         "config.yaml",
@@ -131,8 +143,12 @@ def test_what_comes_after_the_step_that_a_run_goes_on_from_is_set_aside_whole(tm
     }
     assert not (tmp_path / "encoder.safetensors").exists() and (tmp_path / "metrics.jsonl").exists()
     assert checkpoint.set_aside(tmp_path, resumed, 4) is None
-    # Back on the first branch: what the second one made of the same step and later ones goes, earlier ones stay.
+    # Back on the first branch: what the second one made of the same step and later ones goes, earlier ones
+    # stay.
     checkpoint.save(tmp_path, 6, {}, keep=9)
-    assert checkpoint.set_aside(tmp_path, tmp_path / "branch-1" / "checkpoints" / "step-000000006", 6) == tmp_path / "branch-2"
+    assert (
+        checkpoint.set_aside(tmp_path, tmp_path / "branch-1" / "checkpoints" / "step-000000006", 6)
+        == tmp_path / "branch-2"
+    )
     assert [path.name for path in checkpoint.complete(tmp_path / "branch-2")] == ["step-000000006"]
     assert len(checkpoint.complete(tmp_path / "branch-1")) == 2

@@ -26,12 +26,18 @@ def _run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["train"], "RECIPE is missing"),
         (["train", "digits-simclr-gesl"], "Perhaps you meant gessl"),
         (["train", "digits-simclr", "--train.batch_siz", "3"], "--train.batch_size"),
-        (["train", "digits-simclr", "--train.accumulate", "0"], "--train.accumulate: input should be greater than or equal to 1, found 0"),
+        (
+            ["train", "digits-simclr", "--train.accumulate", "0"],
+            "--train.accumulate: input should be greater than or equal to 1, found 0",
+        ),
         (["train", "digits-simclr", "--train.batch_size", "many"], "'many'"),
         (["train", "digits-simclr", "--train.batch_size"], "Missing value"),
         (["train", "digits-simclr", "--gessl.inner_lr", "nan"], "finite number, found nan"),
         (["train", "digits-simclr", "--gessl.scope", "tail"], "'all', 'head'"),
-        (["train", "digits-simclr", "--train.batch_size", "10", "--train.accumulate", "3"], "does not divide"),
+        (
+            ["train", "digits-simclr", "--train.batch_size", "10", "--train.accumulate", "3"],
+            "does not divide",
+        ),
         (["train", "digits-simclr", "leftover"], "leftover"),
         (["evaluate", "no-such-run"], "not the folder of a run"),
         (["recipes", "digits-nothing"], "no recipe"),
@@ -63,7 +69,15 @@ def test_train_help_explains_every_option_with_its_default(capsys):
 
 def test_options_override_the_recipe_and_print_config_shows_it(capsys):
     code, out, _ = _run(
-        capsys, "train", "digits-simclr-gessl", "--train.batch_size", "64", "--gessl.every=3", "--train.compile", "True", "--print_config"
+        capsys,
+        "train",
+        "digits-simclr-gessl",
+        "--train.batch_size",
+        "64",
+        "--gessl.every=3",
+        "--train.compile",
+        "True",
+        "--print_config",
     )
     assert code == 0
     assert "batch_size: 64" in out
@@ -74,7 +88,18 @@ def test_options_override_the_recipe_and_print_config_shows_it(capsys):
 def test_recipes_lists_every_combination(capsys):
     code, out, _ = _run(capsys, "recipes")
     assert code == 0
-    assert all(name in out for name in ("digits-simclr", "digits-byol", "cifar10-simclr", "imagenet-byol", "fast", "head", "exact"))
+    assert all(
+        name in out
+        for name in (
+            "digits-simclr",
+            "digits-byol",
+            "cifar10-simclr",
+            "imagenet-byol",
+            "fast",
+            "head",
+            "exact",
+        )
+    )
 
 
 def test_recipes_name_shows_every_number_with_its_source(capsys):
@@ -89,12 +114,18 @@ def test_help_needs_neither_torch_nor_two_seconds():
     code = "import sys, fastgessl.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert time.perf_counter() - started < 10  # the claim is 2 s on a free machine; this only catches an import gone wrong
+    assert (
+        time.perf_counter() - started < 10
+    )  # the claim is 2 s on a free machine; this only catches an import gone wrong
 
 
 def test_a_reader_that_leaves_early_is_no_error():
     outcome = subprocess.run(
-        f"'{sys.executable}' -m fastgessl train --help | head -1", shell=True, capture_output=True, text=True, check=False
+        f"'{sys.executable}' -m fastgessl train --help | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert outcome.stdout.startswith("usage: fastgessl train")
     assert outcome.stderr == ""

@@ -1,4 +1,6 @@
-"""Every digits recipe of the matrix takes a few real steps: each registered method, plain, under GeSSL's presets, and regulated."""
+"""Every digits recipe of the matrix takes a few real steps: each registered method, plain, under GeSSL's
+presets, and regulated.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which ranks a collective spans; with several processes see tests/objective/test_ranks.py and tests/models/test_batch_norm.py."""
+"""Which ranks a collective spans; with several processes see tests/objective/test_ranks.py and
+tests/models/test_batch_norm.py.
+"""
 
 import pytest
 import torch.distributed as dist

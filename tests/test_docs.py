@@ -22,12 +22,18 @@ from fastgessl.pipelines.prepare import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "bench").glob("*.md"))]
-MODULES = [module.name for module in pkgutil.walk_packages(package.__path__, "fastgessl.") if not module.name.endswith("__main__")]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(package.__path__, "fastgessl.")
+    if not module.name.endswith("__main__")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module_hold(name):
-    outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    outcome = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     assert outcome.failed == 0
 
 
@@ -55,7 +61,9 @@ def _shell_lines(page: Path) -> list[str]:
 
 
 def _commands(pattern: str) -> list[str]:
-    """What `pattern` finds behind the program's name, for a page's own commands: not for forms such as `RECIPE [--option …]`."""
+    """What `pattern` finds behind the program's name, for a page's own commands: not for forms such as
+    `RECIPE [--option …]`.
+    """
     lines = [line for page in PAGES for line in _shell_lines(page) if not re.search(r"[…\[\]]|RECIPE", line)]
     return sorted({found.strip() for line in lines for found in re.findall(pattern, line)})
 
@@ -77,7 +85,9 @@ def idle(monkeypatch) -> list[str]:
         "doctor.print_findings": None,
     }
     for name, result in results.items():
-        monkeypatch.setattr(f"fastgessl.{name}", lambda *_, name=name, result=result, **__: begun.append(name) or result)
+        monkeypatch.setattr(
+            f"fastgessl.{name}", lambda *_, name=name, result=result, **__: begun.append(name) or result
+        )
     return begun
 
 

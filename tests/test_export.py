@@ -64,7 +64,8 @@ def with_model(run: Path, folder: Path, **model: object) -> Path:
     (copied / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     torch.manual_seed(0)
     save_file(
-        {name: value.contiguous() for name, value in build_backbone(config.model).state_dict().items()}, copied / "encoder.safetensors"
+        {name: value.contiguous() for name, value in build_backbone(config.model).state_dict().items()},
+        copied / "encoder.safetensors",
     )
     return copied
 
@@ -76,8 +77,13 @@ def ours(run: Path, views: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("library", list(EXPORTS))
-def test_exported_folders_give_our_features_in_a_clean_process_with_that_library_alone(run, tmp_path, fastgessl, library):
-    kinds = {name: ("hub-folder" if name in HUB_FOLDERS else library, model) for name, model in EXPORTS[library].items()}
+def test_exported_folders_give_our_features_in_a_clean_process_with_that_library_alone(
+    run, tmp_path, fastgessl, library
+):
+    kinds = {
+        name: ("hub-folder" if name in HUB_FOLDERS else library, model)
+        for name, model in EXPORTS[library].items()
+    }
     expected = {}
     for name, (kind, model) in kinds.items():
         source = run if model is None else with_model(run, tmp_path / "of" / name, **model)
@@ -92,10 +98,14 @@ def test_exported_folders_give_our_features_in_a_clean_process_with_that_library
 
     assert done.returncode == 0, done.stderr
     for name, features in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / name / "features.pt"), features, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.load(tmp_path / name / "features.pt"), features, rtol=1e-5, atol=1e-5
+        )
     if library == "timm":
         for name in ("hub", "vit_hub"):
-            torch.testing.assert_close(torch.load(tmp_path / name / "from_hub.pt"), expected[name], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                torch.load(tmp_path / name / "from_hub.pt"), expected[name], rtol=1e-5, atol=1e-5
+            )
             assert "local-dir:" in (tmp_path / name / "README.md").read_text()
         # timm alone would not know of the further layers, and the card says so.
         assert "from load import load" in (tmp_path / "wide_folder" / "README.md").read_text()
@@ -111,14 +121,23 @@ def test_exported_weights_are_safetensors_that_say_what_they_are(run, tmp_path, 
 
     original = base_config(str(run))
     assert isinstance(described, Config) and described.model == original.model
-    assert (described.views.size, described.views.mean, described.views.std) == (8, original.views.mean, original.views.std)
-    assert all(value.equal(load_file(run / "encoder.safetensors")[name]) for name, value in load_file(file).items())
+    assert (described.views.size, described.views.mean, described.views.std) == (
+        8,
+        original.views.mean,
+        original.views.std,
+    )
+    assert all(
+        value.equal(load_file(run / "encoder.safetensors")[name]) for name, value in load_file(file).items()
+    )
     assert not list((tmp_path / "export").glob("*.p*t*"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(("--to", "onnx"), "--to 'onnx' is unknown"), (("--to", "torchvision"), "torchvision has no resnet18 of width 0.125")],
+    [
+        (("--to", "onnx"), "--to 'onnx' is unknown"),
+        (("--to", "torchvision"), "torchvision has no resnet18 of width 0.125"),
+    ],
 )
 def test_what_cannot_be_exported_is_one_line_and_exit_code_2(run, tmp_path, fastgessl, arguments, expected):
     outcome = fastgessl("export", run, *arguments, "--out", tmp_path / "export")

@@ -19,7 +19,11 @@ from fastgessl.recipes import load
 )
 def test_batch_epochs_and_queue_follow_the_number_of_images(images, parts, batch, epochs, queue):
     config, reasons = fit_to_images(load("folder-moco").config, images, parts)
-    assert (config.train.batch_size, config.train.epochs, config.method.queue_length) == (batch, epochs, queue)
+    assert (config.train.batch_size, config.train.epochs, config.method.queue_length) == (
+        batch,
+        epochs,
+        queue,
+    )
     assert [reason.split(":")[0] for reason in reasons] == [
         f"train.batch_size {batch}",
         f"train.epochs {epochs}",
@@ -35,7 +39,8 @@ def test_an_npz_s_queue_of_negatives_is_no_longer_than_half_of_its_images(images
 
 
 @pytest.mark.parametrize(
-    ("recipe", "images", "queue"), [("folder-swav", 400_000, 3840), ("npz-swav", 400_000, 3840), ("npz-swav", 2000, 768)]
+    ("recipe", "images", "queue"),
+    [("folder-swav", 400_000, 3840), ("npz-swav", 400_000, 3840), ("npz-swav", 2000, 768)],
 )
 def test_swav_s_queue_is_the_published_one_or_what_fits(recipe, images, queue):
     config, reasons = fit_to_images(load(recipe).config, images)
@@ -49,13 +54,18 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_on_other_processes(recipe):
     chosen, _ = fit_to_images(opened, 100_000, 32)
     again, reasons = fit_to_images(as_chosen_before(opened, chosen), 100_000, 24)
     assert (again, reasons) == (chosen, [])
-    given = opened.model_copy(update={"train": opened.train.model_copy(update={"batch_size": 96, "epochs": 3})})
+    given = opened.model_copy(
+        update={"train": opened.train.model_copy(update={"batch_size": 96, "epochs": 3})}
+    )
     assert as_chosen_before(given, chosen).train == given.train
 
 
 def test_what_the_user_gives_is_kept():
     config = load("folder-moco").config
-    train, method = config.train.model_copy(update={"batch_size": 48, "epochs": 7}), config.method.model_copy(update={"queue_length": 96})
+    train, method = (
+        config.train.model_copy(update={"batch_size": 48, "epochs": 7}),
+        config.method.model_copy(update={"queue_length": 96}),
+    )
     given = config.model_copy(update={"train": train, "method": method})
     assert fit_to_images(given, 5000) == (given, [])
 
@@ -86,7 +96,9 @@ def test_a_folder_s_run_says_what_was_chosen_and_records_it(tmp_path, fastgessl)
     random = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for number in range(20):
-        Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{number}.png")
+        Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(
+            tmp_path / "photos" / f"{number}.png"
+        )
     options = "--data.engine torchvision --data.workers 1 --views.size 16 --model.width 0.125 --train.max_steps 1 --evaluate.tasks geometry"
     words = ["--data.root", tmp_path / "photos", "--train.run_dir", tmp_path / "run", *options.split()]
     outcome = fastgessl("train", "folder-simclr", *words)

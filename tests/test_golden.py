@@ -1,8 +1,8 @@
 """Thirty steps of every method, plain and under every preset, with and without DSA, follow the stored curves.
 
-`python tests/test_golden.py` writes them again. Do so only for a change that is meant to alter training, and say
-in its commit why. `python tests/test_golden.py FILE` writes FILE, or compares with it bit for bit if it is there:
-the proof, on one machine, that a change alters nothing.
+`python tests/test_golden.py` writes them again. Do so only for a change that is meant to alter training, and
+say in its commit why. `python tests/test_golden.py FILE` writes FILE, or compares with it bit for bit if it
+is there: the proof, on one machine, that a change alters nothing.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def trajectory(fastgessl: Any, recipe: str, images: Path, run: Path) -> dict[str
     assert len(lines) == STEPS
     weights = load_file(run / "encoder.safetensors")
     digest = hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
-    curves = {name: [line.get(name) for line in lines] for name in CURVES if any(name in line for line in lines)}
+    curves = {
+        name: [line.get(name) for line in lines] for name in CURVES if any(name in line for line in lines)
+    }
     return curves | {"weights": digest}
 
 
@@ -92,8 +94,13 @@ def test_recipe_follows_its_stored_curve(recipe, fastgessl, stored, images, tmp_
     found = trajectory(fastgessl, recipe, images, tmp_path / "run")
     for name in CURVES:
         assert (name in found) == (name in stored[recipe])
-        for step, (value, expected) in enumerate(zip(found.get(name, []), stored[recipe].get(name, []), strict=True)):
-            assert value == (None if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-6)), (name, step)
+        for step, (value, expected) in enumerate(
+            zip(found.get(name, []), stored[recipe].get(name, []), strict=True)
+        ):
+            assert value == (None if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-6)), (
+                name,
+                step,
+            )
 
 
 def _main(target: Path) -> None:
@@ -101,14 +108,19 @@ def _main(target: Path) -> None:
     from conftest import in_this_process
 
     def quiet(*arguments: object) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
             return in_this_process(arguments, lambda: (out.getvalue(), err.getvalue()))
 
     with tempfile.TemporaryDirectory() as folder:
         images = write_images(Path(folder) / "images.npz")
         found = {recipe: trajectory(quiet, recipe, images, Path(folder) / recipe) for recipe in RECIPES}
     if target == ASSET or not target.exists():
-        rounded = "\n".join(f" {json.dumps(recipe)}: {json.dumps(curves)}," for recipe, curves in found.items())
+        rounded = "\n".join(
+            f" {json.dumps(recipe)}: {json.dumps(curves)}," for recipe, curves in found.items()
+        )
         target.write_text("{\n" + rounded.rstrip(",") + "\n}\n")
         return
     expected = json.loads(target.read_text())

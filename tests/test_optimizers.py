@@ -28,23 +28,31 @@ def test_lars_step_equals_its_formula(weight_decay, trust_clip):
     model, rate, eta = _model(), 0.5, 0.02
     weight, gradient = model.weight.detach().clone(), model.weight.grad.clone()
     bias, bias_gradient = model.bias.detach().clone(), model.bias.grad.clone()
-    config = OptimConfig(name="lars", momentum=0.9, weight_decay=weight_decay, trust_coefficient=eta, trust_clip=trust_clip)
+    config = OptimConfig(
+        name="lars", momentum=0.9, weight_decay=weight_decay, trust_coefficient=eta, trust_clip=trust_clip
+    )
     build_optimizer(model, config, rate).step()
     ratio = eta * weight.norm() / (gradient.norm() + weight_decay * weight.norm())
     if trust_clip:
         ratio = min(ratio / rate, 1.0)
-    torch.testing.assert_close(model.weight.detach(), weight - rate * ratio * (gradient + weight_decay * weight), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        model.weight.detach(), weight - rate * ratio * (gradient + weight_decay * weight), rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(model.bias.detach(), bias - rate * bias_gradient)
 
 
 @pytest.mark.parametrize("trust_clip", [False, True])
-def test_lars_over_several_steps_keeps_a_momentum_of_scaled_gradients_outside_of_the_learning_rate(trust_clip):
+def test_lars_over_several_steps_keeps_a_momentum_of_scaled_gradients_outside_of_the_learning_rate(
+    trust_clip,
+):
     """You et al. 2017, algorithm 1, and LARC's clipping; a matrix at 0 and a vector take the plain gradient."""
     torch.manual_seed(0)
     matrix, zero, vector = (nn.Parameter(torch.randn(shape).double()) for shape in ((4, 3), (2, 2), (3,)))
     torch.nn.init.zeros_(zero)
     eta, decay, momentum = 0.02, 0.1, 0.9
-    config = OptimConfig(name="lars", momentum=momentum, weight_decay=decay, trust_coefficient=eta, trust_clip=trust_clip)
+    config = OptimConfig(
+        name="lars", momentum=momentum, weight_decay=decay, trust_coefficient=eta, trust_clip=trust_clip
+    )
     optimizer = build_optimizer(nn.ParameterList([matrix, zero, vector]), config, 1.0)
     weights = [parameter.detach().clone() for parameter in (matrix, zero, vector)]
     velocities = [torch.zeros_like(weight) for weight in weights]
@@ -57,7 +65,11 @@ def test_lars_over_several_steps_keeps_a_momentum_of_scaled_gradients_outside_of
         for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
             update = gradient
             if weight.ndim > 1:
-                trust = eta * weight.norm() / (gradient.norm() + decay * weight.norm()) if weight.norm() > 0 else 1.0
+                trust = (
+                    eta * weight.norm() / (gradient.norm() + decay * weight.norm())
+                    if weight.norm() > 0
+                    else 1.0
+                )
                 trust = min(trust / rate, 1.0) if trust_clip and rate > 0 else trust
                 update = trust * (gradient + decay * weight)
             velocities[index] = momentum * velocities[index] + update
@@ -90,14 +102,18 @@ def test_adamw_takes_momentum_as_its_first_beta():
     found = _stepped(OptimConfig(name="adamw", momentum=0.8), [first, second], 0.1)
     mean = (0.8 * 0.2 * first + 0.2 * second) / (1 - 0.8**2)
     square = (0.999 * 0.001 * first**2 + 0.001 * second**2) / (1 - 0.999**2)
-    torch.testing.assert_close(found, -0.1 * first / (first.abs() + 1e-8) - 0.1 * mean / (square.sqrt() + 1e-8))
+    torch.testing.assert_close(
+        found, -0.1 * first / (first.abs() + 1e-8) - 0.1 * mean / (square.sqrt() + 1e-8)
+    )
 
 
 def test_each_gradient_is_shortened_to_the_longest_norm_by_itself():
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     expected = []
     for parameter, length in zip(model.parameters(), (0.0, 1.0, 3.0, 40.0), strict=True):
-        parameter.grad = nn.functional.normalize(torch.randn_like(parameter).flatten(), dim=0).view_as(parameter) * length
+        parameter.grad = (
+            nn.functional.normalize(torch.randn_like(parameter).flatten(), dim=0).view_as(parameter) * length
+        )
         expected.append(parameter.grad * min(3.0 / length, 1.0) if length else parameter.grad.clone())
     clip_each(model.parameters(), 3.0)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -116,7 +132,12 @@ def test_a_scheduled_weight_decay_reaches_matrices_only():
 def test_weight_decay_never_touches_vectors(name):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = build_optimizer(model, OptimConfig(name=name, weight_decay=0.1), 0.1)
-    decayed = {id(parameter) for group in optimizer.param_groups if group["weight_decay"] for parameter in group["params"]}
+    decayed = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
     assert decayed == {id(model[0].weight)}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
 

@@ -16,10 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built as from a zip of the repository or on a system without links: they are short text files."""
+    """The wheel, built as from a zip of the repository or on a system without links: they are short text
+    files.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if listed.returncode:
         pytest.skip("the wheel is built from git's list of files, and this is no git checkout")
@@ -28,7 +34,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if source.is_symlink() or source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(bytes(source.readlink()) if source.is_symlink() else source.read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "source")]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder / "dist"),
+        str(folder / "source"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return next((folder / "dist").glob("*.whl"))
 
@@ -43,7 +58,8 @@ def test_the_wheel_offers_every_public_name_in_a_clean_environment(wheel, tmp_pa
     libraries = [entry for entry in sys.path if entry.endswith("site-packages")]
     Path(site, "libraries.pth").write_text("\n".join(libraries))
     code = (
-        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in "
+        "str(finder).lower()]\n"
         "import importlib, fastgessl\n"
         f"assert fastgessl.__file__.startswith({site!r}), fastgessl.__file__\n"
         "for room in ('kernels', 'pipelines', 'methods', 'models', 'objective', 'evaluate', 'report'):\n"
@@ -61,8 +77,16 @@ def test_every_package_is_named_with_its_place():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     places = {package: ROOT / package.replace(".", "/") for package in setuptools["packages"]}
     for package, place in setuptools["package-dir"].items():
-        places |= {name: ROOT / name.replace(package, place, 1).replace(".", "/") for name in places if name.startswith(package)}
-    found = {path.parent for top in ("fastgessl", "kernels", "pipelines") for path in (ROOT / top).rglob("__init__.py")}
+        places |= {
+            name: ROOT / name.replace(package, place, 1).replace(".", "/")
+            for name in places
+            if name.startswith(package)
+        }
+    found = {
+        path.parent
+        for top in ("fastgessl", "kernels", "pipelines")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
     assert {place.resolve() for place in places.values()} == {path.resolve() for path in found}
 
 

@@ -17,7 +17,8 @@ def test_every_recipe_is_a_valid_configuration(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "scope", "every"), [("gessl", 0, "all", 2), ("gessl-head", 1, "head", 1), ("gessl-exact", 1, "all", 1)]
+    ("name", "steps", "scope", "every"),
+    [("gessl", 0, "all", 2), ("gessl-head", 1, "head", 1), ("gessl-exact", 1, "all", 1)],
 )
 def test_presets_set_what_they_say(name, steps, scope, every):
     gessl = load(f"digits-simclr-{name}").config.gessl
@@ -29,7 +30,10 @@ def test_without_a_preset_training_is_plain():
 
 
 def test_backbone_and_preset_come_in_either_order():
-    first, second = load("imagenet-simclr-gessl-resnet18").config, load("imagenet-simclr-resnet18-gessl").config
+    first, second = (
+        load("imagenet-simclr-gessl-resnet18").config,
+        load("imagenet-simclr-resnet18-gessl").config,
+    )
     assert first.model_copy(update={"recipe": ""}) == second.model_copy(update={"recipe": ""})
     assert first.model.name == "resnet18"
 
@@ -50,7 +54,11 @@ def test_a_backbone_has_numbers_of_its_own_on_one_data_set_whether_named_or_the_
     assert plain.optim.name == "lars" and plain.train.batch_size == 4096
     for config in (named, default):
         assert config.optim == plain.optim.model_copy(update=special["optim"])
-        assert (config.schedule.warmup_epochs, config.train.epochs, config.train.batch_size) == (40, 300, 4096)
+        assert (config.schedule.warmup_epochs, config.train.epochs, config.train.batch_size) == (
+            40,
+            300,
+            4096,
+        )
 
 
 @pytest.mark.parametrize(("method", "rate", "decay"), [("dino", 5e-4, 0.04), ("mocov3", 1.5e-4, 0.1)])
@@ -140,7 +148,11 @@ def test_every_option_has_a_help_text():
 )
 def test_a_length_in_the_name_brings_what_was_published_for_it(name, length, rate, momentum):
     config = load(name).config
-    assert (config.train.epochs, config.optim.base_lr, config.method.momentum_start) == (length, rate, momentum)
+    assert (config.train.epochs, config.optim.base_lr, config.method.momentum_start) == (
+        length,
+        rate,
+        momentum,
+    )
 
 
 def test_a_regulator_composes_with_a_preset_in_either_order():
@@ -150,13 +162,17 @@ def test_a_regulator_composes_with_a_preset_in_either_order():
 
 
 def test_barlow_twins_biases_learn_at_their_published_rate():
-    """LARS leaves biases and norms alone, and the loss's scale sets their rate: 0.0048 beside 0.2 (Zbontar et al. 2021, section 2.2)."""
+    """LARS leaves biases and norms alone, and the loss's scale sets their rate: 0.0048 beside 0.2 (Zbontar et
+    al. 2021, section 2.2).
+    """
     config = load("imagenet-barlow").config
     assert (config.optim.name, config.optim.base_lr, config.optim.weight_decay) == ("lars", 0.2, 1.5e-6)
     assert config.optim.base_lr * config.method.loss_scale == pytest.approx(0.0048)
 
 
-@pytest.mark.parametrize(("data", "width"), [("cifar10", 2048), ("imagenet100", 2048), ("folder", 2048), ("imagenet", 8192)])
+@pytest.mark.parametrize(
+    ("data", "width"), [("cifar10", 2048), ("imagenet100", 2048), ("folder", 2048), ("imagenet", 8192)]
+)
 def test_barlow_twins_projector_has_three_layers_as_published(data, width):
     method = load(f"{data}-barlow").config.method
     assert (method.projector_layers, method.projector_hidden, method.projector_out) == (3, width, width)

@@ -11,7 +11,9 @@ from fastgessl.recipes import load
 
 
 def _config(**train: object) -> Config:
-    return Config(recipe="digits-simclr").model_copy(update={"train": Config().train.model_copy(update=train)})
+    return Config(recipe="digits-simclr").model_copy(
+        update={"train": Config().train.model_copy(update=train)}
+    )
 
 
 def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
@@ -58,7 +60,12 @@ def test_the_configuration_comes_back_as_written(tmp_path):
 def test_a_changed_configuration_is_written_and_the_earlier_ones_are_kept(tmp_path):
     configs = [_config(epochs=epochs) for epochs in (3, 4, 5)]
     runs.create(tmp_path, configs[0], {})
-    assert runs.record_changes(tmp_path, configs[0], _config(epochs=3, run_dir=tmp_path, resume="auto"), "step-9") == []
+    assert (
+        runs.record_changes(
+            tmp_path, configs[0], _config(epochs=3, run_dir=tmp_path, resume="auto"), "step-9"
+        )
+        == []
+    )
     assert not list(tmp_path.glob("config-*"))
     for before, now in itertools.pairwise(configs):
         changes = runs.record_changes(tmp_path, before, now, "step-9")
@@ -80,4 +87,8 @@ def test_resumed_metrics_repeat_no_step_and_survive_a_torn_line(tmp_path):
     lines = runs.JsonLines(path, first_step=3)
     lines.write({"step": 3, "loss": 0.5})
     lines.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "loss": 0.5},
+    ]

@@ -36,7 +36,9 @@ def _photos(folder: Path, count: int, *, classes: int = 0) -> Path:
     for place in range(count):
         parent = folder / f"class{place % classes}" if classes else folder
         parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (20 + place % 5, 24, 3), dtype=np.uint8)).save(parent / f"{place}.jpg")
+        Image.fromarray(random.integers(0, 256, (20 + place % 5, 24, 3), dtype=np.uint8)).save(
+            parent / f"{place}.jpg"
+        )
     return folder
 
 
@@ -57,7 +59,11 @@ def test_a_run_writes_everything_and_evaluates(fastgessl, tmp_path):
     assert list((run / "tensorboard" / "fastgessl").glob("events*"))
     (recorded,) = (run / "tensorboard").rglob("hparams.yml")
     options = yaml.safe_load(recorded.read_text())
-    assert (options["recipe"], options["optim.base_lr"], options["views.size"]) == ("digits-simclr-gessl", 0.01, 8)
+    assert (options["recipe"], options["optim.base_lr"], options["views.size"]) == (
+        "digits-simclr-gessl",
+        0.01,
+        8,
+    )
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(math.isfinite(line["loss"]) for line in lines)
@@ -80,8 +86,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(fastgessl,
 
 def test_the_written_configuration_repeats_the_run(fastgessl, tmp_path):
     assert fastgessl("train", *GESSL, "--train.run_dir", tmp_path / "run").code == 0
-    assert fastgessl("train", tmp_path / "run" / "config.yaml", "--train.run_dir", tmp_path / "again").code == 0
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "again" / "metrics.jsonl").read_bytes()
+    assert (
+        fastgessl("train", tmp_path / "run" / "config.yaml", "--train.run_dir", tmp_path / "again").code == 0
+    )
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "again" / "metrics.jsonl"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("recipe", ["digits-simclr-gessl", "digits-byol-gessl-head"])
@@ -114,8 +124,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(fastgessl, tmp_pa
 
 def test_a_run_that_started_from_weights_goes_on_when_they_are_gone(fastgessl, tmp_path):
     source, run = tmp_path / "source.safetensors", tmp_path / "run"
-    save_file(build_backbone(load("digits-simclr").config.model.model_copy(update={"width": 0.125})).state_dict(), source)
-    options = ("digits-simclr-dsa", *TINY, "--model.weights", source, "--dsa.helper", "test_resnet", "--dsa.neighbours", 4)
+    save_file(
+        build_backbone(load("digits-simclr").config.model.model_copy(update={"width": 0.125})).state_dict(),
+        source,
+    )
+    options = (
+        "digits-simclr-dsa",
+        *TINY,
+        "--model.weights",
+        source,
+        "--dsa.helper",
+        "test_resnet",
+        "--dsa.neighbours",
+        4,
+    )
     helper = tmp_path / "helper.safetensors"
     save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), helper)
     options = (*options, "--dsa.helper_weights", helper, "--train.run_dir", run, "--train.max_steps")
@@ -133,9 +155,13 @@ def test_a_run_that_started_from_weights_goes_on_when_they_are_gone(fastgessl, t
 
 
 @pytest.mark.parametrize("cached", [0, 32])
-def test_a_method_is_measured_on_the_steps_that_are_logged_and_trains_the_same(fastgessl, tmp_path, monkeypatch, cached):
+def test_a_method_is_measured_on_the_steps_that_are_logged_and_trains_the_same(
+    fastgessl, tmp_path, monkeypatch, cached
+):
     measured, measures = [], DISSL.measures
-    monkeypatch.setattr(DISSL, "measures", lambda self, out, aux=None: measured.append(0) or measures(self, out, aux))
+    monkeypatch.setattr(
+        DISSL, "measures", lambda self, out, aux=None: measured.append(0) or measures(self, out, aux)
+    )
     options = ("digits-dissl", *TINY, "--train.gradient_cache", cached, "--train.run_dir")
     assert fastgessl("train", *options, tmp_path / "every").code == 0
     assert len(measured) == 4
@@ -152,12 +178,15 @@ def test_going_on_from_an_older_checkpoint_is_the_run_from_then_on_and_loses_not
     assert fastgessl("train", *options, 4, "--train.run_dir", run).code == 0
     finished = load_file(run / "encoder.safetensors")
     older = run / "checkpoints" / "step-000000003"
-    outcome = fastgessl("train", *options, 4, "--train.run_dir", run, "--train.resume", older, "--optim.base_lr", 0.5)
+    outcome = fastgessl(
+        "train", *options, 4, "--train.run_dir", run, "--train.resume", older, "--optim.base_lr", 0.5
+    )
     assert outcome.code == 0, outcome.err
     assert "changed: optim.base_lr: 0.01 -> 0.5\n" in outcome.out
     branch = run / "branch-1"
     assert f"--train.run_dir {branch} --train.resume auto" in outcome.out
-    # The checkpoint of step 4 is the new one: its weights are those of the encoder that was written at the end.
+    # The checkpoint of step 4 is the new one: its weights are those of the encoder that was written at the
+    # end.
     weights, kept = load_file(run / "encoder.safetensors"), load_file(branch / "encoder.safetensors")
     saved = checkpoint.load(run / "checkpoints" / "step-000000004")["objective"]
     assert all(torch.equal(saved[f"method.backbone.{name}"], value) for name, value in weights.items())
@@ -166,14 +195,40 @@ def test_going_on_from_an_older_checkpoint_is_the_run_from_then_on_and_loses_not
     # What was overridden is written down, so that the command that goes on keeps it.
     assert (read_config(run).optim.base_lr, read_config(branch).optim.base_lr) == (0.5, 0.01)
     shutil.copytree(run, again)
-    assert fastgessl("train", run / "config.yaml", "--train.run_dir", run, "--train.resume", "auto", "--train.max_steps", 5).code == 0
-    assert fastgessl("train", *options, 5, "--optim.base_lr", 0.5, "--train.run_dir", again, "--train.resume", "auto").code == 0
+    assert (
+        fastgessl(
+            "train",
+            run / "config.yaml",
+            "--train.run_dir",
+            run,
+            "--train.resume",
+            "auto",
+            "--train.max_steps",
+            5,
+        ).code
+        == 0
+    )
+    assert (
+        fastgessl(
+            "train", *options, 5, "--optim.base_lr", 0.5, "--train.run_dir", again, "--train.resume", "auto"
+        ).code
+        == 0
+    )
     assert (run / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_a_run_that_goes_on_keeps_the_batch_that_was_chosen_for_it(fastgessl, tmp_path, monkeypatch):
-    options = (*GESSL, "--train.batch_size", 0, "--train.run_dir", tmp_path / "run", "--train.resume", "if_any", "--train.max_steps")
+    options = (
+        *GESSL,
+        "--train.batch_size",
+        0,
+        "--train.run_dir",
+        tmp_path / "run",
+        "--train.resume",
+        "if_any",
+        "--train.max_steps",
+    )
     first = fastgessl("train", *options, 2)
     assert "chosen: train.batch_size 64" in first.out
     # As on other processes, or beside other images: another batch would be chosen now.
@@ -184,13 +239,29 @@ def test_a_run_that_goes_on_keeps_the_batch_that_was_chosen_for_it(fastgessl, tm
     assert read_config(tmp_path / "run").train.batch_size == 64
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_ends_the_step_saves_and_prints_how_to_go_on(tmp_path, number, code):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "fastgessl", "train", *GESSL, "--train.max_steps", "100000", "--train.epochs", "10000"]
-    process = subprocess.Popen([*command, "--train.run_dir", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "fastgessl",
+        "train",
+        *GESSL,
+        "--train.max_steps",
+        "100000",
+        "--train.epochs",
+        "10000",
+    ]
+    process = subprocess.Popen(
+        [*command, "--train.run_dir", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
-        _wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_lines(run / "metrics.jsonl")) >= 2, process)
+        _wait_for(
+            lambda: (run / "metrics.jsonl").exists() and len(read_lines(run / "metrics.jsonl")) >= 2, process
+        )
         process.send_signal(number)
         out, _ = process.communicate(timeout=60)
     finally:
@@ -202,7 +273,12 @@ def test_a_signal_ends_the_step_saves_and_prints_how_to_go_on(tmp_path, number, 
     going_on = re.search(r"fastgessl (train .*--train.resume auto)", out)
     assert going_on
     further = ["--train.max_steps", str(steps + 2), "--evaluate.tasks", "knn"]
-    subprocess.run([sys.executable, "-m", "fastgessl", *going_on[1].split(), *further], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "fastgessl", *going_on[1].split(), *further],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, steps + 3))
 
 
@@ -217,7 +293,10 @@ def _wait_for(condition, process: subprocess.Popen[str]) -> None:
 def test_evaluation_during_training_changes_no_bit_of_the_encoder(fastgessl, tmp_path):
     options = (*GESSL, "--train.max_steps", 36)
     assert fastgessl("train", *options, "--train.run_dir", tmp_path / "without").code == 0
-    assert fastgessl("train", *options, "--train.run_dir", tmp_path / "with", "--evaluate.every_epochs", 1).code == 0
+    assert (
+        fastgessl("train", *options, "--train.run_dir", tmp_path / "with", "--evaluate.every_epochs", 1).code
+        == 0
+    )
     without, watched = (load_file(tmp_path / name / "encoder.safetensors") for name in ("without", "with"))
     assert all(torch.equal(without[name], watched[name]) for name in without)
     notes = [line for line in read_lines(tmp_path / "with" / "metrics.jsonl") if "knn" in line]
@@ -232,13 +311,27 @@ def test_accumulated_micro_batches_are_tasks_of_one_step(fastgessl, tmp_path):
 
 
 def test_bf16_measures_a_sigma_above_zero(fastgessl, tmp_path):
-    assert fastgessl("train", *GESSL, "--train.precision", "bf16", "--train.run_dir", tmp_path / "run").code == 0
+    assert (
+        fastgessl("train", *GESSL, "--train.precision", "bf16", "--train.run_dir", tmp_path / "run").code == 0
+    )
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[0]["sigma"] > 0
 
 
 def test_fresh_views_measure_sigma_elsewhere(fastgessl, tmp_path):
     for query in ("same", "fresh_views"):
-        assert fastgessl("train", *GESSL, "--gessl.query", query, "--train.run_dir", tmp_path / query, "--gessl.w_ssl", 0.5).code == 0
+        assert (
+            fastgessl(
+                "train",
+                *GESSL,
+                "--gessl.query",
+                query,
+                "--train.run_dir",
+                tmp_path / query,
+                "--gessl.w_ssl",
+                0.5,
+            ).code
+            == 0
+        )
     same, fresh = (read_lines(tmp_path / query / "metrics.jsonl")[0] for query in ("same", "fresh_views"))
     assert same["loss_ssl"] == fresh["loss_ssl"]
     assert same["sigma"] != fresh["sigma"]
@@ -248,7 +341,18 @@ def test_fresh_views_measure_sigma_elsewhere(fastgessl, tmp_path):
 def test_a_folder_of_photos_trains_with_and_without_labels(fastgessl, tmp_path, classes):
     photos = _photos(tmp_path / "photos", 40, classes=classes)
     run = tmp_path / "run"
-    options = ("digits-simclr", "--data.name", "folder", "--data.root", photos, *TINY[:4], "--train.batch_size", 16, "--train.max_steps", 2)
+    options = (
+        "digits-simclr",
+        "--data.name",
+        "folder",
+        "--data.root",
+        photos,
+        *TINY[:4],
+        "--train.batch_size",
+        16,
+        "--train.max_steps",
+        2,
+    )
     outcome = fastgessl("train", *options, "--evaluate.knn_k", 5, "--train.run_dir", run)
     assert outcome.code == 0, outcome.err
     assert "engine dali" in outcome.out or "engine torchvision" in outcome.out
@@ -272,7 +376,10 @@ def test_an_npz_without_labels_ends_well(fastgessl, tmp_path):
         tmp_path / "run",
     )
     assert outcome.code == 0, outcome.err
-    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]["this run"]) == {"features", "geometry"}
+    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]["this run"]) == {
+        "features",
+        "geometry",
+    }
 
 
 def test_evaluate_measures_a_finished_run_again(fastgessl, tmp_path):
@@ -282,7 +389,9 @@ def test_evaluate_measures_a_finished_run_again(fastgessl, tmp_path):
     outcome = fastgessl("evaluate", run, "--tasks", "knn", "few_labels")
     assert outcome.code == 0, outcome.err
     after = json.loads((run / "evaluation.json").read_text())
-    assert {name: row["knn"] for name, row in after["rows"].items()} == {name: row["knn"] for name, row in before["rows"].items()}
+    assert {name: row["knn"] for name, row in after["rows"].items()} == {
+        name: row["knn"] for name, row in before["rows"].items()
+    }
     assert "few_labels" in after["rows"]["this run"]
 
 
@@ -290,9 +399,26 @@ def test_two_processes_equal_one_on_plain_ssl(tmp_path):
     options = ["digits-simclr", *TINY, "--train.max_steps", "3"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     single = [sys.executable, "-m", "fastgessl", "train", *options, "--train.run_dir", str(tmp_path / "one")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fastgessl", "train", *options]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "fastgessl",
+        "train",
+        *options,
+    ]
     subprocess.run(single, check=True, capture_output=True, env=environment, timeout=180)
-    subprocess.run([*launch, "--train.run_dir", str(tmp_path / "two")], check=True, capture_output=True, env=environment, timeout=300)
+    subprocess.run(
+        [*launch, "--train.run_dir", str(tmp_path / "two")],
+        check=True,
+        capture_output=True,
+        env=environment,
+        timeout=300,
+    )
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["plan"]["world_size"] == 2
     one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(two) == 3
@@ -317,7 +443,19 @@ def test_two_processes_equal_one_on_plain_ssl(tmp_path):
         (("--data.name", "npz", "--data.root", "no_images.npz"), "train_x"),
         (("--data.name", "npz", "--data.root", "short_labels.npz"), "train_y"),
         (("--data.name", "cifra10"), "cifar10"),
-        (("--data.engine", "resident", "--data.name", "folder", "--data.root", "photos", "--train.batch_size", 16), "resident"),
+        (
+            (
+                "--data.engine",
+                "resident",
+                "--data.name",
+                "folder",
+                "--data.root",
+                "photos",
+                "--train.batch_size",
+                16,
+            ),
+            "resident",
+        ),
         (("--views.size", 1000), "1000"),
         (("--model.name", "resnet19"), "resnet18"),
         (("--method.name", "simcrl"), "simclr"),
@@ -328,7 +466,9 @@ def test_two_processes_equal_one_on_plain_ssl(tmp_path):
         (("--optim.name", "adamw", "--optim.momentum", 1.0), "less than 1"),
         (("--train.compile", "True", "--gessl.inner_steps", 1), "compile"),
         pytest.param(
-            ("--train.device", "cuda"), "GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+            ("--train.device", "cuda"),
+            "GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
         ),
     ],
 )
@@ -371,7 +511,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(fastgessl, 
 def test_a_checkpoint_of_another_model_is_refused(fastgessl, tmp_path):
     run = tmp_path / "run"
     assert fastgessl("train", *GESSL, "--train.run_dir", run).code == 0
-    outcome = fastgessl("train", *GESSL, "--model.width", 0.25, "--train.max_steps", 8, "--train.run_dir", run, "--train.resume", "auto")
+    outcome = fastgessl(
+        "train",
+        *GESSL,
+        "--model.width",
+        0.25,
+        "--train.max_steps",
+        8,
+        "--train.run_dir",
+        run,
+        "--train.resume",
+        "auto",
+    )
     assert outcome.code == 2
     assert "belongs to another model" in outcome.err
 

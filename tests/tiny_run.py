@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 # Eight-pixel views and a ResNet-18 of an eighth of its width: a step takes milliseconds.
-TINY = ("--views.size", "8", "--model.width", "0.125", "--train.batch_size", "64", "--train.max_steps", "4", "--evaluate.tasks", "knn")
+TINY = (
+    "--views.size",
+    "8",
+    "--model.width",
+    "0.125",
+    "--train.batch_size",
+    "64",
+    "--train.max_steps",
+    "4",
+    "--evaluate.tasks",
+    "knn",
+)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -51,7 +51,11 @@ def _gpus() -> list[tuple[str, str, str]]:
 
 def _triton() -> tuple[str, str, str]:
     version = _version("triton")
-    return "triton", version or "absent", "compiles our kernels on a GPU" if version else "kernels run as chunked PyTorch"
+    return (
+        "triton",
+        version or "absent",
+        "compiles our kernels on a GPU" if version else "kernels run as chunked PyTorch",
+    )
 
 
 def _kernels() -> tuple[str, str, str]:
@@ -66,9 +70,17 @@ def _kernels() -> tuple[str, str, str]:
 def _dali() -> tuple[str, str, str]:
     version = _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120")
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return "DALI", "absent", "image files go through torchvision; pip install 'fastgessl[train]' brings DALI"
+        return (
+            "DALI",
+            "absent",
+            "image files go through torchvision; pip install 'fastgessl[train]' brings DALI",
+        )
     decoder = "mixed (nvJPEG)" if torch.cuda.is_available() else "cpu"
-    return "DALI", version or "of unknown version", f"image files are decoded by DALI, decoder {decoder}; arrays are resident"
+    return (
+        "DALI",
+        version or "of unknown version",
+        f"image files are decoded by DALI, decoder {decoder}; arrays are resident",
+    )
 
 
 def _nccl() -> tuple[str, str, str]:

@@ -19,11 +19,12 @@ from fastgessl.pipelines.sources.images import Images
 
 
 def embed(subject: Subject, path: Path, out: Path) -> int:
-    """Write `out`: features (N, F) float32, files (N,) names below `path`, and labels (N,) with classes where folders are classes.
+    """Write `out`: features (N, F) float32, files (N,) names below `path`, and labels (N,) with classes where
+    folders are classes.
 
-    Every image under `path` once, in the order of the names, both splits of a folder that has them, without augmentation; bad files that
-    are skipped have no row. Returns N.
-    UsageError for features that are NaN, or where `out` cannot be written.
+    Every image under `path` once, in the order of the names, both splits of a folder that has them, without
+    augmentation; bad files that are skipped have no row. Returns N. UsageError for features that are NaN, or
+    where `out` cannot be written.
     """
     accelerator = build_accelerator(subject.config, subject.folder)
     if accelerator.num_processes > 1:
@@ -44,7 +45,10 @@ def embed(subject: Subject, path: Path, out: Path) -> int:
         classes = images.classes or classes
     arrays: dict[str, NDArray[np.generic]] = {"features": np.concatenate(features), "files": np.array(files)}
     if all(each is not None for each in labels):
-        arrays |= {"labels": np.concatenate([each.numpy() for each in labels if each is not None]), "classes": np.array(classes)}
+        arrays |= {
+            "labels": np.concatenate([each.numpy() for each in labels if each is not None]),
+            "classes": np.array(classes),
+        }
     packed = io.BytesIO()
     np.savez(packed, **arrays)  # type: ignore[arg-type]
     runs.write_bytes(out, packed.getvalue())

@@ -1,7 +1,8 @@
-"""The trained encoder for other programs: safetensors, torchvision's or timm's names, or a folder as the model hub has it. No pickle.
+"""The trained encoder for other programs: safetensors, torchvision's or timm's names, or a folder as the
+model hub has it. No pickle.
 
-Every export is a folder with `model.safetensors`, and `load.py`, which builds the network with nothing but timm (or torchvision) and loads
-the weights: what to read for those who want to do it themselves.
+Every export is a folder with `model.safetensors`, and `load.py`, which builds the network with nothing but
+timm (or torchvision) and loads the weights: what to read for those who want to do it themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _ANY_SIZE = {"dynamic_img_size": True}
 
 
 def export_run(run: str | Path, kind: str, out: Path | None = None) -> Path:
-    """Write the encoder of a finished run as `kind` into the folder `out` (`<run>/export-<kind>` if none is given); returns it.
+    """Write the encoder of a finished run as `kind` into the folder `out` (`<run>/export-<kind>` if none is
+    given); returns it.
 
     UsageError for an unknown kind, a run without weights, or a network that torchvision does not have.
     """
@@ -39,7 +41,10 @@ def export_run(run: str | Path, kind: str, out: Path | None = None) -> Path:
     config = read_config(run)
     source = run / "encoder.safetensors"
     if not source.is_file():
-        raise UsageError(f"run '{run}' has no encoder.safetensors, so it has not been trained to its end. There is nothing to export.")
+        raise UsageError(
+            f"run '{run}' has no encoder.safetensors, so it has not been trained to its end. There is "
+            "nothing to export."
+        )
     weights = load_file(source)
     # What the folder holds must load: the weights are tried on the network before anything is written.
     backbone = build_backbone(config.model)
@@ -76,18 +81,40 @@ def hub_config(config: Config, backbone: nn.Module) -> dict[str, object]:
 
 
 def _timm_code(config: Config, backbone: nn.Module) -> str:
-    """load.py with timm alone: timm's own network, or the changes to it that stem and width stand for, written out."""
-    lines = ['"""Load the encoder with timm: `from load import load; encoder = load()`, (B, 3, S, S) -> (B, F)."""', ""]
-    lines += ["from pathlib import Path", "", "import timm", "import torch", "from safetensors.torch import load_file", ""]
+    """load.py with timm alone: timm's own network, or the changes to it that stem and width stand for,
+    written out.
+    """
+    lines = [
+        '"""Load the encoder with timm: `from load import load; encoder = load()`, (B, 3, S, S) -> (B, F)."""',
+        "",
+    ]
+    lines += [
+        "from pathlib import Path",
+        "",
+        "import timm",
+        "import torch",
+        "from safetensors.torch import load_file",
+        "",
+    ]
     lines += _widening_classes(backbone)
-    options: dict[str, Any] = {"num_classes": 0} | (_ANY_SIZE if isinstance(backbone, VisionTransformer) else {})
+    options: dict[str, Any] = {"num_classes": 0} | (
+        _ANY_SIZE if isinstance(backbone, VisionTransformer) else {}
+    )
     if isinstance(backbone, ResNet) and config.model.width != 1:
         options["channels"] = _stage_channels(backbone)
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    lines += ["def load() -> torch.nn.Module:", f"    encoder = timm.create_model({config.model.name!r}, {arguments})"]
-    lines += [f"    {line}" for line in _changed_layers(backbone, timm.create_model(config.model.name, **options))]
+    lines += [
+        "def load() -> torch.nn.Module:",
+        f"    encoder = timm.create_model({config.model.name!r}, {arguments})",
+    ]
+    lines += [
+        f"    {line}" for line in _changed_layers(backbone, timm.create_model(config.model.name, **options))
+    ]
     lines += _widened(backbone)
-    lines += ['    encoder.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")))', "    return encoder.eval()"]
+    lines += [
+        '    encoder.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")))',
+        "    return encoder.eval()",
+    ]
     return "\n".join(lines) + "\n" + _preprocessing(config)
 
 
@@ -97,18 +124,37 @@ def _torchvision_code(config: Config, backbone: nn.Module) -> str:
     theirs = getattr(torchvision.models, name, None)
     if not isinstance(backbone, ResNet) or theirs is None or config.model.width != 1:
         raise UsageError(
-            f"torchvision has no {name} of width {config.model.width:g} with these weights' names: its ResNets of width 1 can be written "
+            f"torchvision has no {name} of width {config.model.width:g} with these weights' names: its "
+            "ResNets of width 1 can be written "
             "so. Use --to timm."
         )
-    lines = ['"""Load the encoder with torchvision: `from load import load; encoder = load()`, (B, 3, S, S) -> (B, F)."""', ""]
-    lines += ["from pathlib import Path", "", "import torch", "import torchvision", "from safetensors.torch import load_file", ""]
+    lines = [
+        '"""Load the encoder with torchvision: `from load import load; encoder = load()`, (B, 3, S, S) -> '
+        '(B, F)."""',
+        "",
+    ]
+    lines += [
+        "from pathlib import Path",
+        "",
+        "import torch",
+        "import torchvision",
+        "from safetensors.torch import load_file",
+        "",
+    ]
     lines += _widening_classes(backbone)
-    lines += ["def load() -> torch.nn.Module:", f"    encoder = torchvision.models.{name}()", "    encoder.fc = torch.nn.Identity()"]
+    lines += [
+        "def load() -> torch.nn.Module:",
+        f"    encoder = torchvision.models.{name}()",
+        "    encoder.fc = torch.nn.Identity()",
+    ]
     other = theirs()
     other.fc = nn.Identity()
     lines += [f"    {line}" for line in _changed_layers(backbone, other)]
     lines += _widened(backbone)
-    lines += ['    encoder.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")))', "    return encoder.eval()"]
+    lines += [
+        '    encoder.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")))',
+        "    return encoder.eval()",
+    ]
     return "\n".join(lines) + "\n" + _preprocessing(config)
 
 
@@ -122,15 +168,28 @@ def _widenings(backbone: nn.Module) -> list[Widening]:
 
 
 def _widening_classes(backbone: nn.Module) -> list[str]:
-    """What neither library has: the source of the widening, if the encoder has one, and the blank line before what follows."""
+    """What neither library has: the source of the widening, if the encoder has one, and the blank line before
+    what follows.
+    """
     if not _widenings(backbone):
         return [""]
-    return ["from torch import Tensor, nn", "", "", inspect.getsource(dimension.convolution), "", inspect.getsource(Widening), ""]
+    return [
+        "from torch import Tensor, nn",
+        "",
+        "",
+        inspect.getsource(dimension.convolution),
+        "",
+        inspect.getsource(Widening),
+        "",
+    ]
 
 
 def _widened(backbone: nn.Module) -> list[str]:
     """The line of load.py that appends it, as `models.dimension.widen` does."""
-    shapes = [(wide.layers[0].in_channels, wide.layers[0].out_channels, wide.layers[-1].num_features) for wide in _widenings(backbone)]
+    shapes = [
+        (wide.layers[0].in_channels, wide.layers[0].out_channels, wide.layers[-1].num_features)
+        for wide in _widenings(backbone)
+    ]
     return [f"    encoder.layer4.append(Widening{shape})" for shape in shapes]
 
 
@@ -140,7 +199,9 @@ def _stage_channels(backbone: Any) -> tuple[int, ...]:
 
 
 def _changed_layers(ours: nn.Module, theirs: nn.Module) -> list[str]:
-    """Assignments that turn `theirs` into `ours` where stem and width changed a convolution, a norm or the pooling."""
+    """Assignments that turn `theirs` into `ours` where stem and width changed a convolution, a norm or the
+    pooling.
+    """
     lines = []
     own = dict(ours.named_modules())
     for name, module in theirs.named_modules():
@@ -149,7 +210,9 @@ def _changed_layers(ours: nn.Module, theirs: nn.Module) -> list[str]:
             lines.append(f"encoder.{target} = None")
         if isinstance(replacement, nn.Conv2d) and _convolution(replacement) != _convolution(module):
             lines.append(f"encoder.{target} = torch.nn.{_convolution(replacement)}")
-        elif isinstance(replacement, nn.BatchNorm2d) and replacement.num_features != getattr(module, "num_features", None):
+        elif isinstance(replacement, nn.BatchNorm2d) and replacement.num_features != getattr(
+            module, "num_features", None
+        ):
             lines.append(f"encoder.{target} = type(encoder.{target})({replacement.num_features})")
         elif isinstance(replacement, nn.Identity) and not isinstance(module, nn.Identity):
             lines.append(f"encoder.{target} = torch.nn.Identity()")
@@ -158,7 +221,9 @@ def _changed_layers(ours: nn.Module, theirs: nn.Module) -> list[str]:
 
 def _as_attribute(name: str) -> str:
     """layer1.0.conv1 -> layer1[0].conv1."""
-    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")).removeprefix(".")
+    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")).removeprefix(
+        "."
+    )
 
 
 def _convolution(module: nn.Module) -> str:
@@ -179,14 +244,18 @@ def _preprocessing(config: Config) -> str:
 def _card(config: Config, backbone: nn.Module) -> str:
     plain = _plain(config, backbone)
     usage = (
-        'import timm\n\nencoder = timm.create_model("local-dir:path/to/this/folder", pretrained=True, num_classes=0).eval()'
+        'import timm\n\nencoder = timm.create_model("local-dir:path/to/this/folder", pretrained=True, '
+        "num_classes=0).eval()"
         if plain
         else "from load import load  # in this folder; needs timm and safetensors\n\nencoder = load()"
     )
     views = config.views
     return (
         f"---\nlibrary_name: timm\ntags: [feature-extraction, self-supervised]\n---\n\n# {config.recipe}\n\n"
-        f"{config.model.name} (stem {config.model.stem}, width {config.model.width:g}), {backbone.num_features} features, trained without "
-        f"labels by {config.method.name} on {config.data.name} for {config.train.epochs} epochs.\n\n```python\n{usage}\n```\n\n"
-        f"Images: {views.size} x {views.size}, means {list(views.mean)}, deviations {list(views.std)} of pixels in [0, 1].\n"
+        f"{config.model.name} (stem {config.model.stem}, width {config.model.width:g}), "
+        f"{backbone.num_features} features, trained without "
+        f"labels by {config.method.name} on {config.data.name} for {config.train.epochs} "
+        f"epochs.\n\n```python\n{usage}\n```\n\n"
+        f"Images: {views.size} x {views.size}, means {list(views.mean)}, deviations {list(views.std)} of "
+        "pixels in [0, 1].\n"
     )

@@ -1,4 +1,6 @@
-"""`fastgessl prepare`: what its words mean, its progress bar and its report. The work is done in `pipelines/prepare.py`."""
+"""`fastgessl prepare`: what its words mean, its progress bar and its report. The work is done in
+`pipelines/prepare.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,52 @@ def prepare(arguments: list[str], description: str) -> None:
     options = _parser(description).parse_args(arguments)
     if options.source in FETCHABLE:
         fetch(options.source, options.out)
-        print(f"{options.source} lies under {options.out}. Train on it with --data.name {options.source} --data.root {options.out}")
+        print(
+            f"{options.source} lies under {options.out}. Train on it with --data.name {options.source} "
+            f"--data.root {options.out}"
+        )
         return
     if options.source in NAMES and not Path(options.source).exists():
-        raise UsageError(f"{options.source} is not handed out freely. `fastgessl prepare` fetches {', '.join(FETCHABLE)}.")
+        raise UsageError(
+            f"{options.source} is not handed out freely. `fastgessl prepare` fetches {', '.join(FETCHABLE)}."
+        )
     if options.per_shard < 1 or options.size < 0:
-        raise UsageError(f"--per_shard must be at least 1 and --size 0 or more, found {options.per_shard} and {options.size}.")
-    report = prepare_folder(Path(options.source), options.out, size=options.size, per_shard=options.per_shard, track=_with_bar)
+        raise UsageError(
+            f"--per_shard must be at least 1 and --size 0 or more, found {options.per_shard} and "
+            f"{options.size}."
+        )
+    report = prepare_folder(
+        Path(options.source), options.out, size=options.size, per_shard=options.per_shard, track=_with_bar
+    )
     for reason in report.left_out.values():
         print(f"left out: {reason}")
     kind = "npz" if options.out.suffix == ".npz" else "shards"
     print(
-        f"{report.written} images written, {len(report.converted)} of them converted, {len(report.left_out)} left out. "
+        f"{report.written} images written, {len(report.converted)} of them converted, "
+        f"{len(report.left_out)} left out. "
         f"Train on them with --data.name {kind} --data.root {options.out}"
     )
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastgessl prepare", description=description)
-    parser.add_argument("source", metavar="FOLDER|NAME", help=f"a folder of pictures, or one of {', '.join(FETCHABLE)} to fetch")
-    parser.add_argument("out", type=Path, metavar="OUT", help="an .npz, or a folder for tar shards; for a name, the folder to fetch into")
-    parser.add_argument("--size", type=int, default=0, help=".npz: side to which pictures are resized and cropped, pixels; 0 keeps theirs")
+    parser.add_argument(
+        "source",
+        metavar="FOLDER|NAME",
+        help=f"a folder of pictures, or one of {', '.join(FETCHABLE)} to fetch",
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="an .npz, or a folder for tar shards; for a name, the folder to fetch into",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=0,
+        help=".npz: side to which pictures are resized and cropped, pixels; 0 keeps theirs",
+    )
     parser.add_argument("--per_shard", type=int, default=1000, help="shards: images in each")
     return parser
 

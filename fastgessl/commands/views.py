@@ -1,4 +1,6 @@
-"""`fastgessl views`: a picture of a recipe's images and their views, by one engine, or the same draw by two, one below the other."""
+"""`fastgessl views`: a picture of a recipe's images and their views, by one engine, or the same draw by two,
+one below the other.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +33,29 @@ class Grid:
 
 
 def write_view_grid(config: Config, out: Path, *, count: int, against: str = "") -> Grid:
-    """Draw `count` training images of `config`, one a row: the image itself, its global views, its local views.
+    """Draw `count` training images of `config`, one a row: the image itself, its global views, its local
+    views.
 
-    With `against`, the name of a second engine, each row is followed by the same draw as that engine makes it. UsageError or DataError
-    for whatever does not fit.
+    With `against`, the name of a second engine, each row is followed by the same draw as that engine makes
+    it. UsageError or DataError for whatever does not fit.
     """
     if out.suffix.lower() != ".png":
-        raise UsageError(f"views are written as .png, found --out {str(out)!r}. Give a file name that ends in .png.")
+        raise UsageError(
+            f"views are written as .png, found --out {str(out)!r}. Give a file name that ends in .png."
+        )
     if not out.parent.is_dir():
-        raise UsageError(f"the folder {str(out.parent)!r} of --out does not exist. Make it, or write elsewhere.")
+        raise UsageError(
+            f"the folder {str(out.parent)!r} of --out does not exist. Make it, or write elsewhere."
+        )
     if count < 1:
         raise UsageError(f"--images must be at least 1, found {count}.")
     images = pipelines.open_images(config.data.name, config.data.root)
     assert images is not None  # only a test split can be absent
-    made = [_views(config, images, engine, min(count, len(images))) for engine in (config.data.engine, against) if engine]
+    made = [
+        _views(config, images, engine, min(count, len(images)))
+        for engine in (config.data.engine, against)
+        if engine
+    ]
     engines, shown = tuple(name for name, _ in made), [views for _, views in made]
     _draw(shown, engines).save(out)
     gaps = [(first - second).abs() for first, second in zip(shown[0], shown[-1], strict=True)]
@@ -53,8 +64,8 @@ def write_view_grid(config: Config, out: Path, *, count: int, against: str = "")
 
 
 def _views(config: Config, images: Images, engine: str, count: int) -> tuple[str, list[Tensor]]:
-    """The engine that made them, and (count, 3, S, S) pixel values from 0 to 255: the image itself, then each view as training has it
-    in its first epoch."""
+    """The engine that made them, and (count, 3, S, S) pixel values from 0 to 255: the image itself, then each
+    view as training has it in its first epoch."""
     views = config.views
     whole = pipelines.evaluation_view(views.size, mean=views.mean, std=views.std)
     loader = pipelines.build(
@@ -63,7 +74,9 @@ def _views(config: Config, images: Images, engine: str, count: int) -> tuple[str
     batch = next(iter(loader))
     loader.close()
     mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))
-    return loader.engine_name, [((view * std + mean) * 255).clamp(0, 255) for view in (batch.views[-1], *batch.views[:-1])]
+    return loader.engine_name, [
+        ((view * std + mean) * 255).clamp(0, 255) for view in (batch.views[-1], *batch.views[:-1])
+    ]
 
 
 def _draw(shown: list[list[Tensor]], engines: tuple[str, ...]) -> Image.Image:
@@ -72,7 +85,9 @@ def _draw(shown: list[list[Tensor]], engines: tuple[str, ...]) -> Image.Image:
     names = ["image", *(f"view {number}" for number in range(1, len(sizes)))]
     left = [_GAP + sum(sizes[:column]) + _GAP * column for column in range(len(sizes))]
     count, height = len(shown[0][0]), max(sizes) + _GAP + (_LABEL if len(engines) > 1 else 0)
-    grid = Image.new("RGB", (left[-1] + sizes[-1] + _GAP, _LABEL + _GAP + count * len(engines) * height), _BACKGROUND)
+    grid = Image.new(
+        "RGB", (left[-1] + sizes[-1] + _GAP, _LABEL + _GAP + count * len(engines) * height), _BACKGROUND
+    )
     pen = ImageDraw.Draw(grid)
     for column, name in enumerate(names):
         pen.text((left[column], 1), name, fill=_INK)

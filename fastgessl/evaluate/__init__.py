@@ -1,4 +1,6 @@
-"""Evaluation of frozen features: probes, k-NN, episodes, σ as a measurement, geometry. See docs/evaluation.md."""
+"""Evaluation of frozen features: probes, k-NN, episodes, σ as a measurement, geometry. See
+docs/evaluation.md.
+"""
 
 from fastgessl.evaluate.conditions import Conditions, measure_conditions
 from fastgessl.evaluate.features import Features, extract_features, extract_views, raw_pixels

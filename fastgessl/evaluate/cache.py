@@ -1,7 +1,9 @@
-"""Features that are extracted once: kept in a folder, in parts, and thrown away as soon as the encoder, an image or the view changes.
+"""Features that are extracted once: kept in a folder, in parts, and thrown away as soon as the encoder, an
+image or the view changes.
 
-`<folder>/<name>/` holds `key.json`, which says what the features were made of, and `<first image>.safetensors` parts of at most
-`PART_IMAGES` images. A part is complete or absent, so an interrupted extraction goes on with the first part that is missing.
+`<folder>/<name>/` holds `key.json`, which says what the features were made of, and `<first
+image>.safetensors` parts of at most `PART_IMAGES` images. A part is complete or absent, so an interrupted
+extraction goes on with the first part that is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from fastgessl.evaluate.progress import shown
 from fastgessl.pipelines import ArrayImages, ViewSpec
 from fastgessl.pipelines.sources.images import Images
 
-# 33 MB of 512 features: some seconds of extraction on a GPU, half an hour on a CPU, is what an interruption costs at most.
+# 33 MB of 512 features: some seconds of extraction on a GPU, half an hour on a CPU, is what an interruption
+# costs at most.
 PART_IMAGES = 16384
 # The fields of `fastgessl.pipelines.sources.images` that hold a value for each image.
 PER_IMAGE = ("images", "paths", "names", "shard", "offset", "length", "labels")
@@ -50,8 +53,11 @@ class FeatureCache:
     folder: Path | None
     """Where the features are kept; None keeps nothing."""
 
-    def features(self, name: str, key: str, images: Images, extract: Extraction, progress: bool = False) -> tuple[Features, ...]:
-        """The features of `images`, one `Features` a view, from the folder `name` where its key is `key`, else by `extract`, part by part.
+    def features(
+        self, name: str, key: str, images: Images, extract: Extraction, progress: bool = False
+    ) -> tuple[Features, ...]:
+        """The features of `images`, one `Features` a view, from the folder `name` where its key is `key`,
+        else by `extract`, part by part.
 
         `extract` numbers the images it is given from 0. Every rank calls this; the first one writes.
         """
@@ -88,15 +94,20 @@ def subset(images: Images, rows: np.ndarray) -> Images:
 
 
 def digest_of(encoder: nn.Module, images: Images, views: Sequence[ViewSpec], *settings: object) -> str:
-    """What cached features depend on, as 64 hexadecimal digits: weights and buffers, images with their labels, views, and `settings`.
+    """What cached features depend on, as 64 hexadecimal digits: weights and buffers, images with their
+    labels, views, and `settings`.
 
-    An image file counts by its path, size and time of change; reading ImageNet to learn that nothing changed would take as long as
-    extracting its features.
+    An image file counts by its path, size and time of change; reading ImageNet to learn that nothing changed
+    would take as long as extracting its features.
     """
     digest = hashlib.sha256()
     for name, value in encoder.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(np.ascontiguousarray(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).tobytes())
+        digest.update(
+            np.ascontiguousarray(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            ).tobytes()
+        )
     digest.update(digest_of_images(images).encode())
     digest.update(json.dumps([asdict(view) for view in views]).encode())
     digest.update(repr(settings).encode())
@@ -125,7 +136,9 @@ def digest_of_images(images: Images) -> str:
 
 
 def _state_of(path: Path) -> str:
-    """Size and time of change of a file; one that is gone is left out of the features, and found again it must change them."""
+    """Size and time of change of a file; one that is gone is left out of the features, and found again it
+    must change them.
+    """
     try:
         status = os.stat(path)
     except OSError:
@@ -155,7 +168,9 @@ def _read(path: Path) -> tuple[Features, ...] | None:
 
 def _write(path: Path, part: tuple[Features, ...]) -> None:
     """Write by renaming, so that a part is complete or absent."""
-    tensors: dict[str, Tensor] = {f"view{number}": view.features.contiguous() for number, view in enumerate(part)}
+    tensors: dict[str, Tensor] = {
+        f"view{number}": view.features.contiguous() for number, view in enumerate(part)
+    }
     tensors["index"] = part[0].index
     if part[0].labels is not None:
         tensors["labels"] = part[0].labels

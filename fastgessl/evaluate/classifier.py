@@ -1,5 +1,5 @@
-"""A classifier trained on images: the encoder with a linear head, from its present weights or from none. For fine-tuning, and for the
-supervised, task-specific models that σ is measured against."""
+"""A classifier trained on images: the encoder with a linear head, from its present weights or from none. For
+fine-tuning, and for the supervised, task-specific models that σ is measured against."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ WARMUP_SHARE = 0.1
 
 
 class Classifier(nn.Module):
-    """Views (B, 3, S, S) -> logits (B, C). The head starts at zero: the first steps then move the encoder little.
+    """Views (B, 3, S, S) -> logits (B, C). The head starts at zero: the first steps then move the encoder
+    little.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
@@ -65,15 +66,18 @@ def train_classifier(
     layer_decay: float = 1.0,
     progress: bool = False,
 ) -> Classifier:
-    """AdamW with a warm-up over a tenth of the steps and a cosine after it, in place; labels are numbers of the head's outputs.
+    """AdamW with a warm-up over a tenth of the steps and a cosine after it, in place; labels are numbers of
+    the head's outputs.
 
-    `layer_decay` below 1 lowers the learning rate of each of the encoder's layers, as timm divides it, by that factor from the head down
-    (Clark et al., ELECTRA, ICLR 2020; Bao et al., BEiT, ICLR 2022).
+    `layer_decay` below 1 lowers the learning rate of each of the encoder's layers, as timm divides it, by
+    that factor from the head down (Clark et al., ELECTRA, ICLR 2020; Bao et al., BEiT, ICLR 2022).
     """
     classifier.to(device).train()
     loader = loaders.training(images, min(LARGEST_BATCH, batch_size(len(images)), len(images)))
     total = epochs * len(loader)
-    rates = learning_rate(lr, total, warmup_steps=max(1, round(WARMUP_SHARE * total)), shape="cosine", end=0.0)
+    rates = learning_rate(
+        lr, total, warmup_steps=max(1, round(WARMUP_SHARE * total)), shape="cosine", end=0.0
+    )
     optimizer = torch.optim.AdamW(_parameter_groups(classifier, layer_decay), lr=lr)
     step = 0
     for _ in shown(range(epochs), "supervised training", progress):
@@ -90,7 +94,9 @@ def train_classifier(
     return classifier.eval()
 
 
-def logits_of(classifier: Classifier, images: Images, loaders: ClassifierLoaders, device: torch.device) -> Features:
+def logits_of(
+    classifier: Classifier, images: Images, loaders: ClassifierLoaders, device: torch.device
+) -> Features:
     """Logits (N, C) of every image, without augmentation, as `Features` with their labels."""
     loader = loaders.still(images)
     try:
@@ -108,7 +114,8 @@ def _parameter_groups(classifier: Classifier, layer_decay: float) -> list[dict[s
         ]
     if not hasattr(classifier.backbone, "group_matcher"):
         raise UsageError(
-            f"evaluate.layer_decay {layer_decay:g} needs a backbone whose layers timm knows, and {type(classifier.backbone).__name__} does "
+            f"evaluate.layer_decay {layer_decay:g} needs a backbone whose layers timm knows, and "
+            f"{type(classifier.backbone).__name__} does "
             "not say which they are. Use --evaluate.layer_decay 1."
         )
     groups = param_groups_layer_decay(classifier.backbone, weight_decay=WEIGHT_DECAY, layer_decay=layer_decay)

@@ -1,10 +1,12 @@
-"""How near a representation is to an idealised one, on which every task that augmentation leaves alone is solved by a simple probe.
+"""How near a representation is to an idealised one, on which every task that augmentation leaves alone is
+solved by a simple probe.
 
-Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022. Images that are
-augmentations of each other form an equivalence class; a task is invariant if its labels are constant on these classes. All such tasks
-are solved by a linear probe, from one labelled view of each class, if the representation is invariant (views of a class coincide), wide
-enough (the C classes span C − 1 dimensions) and linearly predictable (a linear probe tells which class a view belongs to). A labelled
-task with fewer classes needs fewer dimensions, C_labels − 1; an MLP probe needs fewer still.
+Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022.
+Images that are augmentations of each other form an equivalence class; a task is invariant if its labels are
+constant on these classes. All such tasks are solved by a linear probe, from one labelled view of each class,
+if the representation is invariant (views of a class coincide), wide enough (the C classes span C − 1
+dimensions) and linearly predictable (a linear probe tells which class a view belongs to). A labelled task
+with fewer classes needs fewer dimensions, C_labels − 1; an MLP probe needs fewer still.
 """
 
 from __future__ import annotations
@@ -29,23 +31,26 @@ class Conditions:
     """The three conditions, measured; ideal is 0, at least `needed`, and 1."""
 
     variation: float
-    """Share of the features' variance that lies within equivalence classes, 0 (invariant) to 1 (nothing but augmentation)."""
+    """Share of the features' variance that lies within equivalence classes, 0 (invariant) to 1 (nothing but
+    augmentation)."""
     dimension: int
     """Dimensions that the class means span, about their mean."""
     needed: int
-    """Dimensions that a linear probe needs for every invariant task of as many classes as the data has labels: C_labels − 1. Without
-    labels, for every task on these equivalence classes: C − 1."""
+    """Dimensions that a linear probe needs for every invariant task of as many classes as the data has
+    labels: C_labels − 1. Without labels, for every task on these equivalence classes: C − 1."""
     predictability: float
-    """Share of second views whose equivalence class a linear probe names that learned from the first views alone."""
+    """Share of second views whose equivalence class a linear probe names that learned from the first views
+    alone."""
     classes: int
     """Equivalence classes among which it had to choose. It is harder among more."""
 
 
 def measure_conditions(first: Tensor, second: Tensor, label_classes: int = 0, seed: int = 0) -> Conditions:
-    """The conditions on two augmented views' features (N, F) of each image, N >= 2: an image is an equivalence class.
+    """The conditions on two augmented views' features (N, F) of each image, N >= 2: an image is an
+    equivalence class.
 
-    `label_classes` is the number of classes of a labelled task, 0 without one. Predictability is measured among 200 random images.
-    Raises UsageError for fewer than two images.
+    `label_classes` is the number of classes of a labelled task, 0 without one. Predictability is measured
+    among 200 random images. Raises UsageError for fewer than two images.
 
     >>> views = torch.eye(4)
     >>> ideal = measure_conditions(views, views)
@@ -53,8 +58,14 @@ def measure_conditions(first: Tensor, second: Tensor, label_classes: int = 0, se
     (0.0, 3, 3, 1.0)
     """
     if len(first) < 2:
-        raise UsageError(f"Task conditions: there is {len(first)} image, and nothing to tell it from. Add images.")
-    rows = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))[:PREDICTED_IMAGES].sort().values
+        raise UsageError(
+            f"Task conditions: there is {len(first)} image, and nothing to tell it from. Add images."
+        )
+    rows = (
+        torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))[:PREDICTED_IMAGES]
+        .sort()
+        .values
+    )
     return Conditions(
         variation=within_share(first, second),
         dimension=spanned_dimensions((first.double() + second.double()) / 2),
@@ -65,7 +76,8 @@ def measure_conditions(first: Tensor, second: Tensor, label_classes: int = 0, se
 
 
 def within_share(first: Tensor, second: Tensor) -> float:
-    """Variance between an image's two views over the variance of all views, (N, F) each: 0 where views coincide; 0 for a collapse too.
+    """Variance between an image's two views over the variance of all views, (N, F) each: 0 where views
+    coincide; 0 for a collapse too.
 
     >>> within_share(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [2.0]]))
     0.0
@@ -88,8 +100,11 @@ def spanned_dimensions(means: Tensor) -> int:
 
 
 def linear_predictability(first: Tensor, second: Tensor) -> float:
-    """Accuracy on the second views of a linear probe that learned on the first ones which row each is, (C, F) each."""
+    """Accuracy on the second views of a linear probe that learned on the first ones which row each is, (C, F)
+    each.
+    """
     classes = torch.arange(len(first))
-    # One example a class leaves nothing to validate on, and the answer is a weight decay small enough to separate what can be separated.
+    # One example a class leaves nothing to validate on, and the answer is a weight decay small enough to
+    # separate what can be separated.
     probe = fit_probe(Features(first.float(), classes, classes), weight_decay=1e-4)
     return (probe.log_probabilities(second.float()).argmax(dim=1) == classes).double().mean().item()

@@ -24,7 +24,8 @@ from fastgessl.evaluate.subject import untrained_encoder
 from fastgessl.evaluate.suite import Extracted, hold_out_features, view_sample, wants_views
 from fastgessl.pipelines.sources.images import Images
 
-# Batches that estimate the untrained encoder's batch-norm statistics: 20 x 256 images fix a mean to about 1.5 % of a standard deviation.
+# Batches that estimate the untrained encoder's batch-norm statistics: 20 x 256 images fix a mean to about 1.5
+# % of a standard deviation.
 CALIBRATION_BATCHES = 20
 
 
@@ -48,9 +49,16 @@ class Extraction:
         return [replace(spec, repeat=1) for spec in view_specs(self.config) for _ in range(spec.repeat)][:2]
 
     def loader(
-        self, images: Images, views: Sequence[pipelines.ViewSpec], *, sharded: bool = True, batch_size: int = 0, training: bool = False
+        self,
+        images: Images,
+        views: Sequence[pipelines.ViewSpec],
+        *,
+        sharded: bool = True,
+        batch_size: int = 0,
+        training: bool = False,
     ) -> pipelines.Loader:
-        """Every image once, in order, this rank's part of them if `sharded`; in `training` in a new order each epoch, whole batches only.
+        """Every image once, in order, this rank's part of them if `sharded`; in `training` in a new order
+        each epoch, whole batches only.
 
         `batch_size` 0 is evaluation's own.
         """
@@ -76,20 +84,33 @@ class Extraction:
         return self.loader(images, view_specs(self.config), sharded=False, batch_size=batch_size)
 
     def classifier_loaders(self) -> ClassifierLoaders:
-        """Training with the recipe's crops and flips and nothing else, which is what supervised training of its backbones takes."""
+        """Training with the recipe's crops and flips and nothing else, which is what supervised training of
+        its backbones takes.
+        """
         first = replace(self.pair[0], jitter_probability=0.0, grayscale_probability=0.0)
         light = replace(first, blur_probability=0.0, solarize_probability=0.0)
         return ClassifierLoaders(
-            training=lambda images, size: self.loader(images, [light], sharded=False, batch_size=size, training=True),
+            training=lambda images, size: self.loader(
+                images, [light], sharded=False, batch_size=size, training=True
+            ),
             still=lambda images: self.loader(images, [self.still], sharded=False),
         )
 
     def features(
-        self, row: str, encoder: nn.Module | Literal["pixels"], name: str, images: Images, views: list[pipelines.ViewSpec]
+        self,
+        row: str,
+        encoder: nn.Module | Literal["pixels"],
+        name: str,
+        images: Images,
+        views: list[pipelines.ViewSpec],
     ) -> tuple[Features, ...]:
-        """Features of `images`, one `Features` a view; kept under `row` and `name`, except raw pixels, which cost nothing to make again."""
+        """Features of `images`, one `Features` a view; kept under `row` and `name`, except raw pixels, which
+        cost nothing to make again.
+        """
         progress = self.accelerator.is_main_process
-        net, device = (Pixels(), torch.device("cpu")) if encoder == "pixels" else (encoder, self.accelerator.device)
+        net, device = (
+            (Pixels(), torch.device("cpu")) if encoder == "pixels" else (encoder, self.accelerator.device)
+        )
         cache = FeatureCache(None) if encoder == "pixels" else self.cache
 
         def extract(part: Images) -> tuple[Features, ...]:
@@ -100,11 +121,15 @@ class Extraction:
                 loader.close()
 
         key = digest_of(net, images, views, self.config.train.seed) if cache.folder is not None else ""
-        return cache.features(f"{row}-{name}".replace(" ", "-").replace("/", "-").replace(":", "-"), key, images, extract)
+        return cache.features(
+            f"{row}-{name}".replace(" ", "-").replace("/", "-").replace(":", "-"), key, images, extract
+        )
 
-    def extracted(self, row: str, encoder: nn.Module | Literal["pixels"], source: Source, *, transfer: bool = False) -> Extracted:
-        """All that is measured of one encoder on one data set; of a `transfer` set no augmented views, and few-shot episodes from all of it
-        where it has no test split."""
+    def extracted(
+        self, row: str, encoder: nn.Module | Literal["pixels"], source: Source, *, transfer: bool = False
+    ) -> Extracted:
+        """All that is measured of one encoder on one data set; of a `transfer` set no augmented views, and
+        few-shot episodes from all of it where it has no test split."""
         seed = self.config.train.seed
         (train,) = self.features(row, encoder, f"{source.slug}-train", source.train, [self.still])
         everything = train
@@ -122,9 +147,11 @@ class Extraction:
         return Extracted(train, test, views)
 
     def untrained(self, images: Images) -> nn.Module:
-        """The encoder that training started from, with batch-norm statistics of the training images: with the initial 0 and 1 it would
-        be a weaker baseline than it is."""
-        backbone = untrained_encoder(self.config).to(self.accelerator.device).to(memory_format=torch.channels_last)
+        """The encoder that training started from, with batch-norm statistics of the training images: with the
+        initial 0 and 1 it would be a weaker baseline than it is."""
+        backbone = (
+            untrained_encoder(self.config).to(self.accelerator.device).to(memory_format=torch.channels_last)
+        )
         loader = self.loader(images, [self.still], sharded=False)
         update_bn((batch.views[0] for batch in itertools.islice(loader, CALIBRATION_BATCHES)), backbone)
         loader.close()

@@ -40,27 +40,36 @@ class Features:
 
     def subset(self, rows: Tensor) -> Features:
         """The given rows, (M,) int64."""
-        return Features(self.features[rows], None if self.labels is None else self.labels[rows], self.index[rows])
+        return Features(
+            self.features[rows], None if self.labels is None else self.labels[rows], self.index[rows]
+        )
 
     def require_finite(self, owner: str) -> None:
         """Raises UsageError, naming `owner` and the first such image, if a feature is NaN or infinite."""
         bad = ~torch.isfinite(self.features).all(dim=1)
         if bad.any():
             raise UsageError(
-                f"{owner}: the features of {int(bad.sum())} of {len(self)} images are NaN or infinite (first: image "
-                f"{int(self.index[bad][0])}), so nothing can be measured on them. Did the training diverge? Take an earlier checkpoint, "
+                f"{owner}: the features of {int(bad.sum())} of {len(self)} images are NaN or infinite "
+                "(first: image "
+                f"{int(self.index[bad][0])}), so nothing can be measured on them. Did the training diverge? "
+                "Take an earlier checkpoint, "
                 "or train with a smaller optim.base_lr."
             )
 
 
 def extract_features(
-    encoder: nn.Module, loader: Iterable[Any], device: torch.device | str, precision: str = "fp32", progress: bool = False
+    encoder: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | str,
+    precision: str = "fp32",
+    progress: bool = False,
 ) -> Features:
     """Features of a loader that yields one view an image: `encoder` maps (B, 3, S, S) on `device` to (B, F).
 
-    Evaluation mode without gradient; every submodule's training mode is put back. `precision` (fp32, bf16, fp16) is the autocast type
-    of the forward pass. With several ranks each one extracts the shard that its loader yields, and every rank gets all the rows.
-    Raises ValueError if the loader yields several views or an image twice, or the encoder returns anything but (B, F).
+    Evaluation mode without gradient; every submodule's training mode is put back. `precision` (fp32, bf16,
+    fp16) is the autocast type of the forward pass. With several ranks each one extracts the shard that its
+    loader yields, and every rank gets all the rows. Raises ValueError if the loader yields several views or
+    an image twice, or the encoder returns anything but (B, F).
 
     >>> from types import SimpleNamespace as Batch
     >>> batch = Batch(views=[torch.ones(2, 3, 4, 4)], index=torch.arange(2), label=None)
@@ -69,19 +78,27 @@ def extract_features(
     """
     views = extract_views(encoder, loader, device, precision, progress)
     if len(views) != 1:
-        raise ValueError(f"The loader yields {len(views)} views an image; frozen features take exactly one. Use extract_views.")
+        raise ValueError(
+            f"The loader yields {len(views)} views an image; frozen features take exactly one. Use "
+            "extract_views."
+        )
     return views[0]
 
 
 class Pixels(nn.Module):
-    """No encoder: views (B, 3, S, S) flattened to (B, 3·S·S), averaged down to 32 × 32 first where they are larger.
+    """No encoder: views (B, 3, S, S) flattened to (B, 3·S·S), averaged down to 32 × 32 first where they are
+    larger.
 
     >>> Pixels()(torch.ones(2, 3, 224, 224)).shape
     torch.Size([2, 3072])
     """
 
     def forward(self, view: Tensor) -> Tensor:
-        small = F.adaptive_avg_pool2d(view, LARGEST_PIXEL_SIDE) if max(view.shape[-2:]) > LARGEST_PIXEL_SIDE else view
+        small = (
+            F.adaptive_avg_pool2d(view, LARGEST_PIXEL_SIDE)
+            if max(view.shape[-2:]) > LARGEST_PIXEL_SIDE
+            else view
+        )
         return small.flatten(1)
 
 
@@ -96,9 +113,15 @@ def raw_pixels(loader: Iterable[Any], progress: bool = False) -> Features:
 
 
 def extract_views(
-    encoder: nn.Module, loader: Iterable[Any], device: torch.device | str, precision: str = "fp32", progress: bool = False
+    encoder: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | str,
+    precision: str = "fp32",
+    progress: bool = False,
 ) -> tuple[Features, ...]:
-    """As `extract_features`, for a loader that yields V views an image: one `Features` a view, their rows aligned."""
+    """As `extract_features`, for a loader that yields V views an image: one `Features` a view, their rows
+    aligned.
+    """
     device = torch.device(device)
     rows: list[list[Tensor]] = []
     index: list[Tensor] = []
@@ -123,7 +146,9 @@ def _forward(encoder: nn.Module, view: Tensor, device: torch.device, precision: 
     with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
         features = encoder(view.to(device, non_blocking=True))
     if features.ndim != 2 or len(features) != len(view):
-        raise ValueError(f"The encoder maps views {tuple(view.shape)} to {tuple(features.shape)}; evaluation needs (B, F).")
+        raise ValueError(
+            f"The encoder maps views {tuple(view.shape)} to {tuple(features.shape)}; evaluation needs (B, F)."
+        )
     return features.to("cpu", torch.float32)
 
 
@@ -140,16 +165,22 @@ def _evaluation_mode(encoder: nn.Module) -> Iterator[None]:
 
 
 def _gather(views: list[Tensor], labels: Tensor | None, index: Tensor) -> list[Any]:
-    """Views (n, F) each, labels (n,) or None and index (n,) of this rank -> those of all ranks, one after the other."""
+    """Views (n, F) each, labels (n,) or None and index (n,) of this rank -> those of all ranks, one after the
+    other.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         if not views:
-            raise UsageError("The loader yields no batch: not one image could be read, so there are no features.")
+            raise UsageError(
+                "The loader yields no batch: not one image could be read, so there are no features."
+            )
         return [*views, labels, index]
     headers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(headers, (len(index), [view.shape[1] for view in views], labels is not None))
     counts = [count for count, _, _ in headers]
     if sum(counts) == 0:
-        raise UsageError("The loader yields no batch on any rank: not one image could be read, so there are no features.")
+        raise UsageError(
+            "The loader yields no batch on any rank: not one image could be read, so there are no features."
+        )
     # A rank whose shard is empty knows neither the width nor whether there are labels.
     widths, labelled = next((widths, labelled) for count, widths, labelled in headers if count)
     views = views or [torch.empty(0, width) for width in widths]
@@ -159,8 +190,14 @@ def _gather(views: list[Tensor], labels: Tensor | None, index: Tensor) -> list[A
 
 
 def _gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """This rank's rows -> all ranks' rows. `counts`: how many each rank has; padded, because collectives want equal shapes."""
-    place = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    """This rank's rows -> all ranks' rows. `counts`: how many each rank has; padded, because collectives want
+    equal shapes.
+    """
+    place = (
+        torch.device("cuda", torch.cuda.current_device())
+        if "nccl" in dist.get_backend()
+        else torch.device("cpu")
+    )
     padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=place)
     padded[: len(rows)] = rows.to(place)
     parts = [torch.empty_like(padded) for _ in counts]
@@ -172,6 +209,7 @@ def _require_each_once(index: Tensor) -> None:
     repeated = index[1:][index[1:] == index[:-1]]
     if len(repeated):
         raise ValueError(
-            f"The loader yields {len(repeated)} images more than once (first: image {int(repeated[0])}); an evaluation loader covers each "
+            f"The loader yields {len(repeated)} images more than once (first: image {int(repeated[0])}); an "
+            "evaluation loader covers each "
             "image exactly once. With several ranks, give each rank its own shard."
         )

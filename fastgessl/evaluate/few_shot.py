@@ -1,7 +1,9 @@
-"""Few-shot episodes: N classes, K labelled images of each, and the question which class a few further images belong to.
+"""Few-shot episodes: N classes, K labelled images of each, and the question which class a few further images
+belong to.
 
-Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017: a class is the mean of its labelled features, and an image goes
-to the nearest mean. Features stand on the unit sphere, as in Wang et al., "SimpleShot", arXiv 1911.04623 (L2N). Nothing is trained.
+Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017: a class is the mean of its labelled
+features, and an image goes to the nearest mean. Features stand on the unit sphere, as in Wang et al.,
+"SimpleShot", arXiv 1911.04623 (L2N). Nothing is trained.
 """
 
 from __future__ import annotations
@@ -33,11 +35,15 @@ class FewShotResult:
     """Classes that had enough images to be drawn."""
 
 
-def few_shot(pool: Features, *, ways: int, shots: int, queries: int = 15, episodes: int = 600, seed: int = 0) -> FewShotResult:
-    """`episodes` episodes of `ways` classes with `shots` labelled and `queries` unlabelled images of each, drawn from one pool.
+def few_shot(
+    pool: Features, *, ways: int, shots: int, queries: int = 15, episodes: int = 600, seed: int = 0
+) -> FewShotResult:
+    """`episodes` episodes of `ways` classes with `shots` labelled and `queries` unlabelled images of each,
+    drawn from one pool.
 
-    The draws depend on labels and `seed` alone, so that encoders are compared on the same episodes. Raises UsageError where fewer than
-    `ways` classes have shots + queries images, without labels, and for NaN features.
+    The draws depend on labels and `seed` alone, so that encoders are compared on the same episodes. Raises
+    UsageError where fewer than `ways` classes have shots + queries images, without labels, and for NaN
+    features.
 
     >>> pool = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))
     >>> few_shot(pool, ways=3, shots=1, queries=2, episodes=5).accuracy
@@ -50,7 +56,9 @@ def few_shot(pool: Features, *, ways: int, shots: int, queries: int = 15, episod
     members = _members(pool.labels, shots + queries)
     points = F.normalize(pool.features.double(), dim=1)
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.stack([_episode(points, _draw(members, ways, shots + queries, generator), shots) for _ in range(episodes)])
+    scores = torch.stack(
+        [_episode(points, _draw(members, ways, shots + queries, generator), shots) for _ in range(episodes)]
+    )
     interval = 1.96 * scores.std().item() / episodes**0.5
     return FewShotResult(scores.mean().item(), interval, ways, shots, queries, episodes, len(members))
 
@@ -63,24 +71,31 @@ def too_few_for_episodes(labels: Tensor | None, ways: int, images: int) -> str:
     if able >= ways:
         return ""
     return (
-        f"an episode takes {ways} classes of {images} images (shots and queries), but only {able} classes have as many. "
+        f"an episode takes {ways} classes of {images} images (shots and queries), but only {able} classes "
+        "have as many. "
         "Choose smaller --evaluate.ways, --evaluate.shots or --evaluate.queries."
     )
 
 
 def _members(labels: Tensor, images: int) -> list[Tensor]:
     """Row numbers of each class that has `images` images, in the order of the labels."""
-    return [rows for label in labels.unique() if len(rows := (labels == label).nonzero().squeeze(1)) >= images]
+    return [
+        rows for label in labels.unique() if len(rows := (labels == label).nonzero().squeeze(1)) >= images
+    ]
 
 
 def _draw(members: list[Tensor], ways: int, images: int, generator: torch.Generator) -> Tensor:
     """Row numbers (ways, images) of random classes and random images of each."""
     chosen = torch.randperm(len(members), generator=generator)[:ways].tolist()
-    return torch.stack([members[one][torch.randperm(len(members[one]), generator=generator)[:images]] for one in chosen])
+    return torch.stack(
+        [members[one][torch.randperm(len(members[one]), generator=generator)[:images]] for one in chosen]
+    )
 
 
 def _episode(points: Tensor, rows: Tensor, shots: int) -> Tensor:
-    """Share of query images nearest to the mean of their own class: points (N, F), rows (ways, shots + queries) -> ()."""
+    """Share of query images nearest to the mean of their own class: points (N, F), rows (ways, shots +
+    queries) -> ().
+    """
     means = points[rows[:, :shots]].mean(dim=1)
     distances = torch.cdist(points[rows[:, shots:]].flatten(0, 1), means)
     own = torch.arange(len(rows)).repeat_interleave(rows.shape[1] - shots)

@@ -27,7 +27,8 @@ class FinetuneResult:
     lr: float
     """As chosen."""
     validation: dict[float, float]
-    """Learning rate -> accuracy on the held-out fifth of the labelled images; empty where no class could give one away."""
+    """Learning rate -> accuracy on the held-out fifth of the labelled images; empty where no class could give
+    one away."""
     epochs: int
     layer_decay: float
 
@@ -43,10 +44,11 @@ def finetune(
     seed: int = 0,
     progress: bool = False,
 ) -> FinetuneResult:
-    """A copy of the encoder with a linear head, trained on a stratified share of the training labels; the encoder stays as it was.
+    """A copy of the encoder with a linear head, trained on a stratified share of the training labels; the
+    encoder stays as it was.
 
-    The learning rate is chosen on a fifth of the share, then everything starts anew on all of it; test labels are read once. Raises
-    UsageError for labels that allow no classifier.
+    The learning rate is chosen on a fifth of the share, then everything starts anew on all of it; test labels
+    are read once. Raises UsageError for labels that allow no classifier.
     """
     labels, _ = require_labels("finetune", _labels(train), _labels(test))
     rows = draw_fraction(labels, fraction, torch.Generator().manual_seed(seed))
@@ -54,11 +56,14 @@ def finetune(
     fitted, held = hold_out(labels[rows], VALIDATION_FRACTION, torch.Generator().manual_seed(seed))
 
     def trained(images: Images, lr: float) -> Classifier:
-        # The order of images and views follows the loader's seed; dropout, where a backbone has it, follows this one.
+        # The order of images and views follows the loader's seed; dropout, where a backbone has it, follows
+        # this one.
         torch.manual_seed(seed)
         classifier = Classifier(deepcopy(encoder), classes)
         decay, epochs = settings.layer_decay, settings.finetune_epochs
-        return train_classifier(classifier, images, loaders, device, epochs=epochs, lr=lr, layer_decay=decay, progress=progress)
+        return train_classifier(
+            classifier, images, loaders, device, epochs=epochs, lr=lr, layer_decay=decay, progress=progress
+        )
 
     validation = {}
     if len(settings.finetune_lrs) > 1 and len(held):
@@ -67,10 +72,14 @@ def finetune(
     chosen = max(settings.finetune_lrs, key=lambda lr: validation.get(lr, 0.0))
     known = numbered(test, labels.unique())
     accuracy = _accuracy(trained(labelled, chosen), known, loaders, device)
-    return FinetuneResult(fraction, len(rows), accuracy, chosen, validation, settings.finetune_epochs, settings.layer_decay)
+    return FinetuneResult(
+        fraction, len(rows), accuracy, chosen, validation, settings.finetune_epochs, settings.layer_decay
+    )
 
 
-def _accuracy(classifier: Classifier, images: Images, loaders: ClassifierLoaders, device: torch.device) -> float:
+def _accuracy(
+    classifier: Classifier, images: Images, loaders: ClassifierLoaders, device: torch.device
+) -> float:
     found = logits_of(classifier, images, loaders, device)
     assert found.labels is not None
     return (found.features.argmax(dim=1) == found.labels).double().mean().item()

@@ -1,4 +1,6 @@
-"""The tasks that need the encoder and the images themselves: fine-tuning, universality over data sets, learning universality."""
+"""The tasks that need the encoder and the images themselves: fine-tuning, universality over data sets,
+learning universality.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +29,31 @@ Features = Mapping[str, Mapping[str, Extracted]]
 
 
 def require_one_process(tasks: tuple[str, ...], processes: int) -> None:
-    """Raises UsageError for a task that trains, where there are several processes: it would be trained on each.
+    """Raises UsageError for a task that trains, where there are several processes: it would be trained on
+    each.
 
     >>> require_one_process(("linear", "knn"), processes=8)
     """
     training = [task for task in IMAGE_TASKS if task in tasks]
     if training and processes > 1:
-        raise UsageError(f"Task {training[0]} trains on one process. Start `fastgessl evaluate` without a launcher of several.")
+        raise UsageError(
+            f"Task {training[0]} trains on one process. Start `fastgessl evaluate` without a launcher of "
+            "several."
+        )
 
 
 def measure_further(
-    tasks: tuple[str, ...], rows: Rows, features: Features, sources: list[Source], extraction: Extraction, folder: Path
+    tasks: tuple[str, ...],
+    rows: Rows,
+    features: Features,
+    sources: list[Source],
+    extraction: Extraction,
+    folder: Path,
 ) -> dict[str, Any]:
     """Task -> row -> what was measured, for the tasks of `IMAGE_TASKS` among `tasks`.
 
-    What has no checkpoints has no learning universality; asked for by name that is a UsageError, among `all` it is left out.
+    What has no checkpoints has no learning universality; asked for by name that is a UsageError, among `all`
+    it is left out.
     """
     wanted = [task for task in IMAGE_TASKS if task in tasks]
     if not checkpoint.complete(folder) and "learning" not in extraction.config.evaluate.tasks:
@@ -64,13 +76,19 @@ def _finetune(rows: Rows, source: Source, extraction: Extraction) -> dict[str, A
     runs = [(name, share) for name in encoders for share in config.evaluate.label_fractions]
     for name, share in shown(runs, "fine-tuning", extraction.accelerator.is_main_process):
         loaders, device = extraction.classifier_loaders(), extraction.accelerator.device
-        result = finetune(encoders[name], *train_and_test, share, config.evaluate, loaders, device, config.train.seed)
+        result = finetune(
+            encoders[name], *train_and_test, share, config.evaluate, loaders, device, config.train.seed
+        )
         found[name].append(asdict(result))
     return found
 
 
-def _universality(features: Features, sources: list[Source], extraction: Extraction, folder: Path) -> dict[str, Any]:
-    """Row -> σ of each task with the sums; the supervised models, where they are the target, are trained first."""
+def _universality(
+    features: Features, sources: list[Source], extraction: Extraction, folder: Path
+) -> dict[str, Any]:
+    """Row -> σ of each task with the sums; the supervised models, where they are the target, are trained
+    first.
+    """
     settings, seed = extraction.config.evaluate, extraction.config.train.seed
     models = {}
     if settings.sigma_against == "supervised":
@@ -80,11 +98,17 @@ def _universality(features: Features, sources: list[Source], extraction: Extract
     for number, source, row in shown(work, "universality", extraction.accelerator.is_main_process):
         part = features[source.name][row]
         part.test.require_finite(f"Row '{row}'")
-        kind, probe = choose_probe(part.train, hidden=settings.mlp_hidden, epochs=settings.probe_epochs, seed=seed)
+        kind, probe = choose_probe(
+            part.train, hidden=settings.mlp_hidden, epochs=settings.probe_epochs, seed=seed
+        )
         own = models.get(source.name)
         tasks = sigmas.setdefault(row, [])
         if number == 0:
-            tasks.append(task_sigma(source.name, "discriminability", part.train, probe, kind, own.train if own else None))
+            tasks.append(
+                task_sigma(
+                    source.name, "discriminability", part.train, probe, kind, own.train if own else None
+                )
+            )
         group = "transferability" if number else "generalisation"
         tasks.append(task_sigma(source.name, group, part.test, probe, kind, own.test if own else None))
     found = {row: asdict(summed(tasks)) for row, tasks in sigmas.items()}

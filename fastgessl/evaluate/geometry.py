@@ -1,4 +1,5 @@
-"""The shape of a representation: how many directions it uses, what augmentation does to it, how evenly it fills the sphere.
+"""The shape of a representation: how many directions it uses, what augmentation does to it, how evenly it
+fills the sphere.
 
 All but the crowding ratio need no labels. Sums are float64.
 """
@@ -28,7 +29,8 @@ class Geometry:
     uniformity: float
     """Between -8 and 0: low is spread evenly over the sphere (mean of both views)."""
     retrieval: float
-    """Share of views whose nearest neighbour among the N other views is the same image (mean of both directions)."""
+    """Share of views whose nearest neighbour among the N other views is the same image (mean of both
+    directions)."""
     images: int
     """N. Retrieval gets harder with N, so that it is compared at equal N only."""
 
@@ -51,16 +53,18 @@ def measure_geometry(first: Tensor, second: Tensor) -> Geometry:
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of (N, F) features, not centred; 0 if all features are 0.
+    """exp of the entropy of the normalised singular values of (N, F) features, not centred; 0 if all features
+    are 0.
 
-    Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations by Their Rank", ICML 2023,
-    eq. (1), without its ε.
+    Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised
+    Representations by Their Rank", ICML 2023, eq. (1), without its ε.
 
     >>> round(effective_rank(torch.eye(8)), 6)
     8.0
     """
     wide = features.double()
-    # Through the smaller Gram matrix: what float64 loses there lies below 1e-8 of the largest, finer than float32 features are.
+    # Through the smaller Gram matrix: what float64 loses there lies below 1e-8 of the largest, finer than
+    # float32 features are.
     gram = wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     if singular.sum() == 0:
@@ -71,8 +75,8 @@ def effective_rank(features: Tensor) -> float:
 def alignment(first: Tensor, second: Tensor) -> float:
     """Mean ‖x − y‖² over the images' two views, (N, F) each, on the unit sphere.
 
-    Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the Hypersphere", ICML 2020, §4.1,
-    α = 2.
+    Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+    Hypersphere", ICML 2020, §4.1, α = 2.
 
     >>> alignment(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
     2.0
@@ -81,7 +85,8 @@ def alignment(first: Tensor, second: Tensor) -> float:
 
 
 def uniformity(features: Tensor) -> float:
-    """log of the mean of exp(−2‖x − y‖²) over all pairs of different rows of (N, F) features on the unit sphere, N >= 2.
+    """log of the mean of exp(−2‖x − y‖²) over all pairs of different rows of (N, F) features on the unit
+    sphere, N >= 2.
 
     Wang & Isola 2020, §4.1, t = 2.
 
@@ -99,7 +104,8 @@ def uniformity(features: Tensor) -> float:
 
 
 def view_retrieval(queries: Tensor, keys: Tensor) -> float:
-    """Share of rows of `queries` (N, F) whose most similar row of `keys` (N, F), by cosine, has the same number.
+    """Share of rows of `queries` (N, F) whose most similar row of `keys` (N, F), by cosine, has the same
+    number.
 
     >>> view_retrieval(torch.eye(3), torch.eye(3)[[0, 2, 1]])
     0.3333333333333333
@@ -111,10 +117,11 @@ def view_retrieval(queries: Tensor, keys: Tensor) -> float:
 
 
 def crowding_ratio(features: Tensor, labels: Tensor) -> float:
-    """Mean over classes of (mean distance of its images to its centre) / (distance of that centre to the nearest other centre).
+    """Mean over classes of (mean distance of its images to its centre) / (distance of that centre to the
+    nearest other centre).
 
-    Features (N, F) on the unit sphere, labels (N,) of at least two classes. Low is compact and far apart; infinite where two classes share
-    a centre.
+    Features (N, F) on the unit sphere, labels (N,) of at least two classes. Low is compact and far apart;
+    infinite where two classes share a centre.
 
     >>> crowding_ratio(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]))
     0.0
@@ -122,8 +129,16 @@ def crowding_ratio(features: Tensor, labels: Tensor) -> float:
     points = _on_sphere(features)
     classes, columns = labels.unique(return_inverse=True)
     counts = columns.bincount()
-    centres = torch.zeros(len(classes), points.shape[1], dtype=points.dtype).index_add_(0, columns, points) / counts[:, None]
-    spread = torch.zeros(len(classes), dtype=points.dtype).index_add_(0, columns, (points - centres[columns]).norm(dim=1)) / counts
+    centres = (
+        torch.zeros(len(classes), points.shape[1], dtype=points.dtype).index_add_(0, columns, points)
+        / counts[:, None]
+    )
+    spread = (
+        torch.zeros(len(classes), dtype=points.dtype).index_add_(
+            0, columns, (points - centres[columns]).norm(dim=1)
+        )
+        / counts
+    )
     nearest = torch.cdist(centres, centres).fill_diagonal_(math.inf).amin(dim=1)
     return math.inf if (nearest == 0).any() else (spread / nearest).mean().item()
 

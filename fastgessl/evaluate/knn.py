@@ -1,7 +1,8 @@
 """k-nearest-neighbour classification of frozen features: no training, one number.
 
-Weighted by cosine: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, §3.4. Majority by
-Euclidean distance: Ermolov et al., "Whitening for Self-Supervised Representation Learning", ICML 2021.
+Weighted by cosine: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
+CVPR 2018, §3.4. Majority by Euclidean distance: Ermolov et al., "Whitening for Self-Supervised Representation
+Learning", ICML 2021.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ PUBLISHED = (Neighbours("cosine", 20, 0.07), Neighbours("cosine", 200, 0.1), Nei
 def knn_classify(train: Features, test: Features, k: int, temperature: float) -> float:
     """Accuracy of the vote Σ exp(cos/T) over the k training images of the highest cosine similarity.
 
-    k, T and the metric belong beside the number wherever it is printed. Raises UsageError if k exceeds the training images, and for
-    labels or features that allow no classifier, as `linear_probe` does.
+    k, T and the metric belong beside the number wherever it is printed. Raises UsageError if k exceeds the
+    training images, and for labels or features that allow no classifier, as `linear_probe` does.
 
     >>> features = Features(torch.eye(3).repeat(2, 1), torch.arange(3).repeat(2), torch.arange(6))
     >>> knn_classify(features, features, k=2, temperature=0.07)
@@ -49,8 +50,11 @@ def knn_classify(train: Features, test: Features, k: int, temperature: float) ->
     return _accuracies("knn", train, test, (protocol,), too_few_neighbours(len(train), k))[protocol]
 
 
-def knn_protocols(train: Features, test: Features, protocols: tuple[Neighbours, ...] = PUBLISHED) -> dict[Neighbours, float]:
-    """Accuracy under each protocol; those that share a metric share one search. Raises UsageError as `knn_classify` does.
+def knn_protocols(
+    train: Features, test: Features, protocols: tuple[Neighbours, ...] = PUBLISHED
+) -> dict[Neighbours, float]:
+    """Accuracy under each protocol; those that share a metric share one search. Raises UsageError as
+    `knn_classify` does.
 
     A majority that is tied goes to the class of the lowest label, as scikit-learn has it.
 
@@ -61,7 +65,9 @@ def knn_protocols(train: Features, test: Features, protocols: tuple[Neighbours, 
     return _accuracies("knn_protocols", train, test, protocols, too_few_for_protocols(len(train), protocols))
 
 
-def _accuracies(task: str, train: Features, test: Features, protocols: tuple[Neighbours, ...], obstacle: str) -> dict[Neighbours, float]:
+def _accuracies(
+    task: str, train: Features, test: Features, protocols: tuple[Neighbours, ...], obstacle: str
+) -> dict[Neighbours, float]:
     labels, test_labels = require_labels(task, train.labels, test.labels)
     train.require_finite("training images")
     test.require_finite("test images")
@@ -72,7 +78,10 @@ def _accuracies(task: str, train: Features, test: Features, protocols: tuple[Nei
     for metric in dict.fromkeys(protocol.metric for protocol in protocols):
         same = [protocol for protocol in protocols if protocol.metric == metric]
         votes = _votes_of(train.features, columns, test.features, same, len(classes))
-        found |= {each: (classes[vote.argmax(dim=1)] == test_labels).double().mean().item() for each, vote in zip(same, votes, strict=True)}
+        found |= {
+            each: (classes[vote.argmax(dim=1)] == test_labels).double().mean().item()
+            for each, vote in zip(same, votes, strict=True)
+        }
     return {protocol: found[protocol] for protocol in protocols}
 
 
@@ -87,11 +96,16 @@ def too_few_for_protocols(count: int, protocols: tuple[Neighbours, ...]) -> str:
     """Why some protocol's neighbours cannot be found among `count` training images; empty if they can."""
     most = max(protocol.k for protocol in protocols)
     return (
-        "" if most <= count else f"a protocol takes {most} neighbours, but there are only {count} training images. Leave knn_protocols out."
+        ""
+        if most <= count
+        else f"a protocol takes {most} neighbours, but there are only {count} training images. Leave "
+        "knn_protocols out."
     )
 
 
-def _votes_of(train: Tensor, columns: Tensor, test: Tensor, protocols: list[Neighbours], classes: int) -> list[Tensor]:
+def _votes_of(
+    train: Tensor, columns: Tensor, test: Tensor, protocols: list[Neighbours], classes: int
+) -> list[Tensor]:
     """The vote of each protocol, (M, C) float32; all have one metric."""
     keys, queries, offset = _compared(train, test, protocols[0].metric)
     votes = [torch.zeros(len(test), classes) for _ in protocols]
@@ -102,17 +116,21 @@ def _votes_of(train: Tensor, columns: Tensor, test: Tensor, protocols: list[Neig
         for protocol, vote in zip(protocols, votes, strict=True):
             weights = torch.ones(len(nearest), protocol.k)
             if protocol.temperature:
-                # Softmax: the same vote as exp(cos/T), divided by its sum; exp alone overflows float32 below T = 0.012.
+                # Softmax: the same vote as exp(cos/T), divided by its sum; exp alone overflows float32 below
+                # T = 0.012.
                 weights = (nearest[:, : protocol.k] / protocol.temperature).softmax(dim=1)
             vote[start : start + chunk].scatter_add_(1, columns[neighbours[:, : protocol.k]], weights)
     return votes
 
 
 def _compared(train: Tensor, test: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys (N, F), queries (M, F) and an offset (1, N): offset + queries·keysᵀ is greater, the nearer a key is to a query."""
+    """Keys (N, F), queries (M, F) and an offset (1, N): offset + queries·keysᵀ is greater, the nearer a key
+    is to a query.
+    """
     if metric == "cosine":
         return F.normalize(train, dim=1), F.normalize(test, dim=1), torch.zeros(1, len(train))
-    # −‖q − k‖²/2 without ‖q‖², which is the same for all keys. About the common mean, where float32 loses least to cancellation.
+    # −‖q − k‖²/2 without ‖q‖², which is the same for all keys. About the common mean, where float32 loses
+    # least to cancellation.
     centre = train.mean(dim=0)
     keys = train - centre
     return keys, test - centre, -keys.square().sum(dim=1)[None] / 2

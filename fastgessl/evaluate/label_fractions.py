@@ -41,11 +41,13 @@ def draw_fraction(labels: Tensor, fraction: float, generator: torch.Generator) -
     return torch.cat(chosen).sort().values
 
 
-def label_fraction_probe(train: Features, test: Features, fraction: float, *, draws: int = 3, seed: int = 0) -> FractionResult:
+def label_fraction_probe(
+    train: Features, test: Features, fraction: float, *, draws: int = 3, seed: int = 0
+) -> FractionResult:
     """The linear probe of `linear_probe` on random, stratified shares of the training labels.
 
-    Nothing outside the share is used, its λ included: that is chosen on a fifth of the share. Draws depend on training labels and seed
-    alone. Raises UsageError as `linear_probe` does.
+    Nothing outside the share is used, its λ included: that is chosen on a fifth of the share. Draws depend on
+    training labels and seed alone. Raises UsageError as `linear_probe` does.
 
     >>> features = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))
     >>> label_fraction_probe(features, features, 0.25).labelled

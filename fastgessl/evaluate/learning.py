@@ -1,7 +1,9 @@
-"""Learning universality: how far the model after K steps on a task is from its converged, task-specific copy, along a run's checkpoints.
+"""Learning universality: how far the model after K steps on a task is from its converged, task-specific copy,
+along a run's checkpoints.
 
-"Explicitly Modeling Universality into Self-Supervised Learning", arXiv 2405.01053v4. The tasks are held-out mini-batches, the same ones
-with the same views at every checkpoint. α is constant, so that a falling σ is not a decaying rate.
+"Explicitly Modeling Universality into Self-Supervised Learning", arXiv 2405.01053v4. The tasks are held-out
+mini-batches, the same ones with the same views at every checkpoint. α is constant, so that a falling σ is not
+a decaying rate.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from fastgessl.objective.sigma import sigma
 from fastgessl.objective.task import Task, adapted_weights, check_views, rank_local_task
 from fastgessl.runs import checkpoint
 
-# The copy has converged once so many steps change the loss by less than a hundredth of what all of them have lowered it.
+# The copy has converged once so many steps change the loss by less than a hundredth of what all of them have
+# lowered it.
 STRIDE = 10
 CONVERGED_SHARE = 0.01
 
@@ -63,20 +66,32 @@ class LearningPoint:
     tasks: int
 
 
-def adapt(method: Method, settings: GesslConfig, views: Sequence[Tensor], labels: Tensor | None = None, max_steps: int = 50) -> Adaptation:
-    """σ between the model after K (`inner_steps`) steps on the task of these views and its copy after as many more as convergence takes.
+def adapt(
+    method: Method,
+    settings: GesslConfig,
+    views: Sequence[Tensor],
+    labels: Tensor | None = None,
+    max_steps: int = 50,
+) -> Adaptation:
+    """σ between the model after K (`inner_steps`) steps on the task of these views and its copy after as many
+    more as convergence takes.
 
-    The method is used in training mode and left as it was. Raises UsageError if the loss does not stay finite.
+    The method is used in training mode and left as it was. Raises UsageError if the loss does not stay
+    finite.
     """
     check_views(method, views, labels)
     mode = method.training
     method.train()
     try:
-        with torch.random.fork_rng(devices=[views[0].device] if views[0].device.type == "cuda" else []), torch.enable_grad():
+        with (
+            torch.random.fork_rng(devices=[views[0].device] if views[0].device.type == "cuda" else []),
+            torch.enable_grad(),
+        ):
             task = rank_local_task(method, views, labels, settings.scope)
             sgd = Sgd(settings.inner_lr, settings.inner_momentum)
             start = Iterate(as_leaves(adapted_weights(method, settings.scope)))
-            # As in training: what the first outputs determine, such as SwAV's codes, stays as it is while the weights move.
+            # As in training: what the first outputs determine, such as SwAV's codes, stays as it is while the
+            # weights move.
             task = task.settled(task.outputs(start.weights))
             student = descend(task, sgd, start, settings.inner_steps)[-1]
             losses = [_loss(task, start)]
@@ -87,12 +102,16 @@ def adapt(method: Method, settings: GesslConfig, views: Sequence[Tensor], labels
                 losses.append(_loss(task, teacher))
                 converged = abs(losses[-2] - losses[-1]) < CONVERGED_SHARE * (losses[0] - losses[-1])
             with torch.no_grad():
-                found = sigma(task.similarity(task.outputs(student.weights)), task.similarity(task.outputs(teacher.weights))).item()
+                found = sigma(
+                    task.similarity(task.outputs(student.weights)),
+                    task.similarity(task.outputs(teacher.weights)),
+                ).item()
     finally:
         method.train(mode)
     if not np.isfinite([found, *losses]).all():
         raise UsageError(
-            f"Task learning: the task-specific copy diverged (loss {losses[-1]:g}) at gessl.inner_lr {settings.inner_lr:g}. Choose a "
+            f"Task learning: the task-specific copy diverged (loss {losses[-1]:g}) at gessl.inner_lr "
+            f"{settings.inner_lr:g}. Choose a "
             "smaller --gessl.inner_lr."
         )
     return Adaptation(found, losses[0], losses[-1], steps, converged)
@@ -103,35 +122,51 @@ def along_checkpoints(run: Path, source: Source, extraction: Extraction) -> list
     kept = checkpoint.complete(run)
     if not kept:
         raise UsageError(
-            f"Task learning: '{run}' has no checkpoints. Train with --train.keep_checkpoints 100 to keep those of the whole run; a timm "
+            f"Task learning: '{run}' has no checkpoints. Train with --train.keep_checkpoints 100 to keep "
+            "those of the whole run; a timm "
             "model or a file of weights has none."
         )
     config = extraction.config
-    places = np.linspace(0, len(kept) - 1, min(config.evaluate.learning_checkpoints, len(kept))).round().astype(int)
+    places = (
+        np.linspace(0, len(kept) - 1, min(config.evaluate.learning_checkpoints, len(kept)))
+        .round()
+        .astype(int)
+    )
     tasks = _held_out_tasks(source, extraction)
     loader = extraction.loader(source.train, [extraction.still], sharded=False)
     plan = make_plan(config, source.train, loader, extraction.accelerator)
     method = build_model(config, plan, filled_later=True).to(extraction.accelerator.device)
     loader.close()
     points = []
-    for folder in shown([kept[place] for place in places], "learning universality", extraction.accelerator.is_main_process):
+    for folder in shown(
+        [kept[place] for place in places], "learning universality", extraction.accelerator.is_main_process
+    ):
         state = checkpoint.load(folder)
         try:
             method.load_state_dict(weights_of_method(state["objective"]))
         except RuntimeError as error:
-            raise UsageError(f"checkpoint '{folder}' does not fit method.name {config.method.name}: {str(error)[:200]}") from None
-        found = [adapt(method, config.gessl, views, labels, config.evaluate.converged_steps) for views, labels in tasks]
+            raise UsageError(
+                f"checkpoint '{folder}' does not fit method.name {config.method.name}: {str(error)[:200]}"
+            ) from None
+        found = [
+            adapt(method, config.gessl, views, labels, config.evaluate.converged_steps)
+            for views, labels in tasks
+        ]
         points.append(_point(state["step"], found))
     return points
 
 
 def weights_of_method(objective: dict[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint's objective -> the state of its method."""
-    return {name.removeprefix("method."): value for name, value in objective.items() if name.startswith("method.")}
+    return {
+        name.removeprefix("method."): value for name, value in objective.items() if name.startswith("method.")
+    }
 
 
 def _held_out_tasks(source: Source, extraction: Extraction) -> list[tuple[list[Tensor], Tensor | None]]:
-    """The first held-out mini-batches, as training views: of the size of training's, or of all held-out images if they are fewer."""
+    """The first held-out mini-batches, as training views: of the size of training's, or of all held-out
+    images if they are fewer.
+    """
     config = extraction.config
     images = source.train if source.test is None else source.test
     size = min(config.train.batch_size // config.train.accumulate, len(images))

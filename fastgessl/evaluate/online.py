@@ -1,4 +1,6 @@
-"""A linear probe that learns alongside pretraining, behind a stop-gradient: an early look at the representation, at no cost to it."""
+"""A linear probe that learns alongside pretraining, behind a stop-gradient: an early look at the
+representation, at no cost to it.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ STATISTICS_MOMENTUM = 0.1
 class OnlineProbe(nn.Module):
     """Linear classifier (N, F) -> (N, C) on detached, standardised features, with an optimiser of its own.
 
-    `update` is called after a training step with that step's features; it reads them and touches nothing else: no weight, buffer, gradient
-    or random number of the encoder's. Ranks share statistics and gradients, so that their probes stay equal. `state_dict` includes the
-    optimiser.
+    `update` is called after a training step with that step's features; it reads them and touches nothing
+    else: no weight, buffer, gradient or random number of the encoder's. Ranks share statistics and gradients,
+    so that their probes stay equal. `state_dict` includes the optimiser.
 
     >>> probe = OnlineProbe(feature_dim=8, classes=3)
     >>> sorted(probe.update(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
@@ -51,9 +53,11 @@ class OnlineProbe(nn.Module):
 
     @torch.enable_grad()
     def update(self, features: Tensor, labels: Tensor, chosen: Tensor | None = None) -> dict[str, Tensor]:
-        """One step on features (N, F), labels (N,) in 0 … C−1 -> this rank's loss (nats) and accuracy before the step, () each.
+        """One step on features (N, F), labels (N,) in 0 … C−1 -> this rank's loss (nats) and accuracy before
+        the step, () each.
 
-        `chosen` (N,) bool: the rows to learn from, None for all. A mask, because a rank that has none of them must still meet the others.
+        `chosen` (N,) bool: the rows to learn from, None for all. A mask, because a rank that has none of them
+        must still meet the others.
         """
         features = features.float()
         rows = torch.ones_like(features[:, 0]) if chosen is None else chosen.float()
@@ -79,8 +83,8 @@ class OnlineProbe(nn.Module):
 
     @torch.no_grad()
     def _follow(self, features: Tensor, rows: Tensor, count: Tensor) -> None:
-        """Move the running mean and variance towards those of the batch's `rows`, (N,) of 0 and 1, `count` of them over all ranks; the
-        first batch sets them."""
+        """Move the running mean and variance towards those of the batch's `rows`, (N,) of 0 and 1, `count` of
+        them over all ranks; the first batch sets them."""
         mean = _sum_over_ranks(rows @ features) / count.clamp(min=1)
         variance = _sum_over_ranks(rows @ (features - mean).square()) / count.clamp(min=1)
         # A tensor, so that a GPU is not waited for.

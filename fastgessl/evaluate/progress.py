@@ -14,7 +14,9 @@ Item = TypeVar("Item")
 
 
 class LateProgress(Progress):
-    """rich's progress bar on standard error, from two seconds after its start; nothing where that is no terminal."""
+    """rich's progress bar on standard error, from two seconds after its start; nothing where that is no
+    terminal.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)

@@ -18,7 +18,11 @@ from fastgessl.evaluate.tasks import DEFAULT_TASKS
 
 Measurements = dict[str, dict[str, Any]]
 # What stands in one table; more columns would not fit a terminal.
-TABLES = (DEFAULT_TASKS, ("linear_sgd", "mlp", "knn_protocols", "label_fractions"), ("few_shot", "conditions"))
+TABLES = (
+    DEFAULT_TASKS,
+    ("linear_sgd", "mlp", "knn_protocols", "label_fractions"),
+    ("few_shot", "conditions"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,16 @@ class Report:
     skipped: dict[str, str]
     """Tasks that the data does not allow -> why. Empty if tasks were asked for by name."""
     images: dict[str, int]
-    """Images in train and test, classes (0 without labels), and under held_out 1 if the test images were taken from the training images."""
+    """Images in train and test, classes (0 without labels), and under held_out 1 if the test images were
+    taken from the training images."""
     settings: EvaluateConfig
     data: str = ""
     """Name of the data set, for the title; empty names none."""
 
     def table(self) -> Group:
-        """The rows side by side, a column a measurement, k and T and the metric of k-NN in its heading; a table for each group of tasks."""
+        """The rows side by side, a column a measurement, k and T and the metric of k-NN in its heading; a
+        table for each group of tasks.
+        """
         tables = []
         for headings, rows in self.cells():
             table = Table(box=SIMPLE_HEAD)
@@ -54,13 +61,18 @@ class Report:
         return Group(Text(self.title(), style="italic"), *tables)
 
     def cells(self) -> list[tuple[list[str], list[list[str]]]]:
-        """Headings and rows of each group of tasks that was measured, the first cell the encoder; at least one group."""
+        """Headings and rows of each group of tasks that was measured, the first cell the encoder; at least
+        one group.
+        """
         groups = [[column for column in self._columns() if column.task in group] for group in TABLES]
         return [
             (
                 ["encoder", *(column.heading for column in columns)],
                 [
-                    [f"{name} ({row['features']['width']})", *(column.show(row[column.task]) for column in columns)]
+                    [
+                        f"{name} ({row['features']['width']})",
+                        *(column.show(row[column.task]) for column in columns),
+                    ]
                     for name, row in self.rows.items()
                 ],
             )
@@ -68,7 +80,12 @@ class Report:
         ]
 
     def _columns(self) -> list[Column]:
-        return [column for task in self.tasks for column in _columns(task, self.settings) if self._measured(task, column)]
+        return [
+            column
+            for task in self.tasks
+            for column in _columns(task, self.settings)
+            if self._measured(task, column)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain strings, integers, floats and lists; null for what is infinite."""
@@ -99,7 +116,12 @@ class Report:
         for task, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(task)
         lines = [f"not run: {', '.join(tasks)}: {reason}" for reason, tasks in reasons.items()]
-        unsettled = [f"{name}: {task}" for name, row in self.rows.items() for task in row if row[task].get("converged") is False]
+        unsettled = [
+            f"{name}: {task}"
+            for name, row in self.rows.items()
+            for task in row
+            if row[task].get("converged") is False
+        ]
         return "\n".join(lines + [f"the fit stopped before it converged: {place}" for place in unsettled])
 
 
@@ -118,7 +140,9 @@ def _columns(task: str, settings: EvaluateConfig) -> list[Column]:
     knn = f"k-NN\ncosine\nk {settings.knn_k}\nT {settings.knn_temperature:g}\n%"
     every = [
         Column("linear", "linear\n%", "accuracy", lambda m: f"{100 * m['accuracy']:.1f}"),
-        Column("few_labels", few, "accuracy", lambda m: f"{100 * m['accuracy']:.1f}±{100 * m['deviation']:.1f}"),
+        Column(
+            "few_labels", few, "accuracy", lambda m: f"{100 * m['accuracy']:.1f}±{100 * m['deviation']:.1f}"
+        ),
         Column("knn", knn, "accuracy", lambda m: f"{100 * m['accuracy']:.1f}"),
         Column("sigma", "σ\ntrain", "discriminability", lambda m: f"{m['discriminability']:.3f}"),
         Column("sigma", "σ\ntest", "generalisation", lambda m: f"{m['generalisation']:.3f}"),
@@ -129,7 +153,10 @@ def _columns(task: str, settings: EvaluateConfig) -> list[Column]:
         Column("geometry", "crowd.", "crowding", lambda m: f"{m['crowding']:.2f}"),
         Column("linear_sgd", "linear\nSGD\n%", "accuracy", lambda m: f"{100 * m['accuracy']:.1f}"),
         Column("mlp", f"MLP\n{settings.mlp_hidden}\n%", "accuracy", lambda m: f"{100 * m['accuracy']:.1f}"),
-        *(Column("knn_protocols", _protocol(number), "protocols", _nth("protocols", number)) for number in range(len(PUBLISHED))),
+        *(
+            Column("knn_protocols", _protocol(number), "protocols", _nth("protocols", number))
+            for number in range(len(PUBLISHED))
+        ),
         *(
             Column("label_fractions", f"{100 * share:g} %\nlabels\n%", "fractions", _nth("fractions", number))
             for number, share in enumerate(settings.label_fractions)
@@ -139,8 +166,12 @@ def _columns(task: str, settings: EvaluateConfig) -> list[Column]:
             for number, shots in enumerate(settings.shots)
         ),
         Column("conditions", "variance\nwithin\n%", "variation", lambda m: f"{100 * m['variation']:.1f}"),
-        Column("conditions", "dimensions\nof needed", "dimension", lambda m: f"{m['dimension']} of {m['needed']}"),
-        Column("conditions", "image\nnamed\n%", "predictability", lambda m: f"{100 * m['predictability']:.1f}"),
+        Column(
+            "conditions", "dimensions\nof needed", "dimension", lambda m: f"{m['dimension']} of {m['needed']}"
+        ),
+        Column(
+            "conditions", "image\nnamed\n%", "predictability", lambda m: f"{100 * m['predictability']:.1f}"
+        ),
     ]
     return [column for column in every if column.task == task]
 

@@ -1,4 +1,6 @@
-"""Evaluation of a run: k-NN, effective rank and an online probe along the way, every task at the end or by `fastgessl evaluate`."""
+"""Evaluation of a run: k-NN, effective rank and an online probe along the way, every task at the end or by
+`fastgessl evaluate`.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,22 @@ from fastgessl.pipelines.sources.images import Images
 
 
 class RunEvaluation:
-    """What is measured of one run. Built before training starts, so that a task that cannot be done is refused then."""
+    """What is measured of one run. Built before training starts, so that a task that cannot be done is
+    refused then.
+    """
 
-    def __init__(self, config: Config, images: Images, accelerator: Accelerator, cache: FeatureCache | None = None) -> None:
+    def __init__(
+        self, config: Config, images: Images, accelerator: Accelerator, cache: FeatureCache | None = None
+    ) -> None:
         self._config, self._accelerator = config, accelerator
-        self._source = Source(config.data.name, images, pipelines.open_images(config.data.name, config.data.root, "test"))
+        self._source = Source(
+            config.data.name, images, pipelines.open_images(config.data.name, config.data.root, "test")
+        )
         labels = _labels(images)
         self._held_out = self._source.held_out(config.train.seed)
-        self._tasks, _ = plan_tasks(config.evaluate, *_judged_labels(self._source, config.train.seed), has_views=True)
+        self._tasks, _ = plan_tasks(
+            config.evaluate, *_judged_labels(self._source, config.train.seed), has_views=True
+        )
         require_one_process(self._tasks, accelerator.num_processes)
         self._transfer = _transfer_sources(config)
         for source in self._transfer:
@@ -51,13 +61,14 @@ class RunEvaluation:
         if config.evaluate.every_epochs and labels is not None:
             width = feature_width(build_backbone(config.model))
             self.probe = OnlineProbe(width, int(labels.max()) + 1).to(accelerator.device)
-        # A method that reads labels never gets the images that are held out, and numbers the others anew: see `trained_on`.
+        # A method that reads labels never gets the images that are held out, and numbers the others anew: see
+        # `trained_on`.
         unlearned = self._held_out[:0] if _reads_labels(config) else self._held_out
         self._unlearned = unlearned.to(accelerator.device)
 
     def observe(self, outputs: Outputs, labels: Tensor | None, index: Tensor) -> None:
-        """Let the online probe, if there is one, learn from the first view's features (V, N, F) of a training step on the images `index`
-        (N,): from those that it will not be judged on."""
+        """Let the online probe, if there is one, learn from the first view's features (V, N, F) of a training
+        step on the images `index` (N,): from those that it will not be judged on."""
         if self.probe is not None and labels is not None:
             self.probe.update(outputs.features[0], labels, ~torch.isin(index, self._unlearned))
 
@@ -65,7 +76,11 @@ class RunEvaluation:
         """Effective rank, and with labels k-NN accuracy and the online probe's. Every rank calls it."""
         _adopt_first_ranks_statistics(backbone)
         still, test = [self._extraction.still], self._source.test
-        loaders = [self._extraction.loader(images, still) for images in (self._source.train, test) if images is not None]
+        loaders = [
+            self._extraction.loader(images, still)
+            for images in (self._source.train, test)
+            if images is not None
+        ]
         try:
             device, seed = self._accelerator.device, self._config.train.seed
             data = EvaluationData(loaders[0], None if test is None else loaders[1], held_out=self._held_out)
@@ -74,23 +89,42 @@ class RunEvaluation:
             for loader in loaders:
                 loader.close()
 
-    def finish(self, backbone: nn.Module, run: Path, facts: Mapping[str, Any], name: str = "this run") -> None:
-        """Measure raw pixels, the untrained encoder and this one; print the tables, write evaluation.json and summary.json."""
+    def finish(
+        self, backbone: nn.Module, run: Path, facts: Mapping[str, Any], name: str = "this run"
+    ) -> None:
+        """Measure raw pixels, the untrained encoder and this one; print the tables, write evaluation.json and
+        summary.json.
+        """
         _adopt_first_ranks_statistics(backbone)
-        rows: Rows = {"raw pixels": "pixels", "untrained encoder": self._extraction.untrained(self._source.train), name: backbone}
+        rows: Rows = {
+            "raw pixels": "pixels",
+            "untrained encoder": self._extraction.untrained(self._source.train),
+            name: backbone,
+        }
         sources = [self._source, *self._transfer]
         features = {
-            source.name: {row: self._extraction.extracted(row, encoder, source, transfer=number > 0) for row, encoder in rows.items()}
+            source.name: {
+                row: self._extraction.extracted(row, encoder, source, transfer=number > 0)
+                for row, encoder in rows.items()
+            }
             for number, source in enumerate(sources)
         }
-        reports = [self._report(source, features[source.name], transfer=number > 0) for number, source in enumerate(sources)]
+        reports = [
+            self._report(source, features[source.name], transfer=number > 0)
+            for number, source in enumerate(sources)
+        ]
         further = measure_further(self._tasks, rows, features, sources, self._extraction, run)
         if self._accelerator.is_main_process:
             self._show([report for report in reports if report.tasks], further)
-            transfer = {source.name: report.to_json() for source, report in zip(sources[1:], reports[1:], strict=True)}
+            transfer = {
+                source.name: report.to_json() for source, report in zip(sources[1:], reports[1:], strict=True)
+            }
             measured = reports[0].to_json() | ({"transfer": transfer} if transfer else {}) | plain(further)
             runs.write_json(run / "evaluation.json", measured)
-            runs.write_json(run / "summary.json", {"recipe": self._config.recipe, "run": run.name, **facts, "evaluation": measured})
+            runs.write_json(
+                run / "summary.json",
+                {"recipe": self._config.recipe, "run": run.name, **facts, "evaluation": measured},
+            )
             print(f"run folder: {run}", flush=True)
 
     def _report(self, source: Source, features: Mapping[str, Extracted], *, transfer: bool) -> Report:
@@ -102,7 +136,9 @@ class RunEvaluation:
             if not settings.tasks:
                 return Report({}, (), {}, {}, settings, source.name)
         try:
-            report = measure(features, source.test is None, settings, self._config.train.seed, progress, lenient)
+            report = measure(
+                features, source.test is None, settings, self._config.train.seed, progress, lenient
+            )
         except UsageError as error:
             raise UsageError(f"{source.name}: {error}") from None
         return replace(report, data=source.name)
@@ -114,9 +150,11 @@ class RunEvaluation:
 
 
 def trained_on(config: Config, images: Images) -> Images:
-    """The images that training may see: all of them, but for a method that reads labels those that the run will be judged on.
+    """The images that training may see: all of them, but for a method that reads labels those that the run
+    will be judged on.
 
-    Where there is a test split, these are all of them too. UsageError for a method that does not exist is left to whoever builds it.
+    Where there is a test split, these are all of them too. UsageError for a method that does not exist is
+    left to whoever builds it.
     """
     if not _reads_labels(config):
         return images
@@ -157,13 +195,16 @@ def _transfer_sources(config: Config) -> list[Source]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(
-            f"evaluate.transfer: two data sets are called '{twice}', the run's own included. Leave one out or rename its file."
+            f"evaluate.transfer: two data sets are called '{twice}', the run's own included. Leave one out "
+            "or rename its file."
         )
     return sources
 
 
 def _transfer_settings(settings: EvaluateConfig) -> EvaluateConfig:
-    """What is asked of a data set to transfer to: of the tasks that are meant those that say something of transfer."""
+    """What is asked of a data set to transfer to: of the tasks that are meant those that say something of
+    transfer.
+    """
     wanted = named_tasks(settings.tasks) or DEFAULT_TASKS
     return settings.model_copy(update={"tasks": tuple(task for task in wanted if task in TRANSFER_TASKS)})
 
@@ -199,6 +240,8 @@ def _labels(images: Images) -> Tensor | None:
 
 
 def _adopt_first_ranks_statistics(backbone: nn.Module) -> None:
-    """Local batch norm leaves each rank with running statistics of its own; the encoder that is kept and measured is rank 0's."""
+    """Local batch norm leaves each rank with running statistics of its own; the encoder that is kept and
+    measured is rank 0's.
+    """
     for buffer in backbone.buffers():
         broadcast(buffer)

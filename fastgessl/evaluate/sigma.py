@@ -21,12 +21,16 @@ class Sigma:
     """On the test images, which it has not seen."""
 
 
-def sigma_to_labels(train: Features, test: Features, probe: LinearProbe | None = None, seed: int = 0) -> Sigma:
-    """σ = mean KL(π* ‖ π_f), with π* the one-hot labels and π_f the linear probe's probabilities on the frozen features.
+def sigma_to_labels(
+    train: Features, test: Features, probe: LinearProbe | None = None, seed: int = 0
+) -> Sigma:
+    """σ = mean KL(π* ‖ π_f), with π* the one-hot labels and π_f the linear probe's probabilities on the
+    frozen features.
 
-    A one-hot π* has no entropy, so σ is the probe's cross-entropy. "Explicitly Modeling Universality into Self-Supervised Learning",
-    arXiv 2405.01053v4, evaluation universality. `probe` as from `fit_probe`, fitted here if not given. A low σ is not a high accuracy:
-    print both. Raises UsageError as `linear_probe` does.
+    A one-hot π* has no entropy, so σ is the probe's cross-entropy. "Explicitly Modeling Universality into
+    Self-Supervised Learning", arXiv 2405.01053v4, evaluation universality. `probe` as from `fit_probe`,
+    fitted here if not given. A low σ is not a high accuracy: print both. Raises UsageError as `linear_probe`
+    does.
 
     >>> import torch
     >>> features = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))

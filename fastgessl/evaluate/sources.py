@@ -32,17 +32,20 @@ class Source:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name)
 
     def held_out(self, seed: int) -> Tensor:
-        """(H,) int64, increasing: the training images that probes are judged on; none with a test split or without labels.
+        """(H,) int64, increasing: the training images that probes are judged on; none with a test split or
+        without labels.
 
-        Drawn from the labels of the whole data set: training, probes and supervised models leave out the same images, whichever files
-        are found to be bad on the way.
+        Drawn from the labels of the whole data set: training, probes and supervised models leave out the same
+        images, whichever files are found to be bad on the way.
         """
         if self.test is not None or self.train.labels is None:
             return torch.empty(0, dtype=torch.int64)
         return held_out_test(torch.from_numpy(self.train.labels), seed)[1]
 
     def splits(self, seed: int) -> tuple[Images, Images]:
-        """Training and test images: without a test split those that are not held out and those that are; without labels all, twice."""
+        """Training and test images: without a test split those that are not held out and those that are;
+        without labels all, twice.
+        """
         if self.test is not None or self.train.labels is None:
             return self.train, self.train if self.test is None else self.test
         held = self.held_out(seed).numpy()
@@ -58,7 +61,8 @@ def open_source(name: str, root: Path | None, shown: str = "") -> Source:
 
 
 def open_transfer(specification: str) -> Source:
-    """NAME=ROOT, NAME alone where it needs no files (digits), a folder of images, or an .npz. UsageError if it is none of them.
+    """NAME=ROOT, NAME alone where it needs no files (digits), a folder of images, or an .npz. UsageError if
+    it is none of them.
 
     >>> open_transfer("digits").name
     'digits'

@@ -1,4 +1,6 @@
-"""Which images a probe may learn from and which it is judged on: seeded, stratified, from training labels alone."""
+"""Which images a probe may learn from and which it is judged on: seeded, stratified, from training labels
+alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from fastgessl.config import UsageError
 
 
 def hold_out(labels: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Row numbers (kept, held), both increasing; `fraction` of each class of `labels` (N,) is held, never a whole class.
+    """Row numbers (kept, held), both increasing; `fraction` of each class of `labels` (N,) is held, never a
+    whole class.
 
     A class of one or two images gives none away at a fifth, so `held` may be empty.
 
@@ -54,7 +57,9 @@ def too_few_labels(labels: Tensor, per_class: int) -> str:
 
 
 def unusable_labels(train: Tensor | None, test: Tensor | None) -> str:
-    """Why these labels, (N,) and (M,) int64, do not allow a classifier to be trained and judged; empty if they do."""
+    """Why these labels, (N,) and (M,) int64, do not allow a classifier to be trained and judged; empty if
+    they do.
+    """
     if train is None or test is None:
         return f"the {'training' if train is None else 'test'} images have no labels. Add labels, or choose --evaluate.tasks geometry."
     if len(test) == 0:
@@ -66,7 +71,8 @@ def unusable_labels(train: Tensor | None, test: Tensor | None) -> str:
     if len(unseen):
         shown = ", ".join(str(int(label)) for label in unseen[:5])
         return (
-            f"{len(unseen)} classes of the test images (labels {shown}) have no training image, so no probe can know them. "
+            f"{len(unseen)} classes of the test images (labels {shown}) have no training image, so no probe "
+            "can know them. "
             "Add training images of these classes, or leave them out of the test split."
         )
     return ""

@@ -36,7 +36,8 @@ class Subject:
 
 
 def base_config(target: str) -> Config:
-    """The configuration that options are laid over: a run's own, or one with the model and the views that the weights were made for.
+    """The configuration that options are laid over: a run's own, or one with the model and the views that the
+    weights were made for.
 
     `target`: the folder of a run, timm:NAME, or a .safetensors file. UsageError if it is none of them.
     """
@@ -48,11 +49,17 @@ def base_config(target: str) -> Config:
 
 
 def open_subject(target: str, config: Config) -> Subject:
-    """The encoder of `target`, as `base_config` takes it, with its weights. UsageError if they are absent or do not fit the model."""
+    """The encoder of `target`, as `base_config` takes it, with its weights. UsageError if they are absent or
+    do not fit the model.
+    """
     if target.startswith(TIMM):
-        return Subject(target, _timm_encoder(target, config), config, _folder(target.removeprefix(TIMM), config))
+        return Subject(
+            target, _timm_encoder(target, config), config, _folder(target.removeprefix(TIMM), config)
+        )
     if target.endswith(".safetensors"):
-        return Subject(Path(target).stem, _with_weights(config, Path(target)), config, _folder(Path(target).stem, config))
+        return Subject(
+            Path(target).stem, _with_weights(config, Path(target)), config, _folder(Path(target).stem, config)
+        )
     run = Path(target)
     weights = run / "encoder.safetensors"
     if not weights.is_file():
@@ -64,7 +71,9 @@ def open_subject(target: str, config: Config) -> Subject:
 
 
 def untrained_encoder(config: Config) -> nn.Module:
-    """The backbone with random weights, which depend on model and seed alone: not with those of `model.weights`, which were trained."""
+    """The backbone with random weights, which depend on model and seed alone: not with those of
+    `model.weights`, which were trained.
+    """
     set_seed(config.train.seed)
     return build_backbone(config.model)
 
@@ -72,7 +81,10 @@ def untrained_encoder(config: Config) -> nn.Module:
 def description(config: Config) -> dict[str, str]:
     """What a weights file says of its model and views, as safetensors metadata that `base_config` reads."""
     views = config.views.model_dump(mode="json", include={"size", "mean", "std"})
-    return {METADATA: json.dumps({"model": config.model.model_dump(mode="json"), "views": views}), "format": "pt"}
+    return {
+        METADATA: json.dumps({"model": config.model.model_dump(mode="json"), "views": views}),
+        "format": "pt",
+    }
 
 
 def _folder(name: str, config: Config) -> Path:
@@ -81,30 +93,40 @@ def _folder(name: str, config: Config) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"evaluate.out '{folder}' cannot be written ({error.strerror}). Name another folder.") from None
+        raise UsageError(
+            f"evaluate.out '{folder}' cannot be written ({error.strerror}). Name another folder."
+        ) from None
     return folder
 
 
 def _with_weights(config: Config, path: Path) -> nn.Module:
-    """The model of `config` with the weights of a file; a classifier's last layer, which timm files often hold, is left out."""
+    """The model of `config` with the weights of a file; a classifier's last layer, which timm files often
+    hold, is left out.
+    """
     try:
         weights = load_file(path)
     except FileNotFoundError:
-        raise UsageError(f"there is no file '{path}'. Name a .safetensors file, the folder of a run, or timm:NAME.") from None
+        raise UsageError(
+            f"there is no file '{path}'. Name a .safetensors file, the folder of a run, or timm:NAME."
+        ) from None
     except (OSError, SafetensorError) as error:
         raise UsageError(f"'{path}' cannot be read as safetensors: {' '.join(str(error).split())}") from None
     return _loaded(untrained_encoder(config), weights, f"'{path}'", config)
 
 
 def _loaded(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str, config: Config) -> nn.Module:
-    classifier = {name for name in weights if name.split(".")[0] in ("fc", "head", "classifier")} - set(backbone.state_dict())
+    classifier = {name for name in weights if name.split(".")[0] in ("fc", "head", "classifier")} - set(
+        backbone.state_dict()
+    )
     try:
         backbone.load_state_dict({name: value for name, value in weights.items() if name not in classifier})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"{origin} does not hold the weights of model.name {config.model.name} (stem {config.model.stem}, width "
-            f"{config.model.width:g}): {reason}. Say which model it is: --model.name, --model.stem, --model.width."
+            f"{origin} does not hold the weights of model.name {config.model.name} (stem "
+            f"{config.model.stem}, width "
+            f"{config.model.width:g}): {reason}. Say which model it is: --model.name, --model.stem, "
+            "--model.width."
         ) from None
     return backbone
 
@@ -130,14 +152,17 @@ def _timm_encoder(target: str, config: Config) -> nn.Module:
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(
-            f"the weights of {target} could not be fetched ({reason}). Fetch them where there is a network, or give a file: "
+            f"the weights of {target} could not be fetched ({reason}). Fetch them where there is a network, "
+            "or give a file: "
             "--evaluate.weights FILE.safetensors, or random ones: --evaluate.weights none."
         ) from error
     return _loaded(untrained_encoder(config), pretrained.state_dict(), target, config)
 
 
 def _described_config(path: Path) -> Config:
-    """Model and views as `description` wrote them; the defaults for other files, and for those that turn out missing when they are read."""
+    """Model and views as `description` wrote them; the defaults for other files, and for those that turn out
+    missing when they are read.
+    """
     try:
         with safe_open(path, "pt") as file:
             written = (file.metadata() or {}).get(METADATA)
@@ -149,4 +174,6 @@ def _described_config(path: Path) -> Config:
         return Config.model_validate({"recipe": path.stem, **json.loads(written)})
     except (ValidationError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"'{path}' describes a model that this version does not know: {reason}. Export it again.") from None
+        raise UsageError(
+            f"'{path}' describes a model that this version does not know: {reason}. Export it again."
+        ) from None

@@ -1,4 +1,6 @@
-"""Supervised, task-specific models: what σ measures a frozen one against. Trained once for a data set and kept beside the features."""
+"""Supervised, task-specific models: what σ measures a frozen one against. Trained once for a data set and
+kept beside the features.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,11 @@ class TaskModel:
 
 
 def task_model(source: Source, extraction: Extraction, folder: Path) -> TaskModel:
-    """The supervised model of a data set: the encoder's architecture, trained from its initial weights on all training labels.
+    """The supervised model of a data set: the encoder's architecture, trained from its initial weights on all
+    training labels.
 
-    Kept as `<folder>/<data set>.safetensors` and trained anew if the model, the images, the views or the settings have changed.
+    Kept as `<folder>/<data set>.safetensors` and trained anew if the model, the images, the views or the
+    settings have changed.
     """
     train, test = source.splits(extraction.config.train.seed)
     labels, _ = require_labels("universality", _tensor(train), _tensor(test))
@@ -55,7 +59,13 @@ def task_model(source: Source, extraction: Extraction, folder: Path) -> TaskMode
 def _kept_or_trained(train: Images, classes: int, extraction: Extraction, path: Path) -> Classifier:
     config, device = extraction.config, extraction.accelerator.device
     classifier = Classifier(untrained_encoder(config), classes)
-    key = digest_of(classifier, train, [extraction.still, *extraction.pair], config.evaluate.supervised_epochs, LEARNING_RATE)
+    key = digest_of(
+        classifier,
+        train,
+        [extraction.still, *extraction.pair],
+        config.evaluate.supervised_epochs,
+        LEARNING_RATE,
+    )
     kept = _read(path, key)
     if kept is not None:
         classifier.load_state_dict(kept)
@@ -71,7 +81,11 @@ def _kept_or_trained(train: Images, classes: int, extraction: Extraction, path: 
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    save_file({name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()}, temporary, {"key": key})
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()},
+        temporary,
+        {"key": key},
+    )
     temporary.replace(path)
     return classifier
 

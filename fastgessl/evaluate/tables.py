@@ -33,7 +33,10 @@ def _finetune(rows: Mapping[str, list[dict[str, Any]]]) -> Group:
     shares = next(iter(rows.values()))
     first = shares[0]
     title = f"Fine-tuned, AdamW, {first['epochs']} epochs, layer decay {first['layer_decay']:g}; learning rate chosen on a validation split"
-    table = _new("encoder", *(f"{100 * share['fraction']:g} % labels\n({share['labelled']} images)\n%" for share in shares))
+    table = _new(
+        "encoder",
+        *(f"{100 * share['fraction']:g} % labels\n({share['labelled']} images)\n%" for share in shares),
+    )
     for name, found in rows.items():
         table.add_row(name, *(f"{100 * each['accuracy']:.1f}" for each in found))
     return Group(Text(title, style="italic"), table)
@@ -50,7 +53,9 @@ def _universality(measured: Mapping[str, Any]) -> Group:
         "sum",
     )
     for name, found in rows.items():
-        cells = [f"{task['sigma']:.3f} ({100 * task['accuracy']:.1f}) {task['probe']}" for task in found["tasks"]]
+        cells = [
+            f"{task['sigma']:.3f} ({100 * task['accuracy']:.1f}) {task['probe']}" for task in found["tasks"]
+        ]
         table.add_row(name, *cells, f"{found['total']:.3f}")
     accuracies = measured["task_model_accuracy"]
     if accuracies:

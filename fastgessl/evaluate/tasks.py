@@ -14,20 +14,31 @@ from fastgessl.evaluate.splits import too_few_labels, unusable_labels
 
 # What runs when no task is named: at the end of every training, in seconds on small data.
 DEFAULT_TASKS = ("linear", "few_labels", "knn", "sigma", "geometry")
-FEATURE_TASKS = (*DEFAULT_TASKS, "linear_sgd", "mlp", "knn_protocols", "label_fractions", "few_shot", "conditions")
+FEATURE_TASKS = (
+    *DEFAULT_TASKS,
+    "linear_sgd",
+    "mlp",
+    "knn_protocols",
+    "label_fractions",
+    "few_shot",
+    "conditions",
+)
 # These need the encoder and the images themselves, not only their features.
 IMAGE_TASKS = ("finetune", "universality", "learning")
 TASKS = (*FEATURE_TASKS, *IMAGE_TASKS)
 # What other data sets are measured by.
 TRANSFER_TASKS = ("linear", "linear_sgd", "mlp", "knn", "knn_protocols", "few_shot")
-# What nobody asked for by name must not hold up the end of a run, nor outlast the ten minutes that NCCL lets the other ranks wait.
+# What nobody asked for by name must not hold up the end of a run, nor outlast the ten minutes that NCCL lets
+# the other ranks wait.
 SECONDS_UNASKED = 600.0
-# Measured: 20 s for a probe on 50,000 × 512 × 10 with its search, a fit alone a quarter; 13 s for k-NN of 10,000 against 50,000 × 512.
+# Measured: 20 s for a probe on 50,000 × 512 × 10 with its search, a fit alone a quarter; 13 s for k-NN of
+# 10,000 against 50,000 × 512.
 SECONDS_PER_PRODUCT = {"linear": 8e-8, "sigma": 8e-8, "few_labels": 2e-8, "knn": 5e-11}
 
 
 def named_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
-    """The tasks that are meant, `all` spelt out. Raises UsageError, with the nearest name and all known ones, for one that does not exist.
+    """The tasks that are meant, `all` spelt out. Raises UsageError, with the nearest name and all known ones,
+    for one that does not exist.
 
     Cheap: call it before training.
 
@@ -39,7 +50,10 @@ def named_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
         if task != "all" and task not in TASKS:
             nearest = difflib.get_close_matches(task, TASKS, n=1)
             hint = f" Perhaps you meant {nearest[0]}." if nearest else ""
-            raise UsageError(f"evaluate.tasks names an unknown task '{task}'.{hint} Known tasks: {', '.join(TASKS)}; all means every one.")
+            raise UsageError(
+                f"evaluate.tasks names an unknown task '{task}'.{hint} Known tasks: {', '.join(TASKS)}; all "
+                "means every one."
+            )
         meant |= dict.fromkeys(TASKS if task == "all" else [task])
     return tuple(meant)
 
@@ -58,20 +72,27 @@ def plan_tasks(
     pool: Tensor | None = None,
     lenient: bool = False,
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Which tasks run, and which the data does not allow with the reason, from the labels of both splits (N,), (M,) or None, and those of
-    the few-shot `pool`, where it is not the test split.
+    """Which tasks run, and which the data does not allow with the reason, from the labels of both splits
+    (N,), (M,) or None, and those of the few-shot `pool`, where it is not the test split.
 
-    Tasks named in `settings.tasks` must be possible, else UsageError, unless `lenient`; with none named, or `all`, those that are possible
-    run, and with none named, for features of `width` columns, those that take no longer than ten minutes.
+    Tasks named in `settings.tasks` must be possible, else UsageError, unless `lenient`; with none named, or
+    `all`, those that are possible run, and with none named, for features of `width` columns, those that take
+    no longer than ten minutes.
 
     >>> import torch
     >>> plan_tasks(EvaluateConfig(tasks=("linear",)), torch.tensor([0, 1]), torch.tensor([1]), has_views=False)
     (('linear',), {})
     """
     wanted = named_tasks(settings.tasks) or DEFAULT_TASKS
-    obstacles = {task: _obstacle(task, settings, train, test, has_views, test if pool is None else pool) for task in wanted}
+    obstacles = {
+        task: _obstacle(task, settings, train, test, has_views, test if pool is None else pool)
+        for task in wanted
+    }
     if not settings.tasks and train is not None and test is not None:
-        obstacles = {task: obstacle or _too_slow(task, settings, train, test, width) for task, obstacle in obstacles.items()}
+        obstacles = {
+            task: obstacle or _too_slow(task, settings, train, test, width)
+            for task, obstacle in obstacles.items()
+        }
     skipped = {task: obstacle for task, obstacle in obstacles.items() if obstacle}
     by_name = [task for task in settings.tasks if task in skipped]
     if by_name and not lenient:
@@ -79,7 +100,14 @@ def plan_tasks(
     return tuple(task for task in obstacles if task not in skipped), skipped
 
 
-def _obstacle(task: str, settings: EvaluateConfig, train: Tensor | None, test: Tensor | None, has_views: bool, pool: Tensor | None) -> str:
+def _obstacle(
+    task: str,
+    settings: EvaluateConfig,
+    train: Tensor | None,
+    test: Tensor | None,
+    has_views: bool,
+    pool: Tensor | None,
+) -> str:
     if task in ("geometry", "conditions"):
         return "" if has_views else "there is no loader of augmented views."
     if task == "learning":

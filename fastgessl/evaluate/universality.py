@@ -1,9 +1,10 @@
 """Evaluation universality: how near a frozen model comes to the model specialised to each task, in σ.
 
-"Explicitly Modeling Universality into Self-Supervised Learning", arXiv 2405.01053v4. σ of a task is the mean KL(π* ‖ π_f) over its images:
-π_f a probe on the frozen features, π* the labels or a supervised model of the task's own. The paper asks for three things, and each is
-a set of tasks: discriminability (the training images of the training classes), generalisation (unseen images of these classes), and
-transferability (unseen data sets). docs/universality.md maps the definitions to these functions.
+"Explicitly Modeling Universality into Self-Supervised Learning", arXiv 2405.01053v4. σ of a task is the mean
+KL(π* ‖ π_f) over its images: π_f a probe on the frozen features, π* the labels or a supervised model of the
+task's own. The paper asks for three things, and each is a set of tasks: discriminability (the training images
+of the training classes), generalisation (unseen images of these classes), and transferability (unseen data
+sets). docs/universality.md maps the definitions to these functions.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class TaskSigma:
     target: str
     """What π* is: labels or supervised."""
     probe: str
-    """What π_f is: linear or mlp, whichever had the lower cross-entropy on a fifth of the task's training images."""
+    """What π_f is: linear or mlp, whichever had the lower cross-entropy on a fifth of the task's training
+    images."""
     images: int
 
 
@@ -54,7 +56,8 @@ class UniversalityResult:
 
 
 def kl_divergence(target: Tensor, model: Tensor) -> float:
-    """Mean over rows of KL(target ‖ model), log-probabilities (N, C) each, in nats; a target of probability 0 counts 0.
+    """Mean over rows of KL(target ‖ model), log-probabilities (N, C) each, in nats; a target of probability 0
+    counts 0.
 
     >>> same = torch.tensor([[0.25, 0.75]]).log()
     >>> kl_divergence(same, same)
@@ -69,8 +72,11 @@ def label_log_probabilities(columns: Tensor, classes: int) -> Tensor:
     return F.one_hot(columns, classes).double().log()
 
 
-def choose_probe(train: Features, *, hidden: int, epochs: int, seed: int = 0) -> tuple[str, LinearProbe | GradientProbe]:
-    """("linear", probe) or ("mlp", probe), fitted on all training images: the one whose cross-entropy on a held-out fifth was lower.
+def choose_probe(
+    train: Features, *, hidden: int, epochs: int, seed: int = 0
+) -> tuple[str, LinearProbe | GradientProbe]:
+    """("linear", probe) or ("mlp", probe), fitted on all training images: the one whose cross-entropy on a
+    held-out fifth was lower.
 
     The linear one where no class can give a fifth away. Raises UsageError as `linear_probe` does.
     """
@@ -86,9 +92,16 @@ def choose_probe(train: Features, *, hidden: int, epochs: int, seed: int = 0) ->
 
 
 def task_sigma(
-    task: str, group: str, images: Features, probe: LinearProbe | GradientProbe, kind: str, target: Tensor | None = None
+    task: str,
+    group: str,
+    images: Features,
+    probe: LinearProbe | GradientProbe,
+    kind: str,
+    target: Tensor | None = None,
 ) -> TaskSigma:
-    """σ on labelled images; `target` (N, C) are log-probabilities of the task's own model, None for the labels."""
+    """σ on labelled images; `target` (N, C) are log-probabilities of the task's own model, None for the
+    labels.
+    """
     assert images.labels is not None
     model = probe.log_probabilities(images.features)
     columns = probe.columns(images.labels)
@@ -104,7 +117,9 @@ def summed(tasks: list[TaskSigma]) -> UniversalityResult:
     >>> summed([TaskSigma("a", "generalisation", 0.5, 0.9, "labels", "linear", 10)]).total
     0.5
     """
-    groups: Mapping[str, list[float]] = {group: [task.sigma for task in tasks if task.group == group] for group in GROUPS}
+    groups: Mapping[str, list[float]] = {
+        group: [task.sigma for task in tasks if task.group == group] for group in GROUPS
+    }
     sums = {group: sum(values) for group, values in groups.items() if values}
     return UniversalityResult(tuple(tasks), sums, sum(sums.values()))
 
@@ -112,4 +127,6 @@ def summed(tasks: list[TaskSigma]) -> UniversalityResult:
 def _cross_entropy(probe: LinearProbe | GradientProbe, images: Features) -> float:
     assert images.labels is not None
     columns = probe.columns(images.labels)
-    return kl_divergence(label_log_probabilities(columns, len(probe.classes)), probe.log_probabilities(images.features))
+    return kl_divergence(
+        label_log_probabilities(columns, len(probe.classes)), probe.log_probabilities(images.features)
+    )

@@ -1,4 +1,6 @@
-"""Self-supervised methods: one file each, registered by name. Every module of this folder is imported, so that a new file is enough."""
+"""Self-supervised methods: one file each, registered by name. Every module of this folder is imported, so
+that a new file is enough.
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,7 +1,8 @@
-"""Softmax assignments of images to prototypes or to other images: how invariant, how spread out, how sure they are.
+"""Softmax assignments of images to prototypes or to other images: how invariant, how spread out, how sure
+they are.
 
-The three properties that characterise an ideal representation: Dubois et al., "Improving Self-Supervised Learning by Characterizing
-Idealized Representations", NeurIPS 2022, section 4.
+The three properties that characterise an ideal representation: Dubois et al., "Improving Self-Supervised
+Learning by Characterizing Idealized Representations", NeurIPS 2022, section 4.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from fastgessl.kernels import soft_cross_entropy, softmax_marginal
 
 
 def entropy_of_mean(rows: Tensor, key: Tensor, temperature: float, group: ProcessGroup | None) -> Tensor:
-    """H[mean_i softmax(row_i·keyᵀ / temperature)] (), nats, over the rows (M, D) of all ranks of `group`; key (K, D). At most log K.
+    """H[mean_i softmax(row_i·keyᵀ / temperature)] (), nats, over the rows (M, D) of all ranks of `group`; key
+    (K, D). At most log K.
 
     >>> round(entropy_of_mean(torch.eye(4), torch.eye(4), 0.01, None).exp().item(), 4)
     4.0
@@ -25,11 +27,13 @@ def entropy_of_mean(rows: Tensor, key: Tensor, temperature: float, group: Proces
     return -(mean * mean.log()).sum()
 
 
-def assignment_measures(first: Tensor, second: Tensor, key: Tensor, temperature: float, group: ProcessGroup | None) -> dict[str, Tensor]:
+def assignment_measures(
+    first: Tensor, second: Tensor, key: Tensor, temperature: float, group: ProcessGroup | None
+) -> dict[str, Tensor]:
     """Of p = softmax(rows·keyᵀ / temperature), rows (N, D) of an image's two views, key (K, D), in nats:
 
-    maximality: H[mean p], all prototypes in use at log K; determinism: mean H[p], 0 if each image is sure of one; invariance:
-    mean KL(p(view) ‖ p(other view)), 0 if both views agree.
+    maximality: H[mean p], all prototypes in use at log K; determinism: mean H[p], 0 if each image is sure of
+    one; invariance: mean KL(p(view) ‖ p(other view)), 0 if both views agree.
 
     >>> rows = torch.eye(4)
     >>> {name: round(value.item(), 4) for name, value in assignment_measures(rows, rows, rows, 0.05, None).items()}

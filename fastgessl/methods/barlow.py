@@ -25,10 +25,12 @@ EPSILON = 1e-5
 
 @register("barlow")
 class BarlowTwins(Method):
-    """Two views and one projector, whose outputs are standardised over the images of all ranks. Keeps no state.
+    """Two views and one projector, whose outputs are standardised over the images of all ranks. Keeps no
+    state.
 
-    Collectives inside the loss sum their gradients too, so that DDP's mean is the gradient of one process. The official code sums the
-    correlation without gradient and so divides every gradient by the number of processes, which LARS forgives matrices and not biases.
+    Collectives inside the loss sum their gradients too, so that DDP's mean is the gradient of one process.
+    The official code sums the correlation without gradient and so divides every gradient by the number of
+    processes, which LARS forgives matrices and not biases.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
@@ -45,7 +47,9 @@ class BarlowTwins(Method):
         super().__init__()
         self.backbone = backbone
         width = feature_width(backbone)
-        self.projector = Projector(width, config.projector_hidden, config.projector_out, layers=config.projector_layers)
+        self.projector = Projector(
+            width, config.projector_hidden, config.projector_out, layers=config.projector_layers
+        )
         self.redundancy_weight, self.loss_scale = config.redundancy_weight, config.loss_scale
         self.temperature = config.temperature
         self.gathers = facts.negatives == "global"
@@ -56,17 +60,23 @@ class BarlowTwins(Method):
         return Outputs(features, apply_head(self.projector, features))
 
     def loss(self, out: Outputs, aux: None = None) -> Tensor:
-        """scale · (Σ_i (1 - C_ii)² + λ Σ_{i≠j} C_ij²), C the cross-correlation (D, D). Returns (), the same on every rank."""
+        """scale · (Σ_i (1 - C_ii)² + λ Σ_{i≠j} C_ij²), C the cross-correlation (D, D). Returns (), the same
+        on every rank.
+        """
         on_diagonal, off_diagonal = _terms(self._correlation(out))
         return self.loss_scale * (on_diagonal + self.redundancy_weight * off_diagonal)
 
     def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
-        """π of the task: rows whose softmax over the other view's standardised embeddings says which image this is, in both directions."""
+        """π of the task: rows whose softmax over the other view's standardised embeddings says which image
+        this is, in both directions.
+        """
         first, second = normalize(self._standardised(out), dim=-1)
         return Similarity(first, second, self.temperature), Similarity(second, first, self.temperature)
 
     def measures(self, out: Outputs, aux: None = None) -> dict[str, Tensor]:
-        """invariance, the diagonal's term of the loss, and redundancy, λ times the others'; both without the scale."""
+        """invariance, the diagonal's term of the loss, and redundancy, λ times the others'; both without the
+        scale.
+        """
         on_diagonal, off_diagonal = _terms(self._correlation(out))
         return {"invariance": on_diagonal, "redundancy": self.redundancy_weight * off_diagonal}
 
@@ -75,7 +85,9 @@ class BarlowTwins(Method):
         return all_reduce_mean(first.T @ second / len(first), self._group())
 
     def _standardised(self, out: Outputs) -> Tensor:
-        """(2, N, D) with mean 0 and variance 1 over the images of all ranks, each view and each output for itself."""
+        """(2, N, D) with mean 0 and variance 1 over the images of all ranks, each view and each output for
+        itself.
+        """
         group, rows = self._group(), out.projections
         centred = rows - all_reduce_mean(rows.mean(1, keepdim=True), group)
         variance = all_reduce_mean(centred.square().mean(1, keepdim=True), group)

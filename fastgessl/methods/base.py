@@ -1,8 +1,10 @@
-"""What every self-supervised method is: pure functions of an encoder's outputs, and one place where state moves.
+"""What every self-supervised method is: pure functions of an encoder's outputs, and one place where state
+moves.
 
-A method is a module that owns the backbone, the heads and, if the paper has one, the momentum encoder. `forward`, `targets`, `settle`,
-`loss` and `similarity` may be called many times in one step by GeSSL's inner loop and write nothing except batch-norm statistics in
-`forward` and `targets`; `update_state` is called once after the optimiser step and is the only writer.
+A method is a module that owns the backbone, the heads and, if the paper has one, the momentum encoder.
+`forward`, `targets`, `settle`, `loss` and `similarity` may be called many times in one step by GeSSL's inner
+loop and write nothing except batch-norm statistics in `forward` and `targets`; `update_state` is called once
+after the optimiser step and is the only writer.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the encoder says of V views of N images. `predictions` exists for methods with a predictor or a second head."""
+    """What the encoder says of V views of N images. `predictions` exists for methods with a predictor or a
+    second head.
+    """
 
     features: Tensor
     """(V, N, F), the representation that is kept."""
@@ -47,7 +51,8 @@ class Outputs:
     predictions: Tensor | None = None
     """(V, N, D)."""
     prototypes: Tensor | None = None
-    """(K, D), the last layer over `projections` at the weights of this forward, so that a loss stays a function of outputs."""
+    """(K, D), the last layer over `projections` at the weights of this forward, so that a loss stays a
+    function of outputs."""
     predicted_prototypes: Tensor | None = None
     """(K, D), the same over `predictions`."""
 
@@ -61,7 +66,8 @@ class Outputs:
 class Similarity:
     """One part of π of a task: row i is softmax(query_i·keyᵀ / temperature). query (M, D), key (K, D).
 
-    Keys are the other view's embeddings, and the row says which of the N images view i shows; or they are prototypes.
+    Keys are the other view's embeddings, and the row says which of the N images view i shows; or they are
+    prototypes.
     """
 
     query: Tensor
@@ -70,10 +76,11 @@ class Similarity:
 
 
 class Method(nn.Module):
-    """Base of all methods. A subclass defines `forward`, `loss` and `similarity`, and `targets` and `update_state` if it keeps a state.
+    """Base of all methods. A subclass defines `forward`, `loss` and `similarity`, and `targets` and
+    `update_state` if it keeps a state.
 
-    The kept encoder is the submodule `backbone`; every other trainable parameter belongs to a head. Outputs are float32 or float64, also
-    under autocast.
+    The kept encoder is the submodule `backbone`; every other trainable parameter belongs to a head. Outputs
+    are float32 or float64, also under autocast.
     """
 
     backbone: nn.Module
@@ -88,20 +95,23 @@ class Method(nn.Module):
     rings: bool = False
     """Whether `loss` honours `exchange`."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How the keys of all ranks meet this rank's queries: a copy of all of them here, or one rank's after the other, passed around."""
+    """How the keys of all ranks meet this rank's queries: a copy of all of them here, or one rank's after the
+    other, passed around."""
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Views, a list of V tensors (N, 3, S, S), or their `features` (V, N, F) if only heads run. Moves batch-norm statistics."""
+        """Views, a list of V tensors (N, 3, S, S), or their `features` (V, N, F) if only heads run. Moves
+        batch-norm statistics.
+        """
         raise NotImplementedError
 
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Any:
-        """What stays constant through the inner loop, computed without gradient: momentum-encoder outputs, a queue, `labels` (N,) int64.
-        None by default."""
+        """What stays constant through the inner loop, computed without gradient: momentum-encoder outputs, a
+        queue, `labels` (N,) int64. None by default."""
         return None
 
     def settle(self, out: Outputs, aux: Any = None) -> Any:
-        """`targets` with what follows from the step's first outputs and stays constant from there on, such as SwAV's codes. Pure; `out`
-        is detached. `aux` itself by default."""
+        """`targets` with what follows from the step's first outputs and stays constant from there on, such as
+        SwAV's codes. Pure; `out` is detached. `aux` itself by default."""
         return aux
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
@@ -117,8 +127,12 @@ class Method(nn.Module):
         return {}
 
     def frozen(self, step: int) -> Iterable[nn.Parameter]:
-        """Parameters that optimiser step `step` must not move, such as SwAV's prototypes in its first epoch. None by default."""
+        """Parameters that optimiser step `step` must not move, such as SwAV's prototypes in its first epoch.
+        None by default.
+        """
         return ()
 
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
-        """Advance momentum encoder, queue, centre, once after optimiser step `step`; `passes`: its micro-batches' outputs and targets."""
+        """Advance momentum encoder, queue, centre, once after optimiser step `step`; `passes`: its
+        micro-batches' outputs and targets.
+        """

@@ -22,8 +22,8 @@ from fastgessl.schedules import cosine_momentum
 
 @register("byol")
 class BYOL(Method):
-    """Two views and, if asked for, smaller ones; projector and predictor. State: the momentum encoder, an exponential moving average of
-    the online weights, which sees the two views of full size.
+    """Two views and, if asked for, smaller ones; projector and predictor. State: the momentum encoder, an
+    exponential moving average of the online weights, which sees the two views of full size.
 
     >>> from torch import nn
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
@@ -46,7 +46,9 @@ class BYOL(Method):
         self.predictor = Predictor(config.projector_out, config.predictor_hidden)
         self.momentum_backbone = momentum_copy(self.backbone)
         self.momentum_projector = momentum_copy(self.projector)
-        self.momentum = cosine_momentum(config.momentum_start, config.momentum_end, facts.total_steps).tolist()
+        self.momentum = cosine_momentum(
+            config.momentum_start, config.momentum_end, facts.total_steps
+        ).tolist()
         self.temperature = config.temperature
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
@@ -57,24 +59,41 @@ class BYOL(Method):
 
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The momentum encoder's projections of the two views of full size (2, N, D), with the batch statistics of these views."""
-        return apply_head(self.momentum_projector, encode(self.momentum_backbone, views[: self.views_per_sample]))
+        """The momentum encoder's projections of the two views of full size (2, N, D), with the batch
+        statistics of these views.
+        """
+        return apply_head(
+            self.momentum_projector, encode(self.momentum_backbone, views[: self.views_per_sample])
+        )
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
-        """Mean over images of 2 - 2 cos(prediction, momentum projection of another view), summed over the two views of full size.
+        """Mean over images of 2 - 2 cos(prediction, momentum projection of another view), summed over the two
+        views of full size.
 
-        Smaller views join the other one: their mean is taken, so that two views are the paper's. Returns ()."""
+        Smaller views join the other one: their mean is taken, so that two views are the paper's. Returns
+        ()."""
         assert out.predictions is not None
         pairs = other_views(out.predictions, len(aux))
-        return torch.stack([(2 - 2 * cosine_similarity(others, aux[view], dim=-1)).mean() for view, others in pairs]).sum()
+        return torch.stack(
+            [(2 - 2 * cosine_similarity(others, aux[view], dim=-1)).mean() for view, others in pairs]
+        ).sum()
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
-        """π of the task: predictions over the momentum projections of another view, for both views of full size."""
+        """π of the task: predictions over the momentum projections of another view, for both views of full
+        size.
+        """
         assert out.predictions is not None
         queries, keys = normalize(out.predictions, dim=-1), normalize(aux, dim=-1)
-        return tuple(Similarity(others.flatten(0, 1), keys[view], self.temperature) for view, others in other_views(queries, len(keys)))
+        return tuple(
+            Similarity(others.flatten(0, 1), keys[view], self.temperature)
+            for view, others in other_views(queries, len(keys))
+        )
 
     @torch.no_grad()
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
         """The momentum encoder follows with the momentum of `step`."""
-        follow([self.momentum_backbone, self.momentum_projector], [self.backbone, self.projector], self.momentum[step])
+        follow(
+            [self.momentum_backbone, self.momentum_projector],
+            [self.backbone, self.projector],
+            self.momentum[step],
+        )

@@ -1,6 +1,8 @@
-"""CISSL: contrast a linear student with an MLP teacher; an image's own view is as much its positive as the other one.
+"""CISSL: contrast a linear student with an MLP teacher; an image's own view is as much its positive as the
+other one.
 
-Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022, section 5.2.
+Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022,
+section 5.2.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from fastgessl.models import Projector, apply_head, encode, feature_width
 
 @register("cissl")
 class CISSL(Method):
-    """Two views, a linear student head and an MLP teacher head, both with a batch norm at the end. No stop-gradient, no state.
+    """Two views, a linear student head and an MLP teacher head, both with a batch norm at the end. No
+    stop-gradient, no state.
 
-    A linear student, because the representation will be probed linearly; the view itself among its positives, because a probe must give
-    all views of an image one answer.
+    A linear student, because the representation will be probed linearly; the view itself among its positives,
+    because a probe must give all views of an image one answer.
 
     >>> import torch
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
@@ -48,17 +51,22 @@ class CISSL(Method):
         self.gathers = facts.negatives == "global"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Two views (N, 3, S, S), or their features (2, N, F) -> the teacher's projections and the student's predictions (2, N, D)."""
+        """Two views (N, 3, S, S), or their features (2, N, F) -> the teacher's projections and the student's
+        predictions (2, N, D).
+        """
         features = encode(self.backbone, views, features)
         return Outputs(features, apply_head(self.teacher, features), apply_head(self.student, features))
 
     def loss(self, out: Outputs, aux: None = None) -> Tensor:
-        """-(log q_self + log q_other) / 2, averaged over the 2N rows; q = softmax of a student row over the teacher rows of all ranks.
+        """-(log q_self + log q_other) / 2, averaged over the 2N rows; q = softmax of a student row over the
+        teacher rows of all ranks.
 
         Returns (), the mean over this rank's rows."""
         student, teacher = _unit_rows(out)
         group = world_group() if self.gathers else None
-        lse = similarity_logsumexp(student, teacher, temperature=self.temperature, group=group, mode=self.exchange)
+        lse = similarity_logsumexp(
+            student, teacher, temperature=self.temperature, group=group, mode=self.exchange
+        )
         both_views = (teacher + teacher.roll(len(teacher) // 2, dims=0)) / 2
         return (lse - (student * both_views).sum(1) / self.temperature).mean()
 

@@ -1,6 +1,7 @@
 """DINO: distil a momentum teacher's centred and sharpened outputs into the student, from every crop.
 
-Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, eq. (1) to (4), and its code.
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, eq. (1) to (4), and its
+code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from fastgessl.schedules import cosine_momentum, linear_warmup
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher's distribution over outputs, in factors: softmax((rows · prototypes - centre) / temperature)."""
+    """The teacher's distribution over outputs, in factors: softmax((rows · prototypes - centre) /
+    temperature).
+    """
 
     rows: Tensor
     """(2, N, D), unit."""
@@ -40,8 +43,9 @@ class Teacher:
 
 @register("dino")
 class DINO(Method):
-    """Two views and, if asked for, smaller ones, which only the student sees. Head: bottleneck of unit length, last layer with weight
-    norm and gain 1. State: the momentum teacher, the centre of its outputs, its temperature.
+    """Two views and, if asked for, smaller ones, which only the student sees. Head: bottleneck of unit
+    length, last layer with weight norm and gain 1. State: the momentum teacher, the centre of its outputs,
+    its temperature.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
@@ -62,16 +66,23 @@ class DINO(Method):
         super().__init__()
         check_prototypes(config, facts)
         self.backbone = backbone
-        self.projector = BottleneckHead(feature_width(backbone), config.projector_hidden, config.projector_out, norm=config.head_norm)
+        self.projector = BottleneckHead(
+            feature_width(backbone), config.projector_hidden, config.projector_out, norm=config.head_norm
+        )
         self.last_layer = nn.Linear(config.projector_out, config.prototypes, bias=False)
         self.momentum_backbone = momentum_copy(self.backbone)
         self.momentum_projector = momentum_copy(self.projector)
         self.momentum_last_layer = momentum_copy(self.last_layer)
-        self.momentum = cosine_momentum(config.momentum_start, config.momentum_end, facts.total_steps).tolist()
+        self.momentum = cosine_momentum(
+            config.momentum_start, config.momentum_end, facts.total_steps
+        ).tolist()
         warmup = round(config.teacher_warmup_epochs * facts.steps_per_epoch)
         # One more than there are steps: the temperature is set for the step to come.
         self.temperatures = linear_warmup(
-            config.teacher_temperature_start, config.teacher_temperature, facts.total_steps + 1, warmup_steps=warmup
+            config.teacher_temperature_start,
+            config.teacher_temperature,
+            facts.total_steps + 1,
+            warmup_steps=warmup,
         ).tolist()
         self.register_buffer("center", torch.zeros(config.prototypes))
         self.register_buffer("teacher_temperature", torch.tensor(self.temperatures[0]))
@@ -79,7 +90,9 @@ class DINO(Method):
         self.frozen_steps = round(config.freeze_epochs * facts.steps_per_epoch)
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Views, or their features (V, N, F) -> the student's unit projections (V, N, D) and unit last layer (K, D)."""
+        """Views, or their features (V, N, F) -> the student's unit projections (V, N, D) and unit last layer
+        (K, D).
+        """
         features = encode(self.backbone, views, features)
         projections = normalize(apply_head(self.projector, features), dim=-1)
         return Outputs(features, projections, prototypes=normalize(self.last_layer.weight, dim=-1))
@@ -89,10 +102,14 @@ class DINO(Method):
         """The teacher on the two views of full size, with the centre and temperature of this step."""
         features = encode(self.momentum_backbone, views[: self.views_per_sample])
         rows = normalize(apply_head(self.momentum_projector, features), dim=-1)
-        return Teacher(rows, normalize(self.momentum_last_layer.weight, dim=-1), self.center, self.teacher_temperature)
+        return Teacher(
+            rows, normalize(self.momentum_last_layer.weight, dim=-1), self.center, self.teacher_temperature
+        )
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
-        """Cross-entropy from the teacher's softmax on one view to the student's on another, averaged over pairs of views. Returns ()."""
+        """Cross-entropy from the teacher's softmax on one view to the student's on another, averaged over
+        pairs of views. Returns ().
+        """
         assert out.prototypes is not None
         terms = [
             soft_cross_entropy(
@@ -114,7 +131,8 @@ class DINO(Method):
 
     @torch.no_grad()
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
-        """The centre moves towards the teacher's mean output over all ranks, the teacher follows the student, the temperature goes on.
+        """The centre moves towards the teacher's mean output over all ranks, the teacher follows the student,
+        the temperature goes on.
 
         State is replaced and not written to: `targets` hands it out."""
         if passes:
@@ -124,4 +142,8 @@ class DINO(Method):
             self.center = torch.lerp(mean, self.center, self.center_momentum)
         self.teacher_temperature = torch.full_like(self.teacher_temperature, self.temperatures[step + 1])
         student = [self.backbone, self.projector, self.last_layer]
-        follow([self.momentum_backbone, self.momentum_projector, self.momentum_last_layer], student, self.momentum[step])
+        follow(
+            [self.momentum_backbone, self.momentum_projector, self.momentum_last_layer],
+            student,
+            self.momentum[step],
+        )

@@ -1,6 +1,8 @@
-"""DISSL: distil an MLP teacher's assignment of images to many classes into a linear student, with all classes kept in use.
+"""DISSL: distil an MLP teacher's assignment of images to many classes into a linear student, with all classes
+kept in use.
 
-Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022, eq. (10).
+Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022,
+eq. (10).
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from fastgessl.models import Projector, apply_head, encode, feature_width
 
 @register("dissl")
 class DISSL(Method):
-    """Two views and, if asked for, smaller ones; a linear student over the representation itself, an MLP teacher. No stop-gradient, no
-    momentum encoder, no state: the entropy of the mean assignment, over the images of all ranks, keeps it from collapsing.
+    """Two views and, if asked for, smaller ones; a linear student over the representation itself, an MLP
+    teacher. No stop-gradient, no momentum encoder, no state: the entropy of the mean assignment, over the
+    images of all ranks, keeps it from collapsing.
 
-    The teacher assigns the two views of full size; the student predicts each assignment from every other view.
+    The teacher assigns the two views of full size; the student predicts each assignment from every other
+    view.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
@@ -51,31 +55,52 @@ class DISSL(Method):
         self.gathers = facts.negatives == "global"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """V views, the first two of full size, or their features (V, N, F) -> the teacher's projections of those two (2, N, D).
+        """V views, the first two of full size, or their features (V, N, F) -> the teacher's projections of
+        those two (2, N, D).
 
         The student's predictions are the features (V, N, F): its only layer is `predicted_prototypes`.
         """
         features = encode(self.backbone, views, features)
         student = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
         projections = apply_head(self.teacher, features[: self.views_per_sample])
-        return Outputs(features, projections, student, self.teacher_prototypes.weight, self.student_prototypes.weight)
+        return Outputs(
+            features, projections, student, self.teacher_prototypes.weight, self.student_prototypes.weight
+        )
 
     def loss(self, out: Outputs, aux: None = None) -> Tensor:
-        """CE(p(x), q(x')) - λ H[mean p] + β CE(p(x), p(x')), averaged over pairs of different views (x of full size), in nats.
+        """CE(p(x), q(x')) - λ H[mean p] + β CE(p(x), p(x')), averaged over pairs of different views (x of
+        full size), in nats.
 
-        p is the teacher's softmax, q the student's. Returns (): the cross-entropies of this rank's rows, the entropy of all ranks'."""
-        assert out.predictions is not None and out.prototypes is not None and out.predicted_prototypes is not None
+        p is the teacher's softmax, q the student's. Returns (): the cross-entropies of this rank's rows, the
+        entropy of all ranks'."""
+        assert (
+            out.predictions is not None
+            and out.prototypes is not None
+            and out.predicted_prototypes is not None
+        )
         assigned, predicted = _pairs(len(out.projections), len(out.predictions))
         target = (out.projections[assigned].flatten(0, 1), out.prototypes)
         distilled = soft_cross_entropy(
             out.predictions[predicted].flatten(0, 1), out.predicted_prototypes, *target,
             temperature=self.temperature, teacher_temperature=self.assignment_temperature,
         )  # fmt: skip
-        rows, others = (out.projections[views].flatten(0, 1) for views in _pairs(len(out.projections), len(out.projections)))
-        invariant = soft_cross_entropy(others, out.prototypes, rows, out.prototypes, temperature=self.assignment_temperature)
+        rows, others = (
+            out.projections[views].flatten(0, 1)
+            for views in _pairs(len(out.projections), len(out.projections))
+        )
+        invariant = soft_cross_entropy(
+            others, out.prototypes, rows, out.prototypes, temperature=self.assignment_temperature
+        )
         group = world_group() if self.gathers else None
-        entropies = [entropy_of_mean(view, out.prototypes, self.assignment_temperature, group) for view in out.projections]
-        return distilled - self.entropy_weight * torch.stack(entropies).mean() + self.invariance_weight * invariant
+        entropies = [
+            entropy_of_mean(view, out.prototypes, self.assignment_temperature, group)
+            for view in out.projections
+        ]
+        return (
+            distilled
+            - self.entropy_weight * torch.stack(entropies).mean()
+            + self.invariance_weight * invariant
+        )
 
     def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
         """π of the task: the student's softmax over the classes, for every view."""
@@ -86,7 +111,9 @@ class DISSL(Method):
         """maximality, determinism and invariance of the teacher's assignment p: `assignment_measures`."""
         assert out.prototypes is not None
         group = world_group() if self.gathers else None
-        return assignment_measures(out.projections[0], out.projections[1], out.prototypes, self.assignment_temperature, group)
+        return assignment_measures(
+            out.projections[0], out.projections[1], out.prototypes, self.assignment_temperature, group
+        )
 
 
 def _pairs(targets: int, views: int) -> tuple[list[int], list[int]]:

@@ -1,7 +1,9 @@
-"""DSA, the Dynamic Semantic Adjuster: a regulator over any method with two views, which draws alike images together and others apart.
+"""DSA, the Dynamic Semantic Adjuster: a regulator over any method with two views, which draws alike images
+together and others apart.
 
-Song et al., "On the Discriminability of Self-Supervised Representation Learning", arXiv 2407.13541. What the public code does otherwise
-than its paper (the pairs of the two mixed blocks, a helper network trained with labels) is not repeated; docs/methods.md lists it.
+Song et al., "On the Discriminability of Self-Supervised Representation Learning", arXiv 2407.13541. What the
+public code does otherwise than its paper (the pairs of the two mixed blocks, a helper network trained with
+labels) is not repeated; docs/methods.md lists it.
 """
 
 from __future__ import annotations
@@ -51,12 +53,14 @@ class RegulatedTargets:
 
 
 class DSA(Method):
-    """L + λ1 · log(1 + mean exp(s_i d_ij (2 M_ij - 1) / T)) + λ2 · mean_b ‖M_b - M°_b‖_F over the four pairs of views b.
+    """L + λ1 · log(1 + mean exp(s_i d_ij (2 M_ij - 1) / T)) + λ2 · mean_b ‖M_b - M°_b‖_F over the four pairs
+    of views b.
 
-    The mean is over b and all N² pairs of images; a view of an image against itself counts 0 in it, where the formula has exp(0) = 1.
-    d_ij: distance of two normalised projections. M_ij in (0, 1): a discriminator's belief that they are alike, an MLP of their difference.
-    M°_ij = exp(-‖y_i - y_j‖ / τ): what the helper network y believes. s_i: how many of image i's neighbours are good ones, so that an
-    outlier moves nothing (`inlier_weights`). State: that of the method and, if it is the helper, a slow copy of the encoder.
+    The mean is over b and all N² pairs of images; a view of an image against itself counts 0 in it, where the
+    formula has exp(0) = 1. d_ij: distance of two normalised projections. M_ij in (0, 1): a discriminator's
+    belief that they are alike, an MLP of their difference. M°_ij = exp(-‖y_i - y_j‖ / τ): what the helper
+    network y believes. s_i: how many of image i's neighbours are good ones, so that an outlier moves nothing
+    (`inlier_weights`). State: that of the method and, if it is the helper, a slow copy of the encoder.
 
     >>> from fastgessl.config import MethodConfig
     >>> from fastgessl.methods.registry import build_method
@@ -75,9 +79,16 @@ class DSA(Method):
         _check(config, method, facts)
         self.method, self.config = method, config
         width = _projection_width(method, facts, view_size)
-        self.difference_layer, self.score_layer = nn.Linear(width, config.discriminator_hidden), nn.Linear(config.discriminator_hidden, 1)
+        self.difference_layer, self.score_layer = (
+            nn.Linear(width, config.discriminator_hidden),
+            nn.Linear(config.discriminator_hidden, 1),
+        )
         self.follows = config.helper == "momentum"
-        self.helper = momentum_copy(method.backbone) if self.follows else frozen_network(config.helper, config.helper_weights, view_size)
+        self.helper = (
+            momentum_copy(method.backbone)
+            if self.follows
+            else frozen_network(config.helper, config.helper_weights, view_size)
+        )
         self.views_per_sample, self.multi_crop = method.views_per_sample, method.multi_crop
         self.compares_all = facts.negatives == "global"
         self.gathers = method.gathers or self.compares_all
@@ -88,13 +99,17 @@ class DSA(Method):
         return self.method.backbone
 
     def train(self, mode: bool = True) -> DSA:
-        """A helper network of its own stays as it came; a slow copy of the encoder makes batch statistics as BYOL's does."""
+        """A helper network of its own stays as it came; a slow copy of the encoder makes batch statistics as
+        BYOL's does.
+        """
         super().train(mode)
         if not self.follows:
             self.helper.eval()
         return self
 
-    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> RegulatedOutputs:
+    def forward(
+        self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None
+    ) -> RegulatedOutputs:
         """The method's forward."""
         return RegulatedOutputs(
             **vars(self.method(views, features=features)),
@@ -107,7 +122,11 @@ class DSA(Method):
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> RegulatedTargets:
         """The method's targets, and the helper's features of the two views."""
-        seen = encode(self.helper, views[:2]).float() if views[0].dtype != torch.float64 else encode(self.helper, views[:2])
+        seen = (
+            encode(self.helper, views[:2]).float()
+            if views[0].dtype != torch.float64
+            else encode(self.helper, views[:2])
+        )
         return RegulatedTargets(self.method.targets(views, labels), normalize(seen, dim=-1))
 
     def settle(self, out: Outputs, aux: Any = None) -> RegulatedTargets:
@@ -115,9 +134,15 @@ class DSA(Method):
         return replace(aux, method=self.method.settle(out, aux.method))
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
-        """The method's loss plus the two terms. Returns (); the terms are the same on every rank where they compare all ranks' images."""
+        """The method's loss plus the two terms. Returns (); the terms are the same on every rank where they
+        compare all ranks' images.
+        """
         separation, prior, _ = self._terms(out, aux.helper)
-        return self.method.loss(out, aux.method) + self.config.weight * separation + self.config.prior_weight * prior
+        return (
+            self.method.loss(out, aux.method)
+            + self.config.weight * separation
+            + self.config.prior_weight * prior
+        )
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
         """The method's π."""
@@ -146,11 +171,18 @@ class DSA(Method):
         everyone, seen = _gathered(out.projections[:2], group), _gathered(helper, group)
         rank, _ = rank_and_size(group)
         own = slice(rank * helper.shape[1], (rank + 1) * helper.shape[1])
-        inliers = inlier_weights(seen.mean(0), self.config.neighbours, self.config.good_paths)[own].to(everyone.dtype)
+        inliers = inlier_weights(seen.mean(0), self.config.neighbours, self.config.good_paths)[own].to(
+            everyone.dtype
+        )
         energies, errors = [], []
         for one, other in BLOCKS:
             believed = self._believed(out, everyone[one], everyone[other], own)
-            exponent = inliers[:, None] * _distances(everyone[one, own], everyone[other]) * (2 * believed - 1) / self.config.temperature
+            exponent = (
+                inliers[:, None]
+                * _distances(everyone[one, own], everyone[other])
+                * (2 * believed - 1)
+                / self.config.temperature
+            )
             energies.append(_without_self(exponent.exp(), own, one == other).mean())
             prior = (-_distances(seen[one, own], seen[other]) / self.config.prior_temperature).exp()
             errors.append((believed - prior).square().sum())
@@ -159,7 +191,9 @@ class DSA(Method):
         return separation, errors_of_all.sqrt().mean(), inliers
 
     def _believed(self, out: RegulatedOutputs, rows: Tensor, columns: Tensor, own: slice) -> Tensor:
-        """M of this rank's rows (n, N): the discriminator on differences whose mean absolute value is 1 in every dimension."""
+        """M of this rank's rows (n, N): the discriminator on differences whose mean absolute value is 1 in
+        every dimension.
+        """
         spread = mean_absolute_difference(rows, columns).clamp_min(1e-12)
         first = (rows[own] / spread) @ out.difference_weight.T + out.difference_bias
         second = (columns / spread) @ out.difference_weight.T
@@ -168,10 +202,11 @@ class DSA(Method):
 
 @torch.no_grad()
 def inlier_weights(features: Tensor, neighbours: int, good_paths: int) -> Tensor:
-    """s (N,) in [0, 1] of images with `features` (N, F): the share of an image's `neighbours` that are good ones.
+    """s (N,) in [0, 1] of images with `features` (N, F): the share of an image's `neighbours` that are good
+    ones.
 
-    With A_il = [l is among i's nearest], neighbour j of i is good if more than `good_paths` of j's nearest have i among theirs: (A²)_ji.
-    UsageError unless there are more images than neighbours.
+    With A_il = [l is among i's nearest], neighbour j of i is good if more than `good_paths` of j's nearest
+    have i among theirs: (A²)_ji. UsageError unless there are more images than neighbours.
 
     >>> three = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1]])
     >>> inlier_weights(torch.cat([three, torch.tensor([[-1.0, 0.0]])]), 2, 0).tolist()
@@ -191,7 +226,9 @@ def _gathered(rows: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def _distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """‖x_i - y_j‖ of normalised rows: (n, D), (N, D) -> (n, N). The root's slope at 0 is cut off at a distance of 1e-3."""
+    """‖x_i - y_j‖ of normalised rows: (n, D), (N, D) -> (n, N). The root's slope at 0 is cut off at a
+    distance of 1e-3.
+    """
     cosines = normalize(rows, dim=1) @ normalize(columns, dim=1).T
     return (2 - 2 * cosines).clamp_min(1e-6).sqrt()
 
@@ -207,34 +244,45 @@ def _without_self(energy: Tensor, own: slice, same_view: bool) -> Tensor:
 def _check(config: DsaConfig, method: Method, facts: RunFacts) -> None:
     if method.needs_labels or facts.global_views < 2:
         raise UsageError(
-            f"dsa.weight {config.weight:g} regulates a self-supervised method with two views of full size, and this is "
+            f"dsa.weight {config.weight:g} regulates a self-supervised method with two views of full size, "
+            "and this is "
             f"{type(method).__name__} with {facts.global_views}. Set --dsa.weight 0, or take another method."
         )
     alone = facts.negatives == "local" or facts.bi_level
     images = facts.images_per_forward // (world_size() if alone else 1)
-    compared = " (in GeSSL's inner steps those of one process)" if facts.bi_level and facts.negatives == "global" else ""
+    compared = (
+        " (in GeSSL's inner steps those of one process)"
+        if facts.bi_level and facts.negatives == "global"
+        else ""
+    )
     _check_neighbours(config.neighbours, images, compared)
 
 
 def _check_neighbours(neighbours: int, images: int, compared: str = "") -> None:
     if images <= neighbours:
         raise UsageError(
-            f"dsa.neighbours {neighbours} are chosen among the images that are compared{compared}, and there are {images}. "
+            f"dsa.neighbours {neighbours} are chosen among the images that are compared{compared}, and "
+            f"there are {images}. "
             f"Raise --train.batch_size, or lower --dsa.neighbours below {images}."
         )
 
 
 def _projection_width(method: Method, facts: RunFacts, view_size: int) -> int:
-    """D of the method's projections, seen in a forward of two black images that leaves no trace. UsageError if a view has none."""
+    """D of the method's projections, seen in a forward of two black images that leaves no trace. UsageError
+    if a view has none.
+    """
     parameter = next(method.parameters())
     mode = method.training
-    views = [torch.zeros(2, 3, view_size, view_size, dtype=parameter.dtype, device=parameter.device)] * facts.global_views
+    views = [
+        torch.zeros(2, 3, view_size, view_size, dtype=parameter.dtype, device=parameter.device)
+    ] * facts.global_views
     with torch.no_grad():
         projected, _, width = method.eval()(views).projections.shape
     method.train(mode)
     if projected < facts.global_views:
         raise UsageError(
-            f"dsa compares the projections of two views of full size, and {type(method).__name__} projects {projected} of "
+            f"dsa compares the projections of two views of full size, and {type(method).__name__} projects "
+            f"{projected} of "
             f"{facts.global_views} with these settings. Set --method.symmetric True, or --dsa.weight 0."
         )
     return width

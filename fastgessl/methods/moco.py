@@ -1,7 +1,8 @@
 """MoCo v2 and v2+: recognise an image's momentum-encoded other view among a queue of earlier ones.
 
-He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, eq. (1); Chen et al., "Improved Baselines with
-Momentum Contrastive Learning", arXiv 2003.04297; v2+: both views are queries, as in solo-learn.
+He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, eq. (1); Chen et
+al., "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297; v2+: both views are queries,
+as in solo-learn.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ class Keys:
 
 @register("moco")
 class MoCo(Method):
-    """Two views and, if asked for, smaller ones. State: the momentum encoder, and a queue of its projections, one a view.
+    """Two views and, if asked for, smaller ones. State: the momentum encoder, and a queue of its projections,
+    one a view.
 
-    Queries of every other view meet the key of a view and that view's queue. In the asymmetric v2 the second view is key only.
+    Queries of every other view meet the key of a view and that view's queue. In the asymmetric v2 the second
+    view is key only.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
@@ -65,20 +68,31 @@ class MoCo(Method):
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
         if config.queue_length == 0:
-            raise UsageError("method.queue_length is 0, and MoCo's negatives come from the queue. Set it above 0, or take mocov3.")
+            raise UsageError(
+                "method.queue_length is 0, and MoCo's negatives come from the queue. Set it above 0, or "
+                "take mocov3."
+            )
         check_queue(config, facts)
         self.backbone = backbone
-        self.projector = PlainProjector(feature_width(backbone), config.projector_hidden, config.projector_out)
+        self.projector = PlainProjector(
+            feature_width(backbone), config.projector_hidden, config.projector_out
+        )
         self.momentum_backbone = momentum_copy(self.backbone)
         self.momentum_projector = momentum_copy(self.projector)
-        self.momentum = cosine_momentum(config.momentum_start, config.momentum_end, facts.total_steps).tolist()
+        self.momentum = cosine_momentum(
+            config.momentum_start, config.momentum_end, facts.total_steps
+        ).tolist()
         self.temperature = config.temperature
         self.symmetric, self.shuffles = config.symmetric, config.shuffle_batch_norm
         queues = 2 if self.symmetric else 1
-        self.register_buffer("queue", normalize(torch.randn(queues, config.queue_length, config.projector_out), dim=-1))
+        self.register_buffer(
+            "queue", normalize(torch.randn(queues, config.queue_length, config.projector_out), dim=-1)
+        )
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Views, or their features (V, N, F) -> the queries' projections (V, N, D); V leaves out a view that is key only."""
+        """Views, or their features (V, N, F) -> the queries' projections (V, N, D); V leaves out a view that
+        is key only.
+        """
         if views is not None and not self.symmetric:
             views = [views[0], *views[2:]]
         features = encode(self.backbone, views, features)
@@ -89,23 +103,34 @@ class MoCo(Method):
         """Keys and the queue as it is now."""
         keys = views[:2] if self.symmetric else views[1:2]
         if self.shuffles:
-            features = shuffled_over_ranks(self.momentum_backbone, torch.cat(list(keys))).unflatten(0, (len(keys), -1))
+            features = shuffled_over_ranks(self.momentum_backbone, torch.cat(list(keys))).unflatten(
+                0, (len(keys), -1)
+            )
         else:
             features = encode(self.momentum_backbone, keys)
         return Keys(normalize(apply_head(self.momentum_projector, features), dim=-1), self.queue)
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
-        """-log( exp(q·k₊/τ) / (exp(q·k₊/τ) + Σ_queue exp(q·k/τ)) ), averaged over queries and then over keyed views. Returns ()."""
+        """-log( exp(q·k₊/τ) / (exp(q·k₊/τ) + Σ_queue exp(q·k/τ)) ), averaged over queries and then over keyed
+        views. Returns ().
+        """
         terms = []
         for keyed, queries in self._queries(out):
             positive = (queries * aux.positive[keyed]).sum(-1).flatten() / self.temperature
-            negatives = similarity_logsumexp(queries.flatten(0, 1), aux.queue[keyed], temperature=self.temperature)
+            negatives = similarity_logsumexp(
+                queries.flatten(0, 1), aux.queue[keyed], temperature=self.temperature
+            )
             terms.append(-logsigmoid(positive - negatives).mean())
         return torch.stack(terms).mean()
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
-        """π of the task: queries over the momentum encoder's projections of another view, for each keyed view."""
-        return tuple(Similarity(queries.flatten(0, 1), aux.positive[keyed], self.temperature) for keyed, queries in self._queries(out))
+        """π of the task: queries over the momentum encoder's projections of another view, for each keyed
+        view.
+        """
+        return tuple(
+            Similarity(queries.flatten(0, 1), aux.positive[keyed], self.temperature)
+            for keyed, queries in self._queries(out)
+        )
 
     def _queries(self, out: Outputs) -> list[tuple[int, Tensor]]:
         """(number of the keyed view, unit queries of the others (Q, N, D))."""
@@ -114,7 +139,13 @@ class MoCo(Method):
 
     @torch.no_grad()
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
-        """All ranks' keys enter the queue, micro-batch by micro-batch; the momentum encoder follows with the momentum of `step`."""
+        """All ranks' keys enter the queue, micro-batch by micro-batch; the momentum encoder follows with the
+        momentum of `step`.
+        """
         for _, keys in passes:
             self.queue = enqueued(self.queue, keys.positive)
-        follow([self.momentum_backbone, self.momentum_projector], [self.backbone, self.projector], self.momentum[step])
+        follow(
+            [self.momentum_backbone, self.momentum_projector],
+            [self.backbone, self.projector],
+            self.momentum[step],
+        )

@@ -1,6 +1,8 @@
-"""MoCo v3: predict which momentum-encoded projection in the batch is that of the image's other view. No queue.
+"""MoCo v3: predict which momentum-encoded projection in the batch is that of the image's other view. No
+queue.
 
-Chen, Xie and He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021, algorithm 1.
+Chen, Xie and He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021, algorithm
+1.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from fastgessl.schedules import cosine_momentum
 class MoCoV3(Method):
     """Two views and, if asked for, smaller ones; projector and predictor. State: the momentum encoder.
 
-    A vision transformer keeps its random patch embedding, and gets a projector of three layers and a batch norm behind the predictor.
+    A vision transformer keeps its random patch embedding, and gets a projector of three layers and a batch
+    norm behind the predictor.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
@@ -52,12 +55,20 @@ class MoCoV3(Method):
         self.backbone = backbone
         outputs = config.projector_out
         self.projector = MoCoV3Head(
-            feature_width(backbone), config.projector_hidden, outputs, layers=3 if transformer else 2, output_norm=True
+            feature_width(backbone),
+            config.projector_hidden,
+            outputs,
+            layers=3 if transformer else 2,
+            output_norm=True,
         )
-        self.predictor = MoCoV3Head(outputs, config.predictor_hidden, outputs, layers=2, output_norm=transformer)
+        self.predictor = MoCoV3Head(
+            outputs, config.predictor_hidden, outputs, layers=2, output_norm=transformer
+        )
         self.momentum_backbone = momentum_copy(self.backbone)
         self.momentum_projector = momentum_copy(self.projector)
-        self.momentum = cosine_momentum(config.momentum_start, config.momentum_end, facts.total_steps).tolist()
+        self.momentum = cosine_momentum(
+            config.momentum_start, config.momentum_end, facts.total_steps
+        ).tolist()
         self.temperature = config.temperature
         self.gathers = facts.negatives == "global"
 
@@ -74,20 +85,34 @@ class MoCoV3(Method):
         return normalize(apply_head(self.momentum_projector, features), dim=-1)
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
-        """2τ · InfoNCE of predictions over the keys of all ranks, summed over the two keyed views, averaged over the others. Returns ()."""
+        """2τ · InfoNCE of predictions over the keys of all ranks, summed over the two keyed views, averaged
+        over the others. Returns ().
+        """
         group = world_group() if self.gathers else None
         rank, _ = rank_and_size(group)
         terms = []
         for keyed, queries in self._queries(out):
-            own = rank * queries.shape[1] + torch.arange(queries.shape[1], device=queries.device).repeat(len(queries))
+            own = rank * queries.shape[1] + torch.arange(queries.shape[1], device=queries.device).repeat(
+                len(queries)
+            )
             terms.append(
-                info_nce(queries.flatten(0, 1), aux[keyed], temperature=self.temperature, positives=own, group=group, mode=self.exchange)
+                info_nce(
+                    queries.flatten(0, 1),
+                    aux[keyed],
+                    temperature=self.temperature,
+                    positives=own,
+                    group=group,
+                    mode=self.exchange,
+                )
             )
         return 2 * self.temperature * torch.stack(terms).sum()
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
         """π of the task: predictions over the momentum projections of another view, for each keyed view."""
-        return tuple(Similarity(queries.flatten(0, 1), aux[keyed], self.temperature) for keyed, queries in self._queries(out))
+        return tuple(
+            Similarity(queries.flatten(0, 1), aux[keyed], self.temperature)
+            for keyed, queries in self._queries(out)
+        )
 
     def _queries(self, out: Outputs) -> list[tuple[int, Tensor]]:
         """(number of the keyed view, unit predictions of the others (V-1, N, D))."""
@@ -97,4 +122,8 @@ class MoCoV3(Method):
     @torch.no_grad()
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
         """The momentum encoder follows with the momentum of `step`."""
-        follow([self.momentum_backbone, self.momentum_projector], [self.backbone, self.projector], self.momentum[step])
+        follow(
+            [self.momentum_backbone, self.momentum_projector],
+            [self.backbone, self.projector],
+            self.momentum[step],
+        )

@@ -1,7 +1,7 @@
 """A small network on the difference of every pair of rows, at O(N·H) memory beside the (N, M) result.
 
-The first layer is linear, so W(x_i - y_j) = u_i - v_j: what remains is element-wise work on N·M·H numbers, done a block of rows at a time
-and done again in the backward. Twice differentiable.
+The first layer is linear, so W(x_i - y_j) = u_i - v_j: what remains is element-wise work on N·M·H numbers,
+done a block of rows at a time and done again in the backward. Twice differentiable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ BLOCK_NUMBERS = 2**21
 
 
 def pairwise_scores(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """Σ_h weight_h · max(0, first_ih - second_jh): (N, H), (M, H), (H,) -> (N, M). Third derivatives raise RuntimeError.
+    """Σ_h weight_h · max(0, first_ih - second_jh): (N, H), (M, H), (H,) -> (N, M). Third derivatives raise
+    RuntimeError.
 
     >>> pairwise_scores(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 1.0], [4.0, -1.0]]), torch.tensor([1.0, 10.0]))
     tensor([[ 2., 10.]])
@@ -26,7 +27,8 @@ def pairwise_scores(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
 
 
 def mean_absolute_difference(first: Tensor, second: Tensor) -> Tensor:
-    """Mean over all pairs of |first_id - second_jd|: (N, D), (M, D) -> (D,), by sorting instead of N·M differences.
+    """Mean over all pairs of |first_id - second_jd|: (N, D), (M, D) -> (D,), by sorting instead of N·M
+    differences.
 
     >>> mean_absolute_difference(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [5.0]]))
     tensor([3.5000])
@@ -36,7 +38,9 @@ def mean_absolute_difference(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _sum_over_pairs(rows: Tensor) -> Tensor:
-    """Σ_{i<j} |x_i - x_j| of each column: the k-th smallest is added k times and taken away once for each larger one."""
+    """Σ_{i<j} |x_i - x_j| of each column: the k-th smallest is added k times and taken away once for each
+    larger one.
+    """
     places = torch.arange(len(rows), device=rows.device, dtype=rows.dtype)
     return (2 * places - len(rows) + 1) @ rows.sort(dim=0).values
 
@@ -56,11 +60,19 @@ class _Scores(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """The first derivative as a function of its own. Where a difference is positive, the score is bilinear in it and the weight."""
+    """The first derivative as a function of its own. Where a difference is positive, the score is bilinear in
+    it and the weight.
+    """
 
     @staticmethod
-    def forward(cotangent: Tensor, first: Tensor, second: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        to_first, to_second, to_weight = torch.empty_like(first), torch.zeros_like(second), torch.zeros_like(weight)
+    def forward(
+        cotangent: Tensor, first: Tensor, second: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        to_first, to_second, to_weight = (
+            torch.empty_like(first),
+            torch.zeros_like(second),
+            torch.zeros_like(weight),
+        )
         for rows, difference in _blocks(first, second):
             on, slope = (difference > 0).to(first.dtype), cotangent[rows]
             to_first[rows] = torch.einsum("nm,nmh->nh", slope, on) * weight
@@ -78,13 +90,25 @@ class _Gradients(torch.autograd.Function):
 
 
 class _Curvature(torch.autograd.Function):
-    """The second derivative along given directions. It is an end: a third would be silently wrong if autograd could pass it by."""
+    """The second derivative along given directions. It is an end: a third would be silently wrong if autograd
+    could pass it by.
+    """
 
     @staticmethod
     def forward(
-        along_first: Tensor, along_second: Tensor, along_weight: Tensor, cotangent: Tensor, first: Tensor, second: Tensor, weight: Tensor
+        along_first: Tensor,
+        along_second: Tensor,
+        along_weight: Tensor,
+        cotangent: Tensor,
+        first: Tensor,
+        second: Tensor,
+        weight: Tensor,
     ) -> tuple[Tensor, ...]:
-        to_cotangent, to_first, to_second = torch.empty_like(cotangent), torch.empty_like(first), torch.zeros_like(second)
+        to_cotangent, to_first, to_second = (
+            torch.empty_like(cotangent),
+            torch.empty_like(first),
+            torch.zeros_like(second),
+        )
         to_weight = torch.zeros_like(weight)
         for rows, difference in _blocks(first, second):
             on, slope = (difference > 0).to(first.dtype), cotangent[rows]
@@ -101,7 +125,9 @@ class _Curvature(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError("pairwise_scores has derivatives of first and second order; a third was asked for.")
+        raise RuntimeError(
+            "pairwise_scores has derivatives of first and second order; a third was asked for."
+        )
 
 
 def _blocks(first: Tensor, second: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -19,7 +19,10 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
 
     def add(method: type[Method]) -> type[Method]:
         if name in METHODS:
-            raise ValueError(f"method '{name}' is registered already, by {METHODS[name].__name__}; {method.__name__} needs another name.")
+            raise ValueError(
+                f"method '{name}' is registered already, by {METHODS[name].__name__}; {method.__name__} "
+                "needs another name."
+            )
         METHODS[name] = method
         return method
 
@@ -27,10 +30,11 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
 
 
 def build_method(config: MethodConfig, backbone: nn.Module, facts: RunFacts) -> Method:
-    """The method that `config.name` names, over `backbone`: a module (B, 3, S, S) -> (B, F) with the width F as `.num_features`.
+    """The method that `config.name` names, over `backbone`: a module (B, 3, S, S) -> (B, F) with the width F
+    as `.num_features`.
 
-    `facts` are those of the run: its length, batch, views. Raises UsageError for an unknown name, and where the method cannot work with
-    the facts.
+    `facts` are those of the run: its length, batch, views. Raises UsageError for an unknown name, and where
+    the method cannot work with the facts.
 
     >>> from fastgessl.config import ModelConfig
     >>> from fastgessl.models import build_backbone
@@ -40,7 +44,9 @@ def build_method(config: MethodConfig, backbone: nn.Module, facts: RunFacts) -> 
     """
     if config.name not in METHODS:
         near = get_close_matches(config.name, METHODS, n=3, cutoff=0.3) or sorted(METHODS)
-        raise UsageError(f"method.name '{config.name}' is no method that is known. Perhaps you meant {' or '.join(near)}?")
+        raise UsageError(
+            f"method.name '{config.name}' is no method that is known. Perhaps you meant {' or '.join(near)}?"
+        )
     _check_views(config.name, METHODS[config.name], facts)
     return METHODS[config.name](config, backbone, facts)
 
@@ -49,7 +55,8 @@ def _check_views(name: str, method: type[Method], facts: RunFacts) -> None:
     wanted = method.views_per_sample
     if wanted is not None and facts.global_views != wanted:
         raise UsageError(
-            f"method '{name}' takes {wanted} views of full size and the views section makes {facts.global_views}. "
+            f"method '{name}' takes {wanted} views of full size and the views section makes "
+            f"{facts.global_views}. "
             "Choose a preset that has as many (`fastgessl recipes NAME` shows the method's own)."
         )
     if facts.local_views and not method.multi_crop:
@@ -63,6 +70,7 @@ def check_prototypes(config: MethodConfig, facts: RunFacts) -> None:
     """Raise UsageError if there are no more prototypes than classes: two classes would have to share one."""
     if facts.classes is not None and config.prototypes <= facts.classes:
         raise UsageError(
-            f"method.prototypes is {config.prototypes}, and the training images have {facts.classes} classes: no representation could "
+            f"method.prototypes is {config.prototypes}, and the training images have {facts.classes} "
+            "classes: no representation could "
             f"tell them all apart. Choose more of them, such as --method.prototypes {10 * facts.classes}."
         )

@@ -37,7 +37,9 @@ class SimCLR(Method):
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
         self.backbone = backbone
-        self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out, output_norm=True)
+        self.projector = Projector(
+            feature_width(backbone), config.projector_hidden, config.projector_out, output_norm=True
+        )
         self.temperature = config.temperature
         self.gathers = facts.negatives == "global"
 
@@ -47,12 +49,16 @@ class SimCLR(Method):
         return Outputs(features, apply_head(self.projector, features))
 
     def loss(self, out: Outputs, aux: None = None) -> Tensor:
-        """NT-Xent over the 2N rows of both views; `out.projections` is (2, N, D). Returns (), the mean over this rank's rows."""
+        """NT-Xent over the 2N rows of both views; `out.projections` is (2, N, D). Returns (), the mean over
+        this rank's rows.
+        """
         first, second = out.projections
         group = world_group() if self.gathers else None
         return nt_xent(first, second, temperature=self.temperature, group=group, mode=self.exchange)
 
     def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
-        """π of the task: rows whose softmax over the other view's embeddings says which image this is, in both directions."""
+        """π of the task: rows whose softmax over the other view's embeddings says which image this is, in
+        both directions.
+        """
         first, second = normalize(out.projections, dim=-1)
         return Similarity(first, second, self.temperature), Similarity(second, first, self.temperature)

@@ -1,4 +1,6 @@
-"""Supervised classification with the same backbone, views and budget: the upper bound that self-supervised methods are measured against."""
+"""Supervised classification with the same backbone, views and budget: the upper bound that self-supervised
+methods are measured against.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,17 @@ class Supervised(Method):
         super().__init__()
         if facts.classes is None:
             raise UsageError(
-                "method 'supervised' learns from labels, and the training images have none. Point --data.root at images with labels "
+                "method 'supervised' learns from labels, and the training images have none. Point "
+                "--data.root at images with labels "
                 "(a folder a class, or train_y in the .npz), or take a self-supervised method."
             )
         self.backbone = backbone
         self.classifier = nn.Linear(feature_width(backbone), facts.classes, bias=False)
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """V views (N, 3, S, S), or their features (V, N, F) -> the features as projections, the class vectors (C, F) as prototypes."""
+        """V views (N, 3, S, S), or their features (V, N, F) -> the features as projections, the class vectors
+        (C, F) as prototypes.
+        """
         features = encode(self.backbone, views, features)
         projections = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
         return Outputs(features, projections, prototypes=self.classifier.weight)

@@ -1,6 +1,7 @@
 """SwAV: predict a view's balanced assignment to prototypes from another view.
 
-Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020, eq. (1) to (3), and its code.
+Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020, eq.
+(1) to (3), and its code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from fastgessl.models import Projector, apply_head, encode, feature_width
 
 @dataclass(frozen=True)
 class Codes:
-    """The assignment of view i's image n, in factors: softmax over j of rows_in · prototypes_j / ε + potentials_ij."""
+    """The assignment of view i's image n, in factors: softmax over j of rows_in · prototypes_j / ε +
+    potentials_ij.
+    """
 
     rows: Tensor
     """(2, N, D)."""
@@ -38,10 +41,11 @@ class Codes:
 
 @register("swav")
 class SwAV(Method):
-    """Two views and, if asked for, smaller ones; a projector, and prototypes of unit length. State: a queue of projections, one a view.
+    """Two views and, if asked for, smaller ones; a projector, and prototypes of unit length. State: a queue
+    of projections, one a view.
 
-    Codes come from the two views of full size, balanced over the images of all ranks and the queue, and are constant through GeSSL's
-    inner loop, as a momentum encoder's outputs are.
+    Codes come from the two views of full size, balanced over the images of all ranks and the queue, and are
+    constant through GeSSL's inner loop, as a momentum encoder's outputs are.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
@@ -63,17 +67,28 @@ class SwAV(Method):
         check_queue(config, facts)
         self.backbone = backbone
         self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out)
-        self.prototypes = nn.Parameter(normalize(torch.randn(config.prototypes, config.projector_out), dim=-1))
-        self.temperature, self.epsilon, self.iterations = config.temperature, config.sinkhorn_epsilon, config.sinkhorn_iterations
+        self.prototypes = nn.Parameter(
+            normalize(torch.randn(config.prototypes, config.projector_out), dim=-1)
+        )
+        self.temperature, self.epsilon, self.iterations = (
+            config.temperature,
+            config.sinkhorn_epsilon,
+            config.sinkhorn_iterations,
+        )
         self.gathers = facts.negatives == "global"
         self.frozen_steps = round(config.freeze_epochs * facts.steps_per_epoch)
         self.queue_start = round(config.queue_start_epoch * facts.steps_per_epoch)
         self.queue_length = config.queue_length
-        self.register_buffer("queue", torch.zeros(2, config.queue_length, config.projector_out) if config.queue_length else None)
+        self.register_buffer(
+            "queue",
+            torch.zeros(2, config.queue_length, config.projector_out) if config.queue_length else None,
+        )
         self.queued = 0
 
     def get_extra_state(self) -> Tensor:
-        """How many rows entered the queue since queue_start_epoch. No buffer: asking a GPU for it would make every step wait."""
+        """How many rows entered the queue since queue_start_epoch. No buffer: asking a GPU for it would make
+        every step wait.
+        """
         return torch.tensor(self.queued)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -83,7 +98,11 @@ class SwAV(Method):
         """Views, or their features (V, N, F) -> unit projections (V, N, D) and the prototypes."""
         features = encode(self.backbone, views, features)
         # The optimiser writes to the parameter; what was computed with it must keep its value.
-        return Outputs(features, normalize(apply_head(self.projector, features), dim=-1), prototypes=self.prototypes.clone())
+        return Outputs(
+            features,
+            normalize(apply_head(self.projector, features), dim=-1),
+            prototypes=self.prototypes.clone(),
+        )
 
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Tensor | None:
         """The queue (2, L, D) as it is now; None until it is full."""
@@ -100,11 +119,13 @@ class SwAV(Method):
         # Every rank has the whole queue and brings its share of it, so that no row counts twice.
         balanced = rows if aux is None else torch.cat([rows, aux[:, rank::size].to(rows)], dim=1)
         how: dict[str, Any] = {"epsilon": self.epsilon, "iterations": self.iterations, "group": group}
-        return Codes(rows, prototypes, torch.stack([sinkhorn_potentials(view, prototypes, **how) for view in balanced]))
+        return Codes(
+            rows, prototypes, torch.stack([sinkhorn_potentials(view, prototypes, **how) for view in balanced])
+        )
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
-        """-Σ_j q_j log p_j of the code q of one view and the prediction p = softmax(z·cᵀ/τ) of another, averaged over predicting views
-        and then over coded ones. Returns ()."""
+        """-Σ_j q_j log p_j of the code q of one view and the prediction p = softmax(z·cᵀ/τ) of another,
+        averaged over predicting views and then over coded ones. Returns ()."""
         codes = self.settle(out, aux)
         assert out.prototypes is not None
         terms = [
@@ -127,7 +148,9 @@ class SwAV(Method):
 
     @torch.no_grad()
     def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
-        """Prototypes return to unit length; the queue takes in the projections of all ranks, and counts them from its first epoch on."""
+        """Prototypes return to unit length; the queue takes in the projections of all ranks, and counts them
+        from its first epoch on.
+        """
         self.prototypes.copy_(normalize(self.prototypes, dim=-1))
         if self.queue is None:
             return

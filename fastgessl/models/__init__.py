@@ -1,4 +1,6 @@
-"""Backbones by name, projector and predictor heads, momentum copies, and a batch norm that spans ranks and can be differentiated twice."""
+"""Backbones by name, projector and predictor heads, momentum copies, and a batch norm that spans ranks and
+can be differentiated twice.
+"""
 
 from fastgessl.models.backbone import build_backbone
 from fastgessl.models.batch_norm import SynchronisedBatchNorm, synchronise_batch_norm

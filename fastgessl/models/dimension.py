@@ -1,7 +1,7 @@
 """A wider representation at few parameters: through a bottleneck of channels in front of the pooling.
 
-Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022, section 5.1: more
-dimensions let a linear probe tell more labelings apart.
+Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized Representations", NeurIPS 2022,
+section 5.1: more dimensions let a linear probe tell more labelings apart.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def widen(backbone: Any, bottleneck: int, outputs: int) -> None:
 
 
 def convolution(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:
-    """A bias-free convolution of the same size, and its batch norm. Exported encoders carry the source of this and of `Widening`."""
+    """A bias-free convolution of the same size, and its batch norm. Exported encoders carry the source of
+    this and of `Widening`.
+    """
     layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer, nn.BatchNorm2d(outputs)

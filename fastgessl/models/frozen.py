@@ -21,11 +21,13 @@ LABEL_FREE = ("dino", "dinov2", "dinov3", "mae", "ijepa", "lejepa", "moco", "swa
 
 
 def frozen_network(name: str, weights: str, view_size: int, option: str = "dsa.helper") -> nn.Module:
-    """timm's `name`, without classifier, in evaluation mode and without gradient: (B, 3, view_size, view_size) -> (B, F).
+    """timm's `name`, without classifier, in evaluation mode and without gradient: (B, 3, view_size,
+    view_size) -> (B, F).
 
-    `weights` as in `load_weights`; those of a run bring its stem, width and dimension along. Warns if they were trained with labels, which
-    would then leak into what is called self-supervised. Raises UsageError for a name that timm does not know or that is not the run's,
-    weights that cannot be had, and a network that takes no images of this size.
+    `weights` as in `load_weights`; those of a run bring its stem, width and dimension along. Warns if they
+    were trained with labels, which would then leak into what is called self-supervised. Raises UsageError for
+    a name that timm does not know or that is not the run's, weights that cannot be had, and a network that
+    takes no images of this size.
 
     >>> frozen_network("resnet18", "none", 32)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 512])
@@ -33,14 +35,16 @@ def frozen_network(name: str, weights: str, view_size: int, option: str = "dsa.h
     if not timm.is_model(name.split(".")[0]):
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise UsageError(
-            f"{option} '{name}' is neither momentum nor a network that timm knows. Perhaps you meant {', '.join(near) or 'momentum'}?"
+            f"{option} '{name}' is neither momentum nor a network that timm knows. Perhaps you meant "
+            f"{', '.join(near) or 'momentum'}?"
         )
     network = _network(name, weights, option).eval().requires_grad_(False)
     _check_size(network, name, view_size, option)
     load_weights(network, name, weights, f"{option}_weights")
     if weights != "none" and not label_free(name, weights):
         warnings.warn(
-            f"{option} {name}: these weights ({weights}) were trained with labels, as far as can be told. They leak into a method that is "
+            f"{option} {name}: these weights ({weights}) were trained with labels, as far as can be told. "
+            "They leak into a method that is "
             "called self-supervised; say so beside every number, or use --dsa.helper momentum.",
             stacklevel=2,
         )
@@ -48,7 +52,8 @@ def frozen_network(name: str, weights: str, view_size: int, option: str = "dsa.h
 
 
 def label_free(name: str, weights: str) -> bool:
-    """Whether no labels were used, as a run's configuration says, or the name of the weights: timm's tag, or a file's own name.
+    """Whether no labels were used, as a run's configuration says, or the name of the weights: timm's tag, or
+    a file's own name.
 
     >>> label_free("vit_small_patch16_224.dino", "pretrained"), label_free("resnet18.a1_in1k", "pretrained")
     (True, False)
@@ -74,7 +79,9 @@ def _network(name: str, weights: str, option: str) -> nn.Module:
         return timm.create_model(name, pretrained=False, num_classes=0)
     model = read_config(run).model
     if model.name.split(".")[0] != name.split(".")[0]:
-        raise UsageError(f"{option} {name} is not what the run '{run}' trained, {model.name}. Set --{option} {model.name}.")
+        raise UsageError(
+            f"{option} {name} is not what the run '{run}' trained, {model.name}. Set --{option} {model.name}."
+        )
     return build_backbone(model)
 
 
@@ -92,6 +99,7 @@ def _check_size(network: nn.Module, name: str, view_size: int, option: str) -> N
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UsageError(
-            f"{option} {name} does not take views of {view_size} pixels ({reason}). Take a network for that size, a convolutional one, or "
+            f"{option} {name} does not take views of {view_size} pixels ({reason}). Take a network for that "
+            "size, a convolutional one, or "
             "--dsa.helper momentum."
         ) from error

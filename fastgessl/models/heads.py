@@ -1,4 +1,5 @@
-"""The small networks between representation and loss. Both are trained with the backbone and thrown away after it.
+"""The small networks between representation and loss. Both are trained with the backbone and thrown away
+after it.
 
 A linear layer in front of a batch norm has no bias: the norm would subtract it again.
 """
@@ -9,10 +10,11 @@ from torch import nn
 
 
 class Projector(nn.Sequential):
-    """`layers` linear layers with batch norm and ReLU between them: (B, inputs) -> (B, outputs). One layer is a linear head.
+    """`layers` linear layers with batch norm and ReLU between them: (B, inputs) -> (B, outputs). One layer is
+    a linear head.
 
-    `output_norm` adds a batch norm after the last layer, as SimCLR does (Chen et al. 2020, official code); BYOL has none there
-    (Grill et al. 2020, section 3.3).
+    `output_norm` adds a batch norm after the last layer, as SimCLR does (Chen et al. 2020, official code);
+    BYOL has none there (Grill et al. 2020, section 3.3).
 
     >>> import torch
     >>> Projector(16, 32, 8)(torch.randn(4, 16)).shape
@@ -24,13 +26,18 @@ class Projector(nn.Sequential):
     def __init__(self, inputs: int, hidden: int, outputs: int, *, layers: int = 2, output_norm: bool = False):
         modules: list[nn.Module] = []
         for layer in range(layers - 1):
-            modules += [nn.Linear(hidden if layer else inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+            modules += [
+                nn.Linear(hidden if layer else inputs, hidden, bias=False),
+                nn.BatchNorm1d(hidden),
+                nn.ReLU(inplace=True),
+            ]
         modules.append(nn.Linear(hidden if layers > 1 else inputs, outputs, bias=not output_norm))
         super().__init__(*modules, *([nn.BatchNorm1d(outputs)] if output_norm else []))
 
 
 class Predictor(Projector):
-    """BYOL's predictor: the projector's architecture from projections to projections, (B, width) -> (B, width).
+    """BYOL's predictor: the projector's architecture from projections to projections, (B, width) -> (B,
+    width).
 
     >>> import torch
     >>> Predictor(8, 32)(torch.randn(4, 8)).shape
@@ -42,7 +49,8 @@ class Predictor(Projector):
 
 
 class PlainProjector(nn.Sequential):
-    """MoCo v2's projector: linear, ReLU, linear, no batch norm (Chen et al., arXiv 2003.04297). (B, inputs) -> (B, outputs).
+    """MoCo v2's projector: linear, ReLU, linear, no batch norm (Chen et al., arXiv 2003.04297). (B, inputs)
+    -> (B, outputs).
 
     >>> import torch
     >>> PlainProjector(16, 32, 8)(torch.randn(4, 16)).shape
@@ -54,10 +62,11 @@ class PlainProjector(nn.Sequential):
 
 
 class MoCoV3Head(nn.Sequential):
-    """MoCo v3's projector and predictor: (B, inputs) -> (B, outputs) through `layers` linear layers, none with a bias.
+    """MoCo v3's projector and predictor: (B, inputs) -> (B, outputs) through `layers` linear layers, none
+    with a bias.
 
-    Batch norm and ReLU stand between them; `output_norm` adds a batch norm without weights at the end (Chen, Xie and He, ICCV 2021, and
-    its code).
+    Batch norm and ReLU stand between them; `output_norm` adds a batch norm without weights at the end (Chen,
+    Xie and He, ICCV 2021, and its code).
 
     >>> import torch
     >>> out = MoCoV3Head(16, 32, 8, layers=3, output_norm=True)(torch.randn(64, 16))
@@ -68,16 +77,21 @@ class MoCoV3Head(nn.Sequential):
     def __init__(self, inputs: int, hidden: int, outputs: int, *, layers: int, output_norm: bool):
         modules: list[nn.Module] = []
         for layer in range(layers - 1):
-            modules += [nn.Linear(hidden if layer else inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+            modules += [
+                nn.Linear(hidden if layer else inputs, hidden, bias=False),
+                nn.BatchNorm1d(hidden),
+                nn.ReLU(inplace=True),
+            ]
         modules.append(nn.Linear(hidden if layers > 1 else inputs, outputs, bias=False))
         super().__init__(*modules, *([nn.BatchNorm1d(outputs, affine=False)] if output_norm else []))
 
 
 class BottleneckHead(nn.Sequential):
-    """DINO's head below its last layer: three linear layers with GELU between them. (B, inputs) -> (B, outputs).
+    """DINO's head below its last layer: three linear layers with GELU between them. (B, inputs) -> (B,
+    outputs).
 
-    `norm` puts a batch norm in front of each GELU. Weights start from a normal distribution of deviation 0.02, cut off at 2, biases from
-    0 (Caron et al., ICCV 2021, and its code).
+    `norm` puts a batch norm in front of each GELU. Weights start from a normal distribution of deviation
+    0.02, cut off at 2, biases from 0 (Caron et al., ICCV 2021, and its code).
 
     >>> import torch
     >>> BottleneckHead(16, 32, 8)(torch.randn(4, 16)).shape

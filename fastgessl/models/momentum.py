@@ -28,7 +28,8 @@ def momentum_copy(module: Module) -> Module:
 
 @torch.no_grad()
 def follow(copies: Iterable[nn.Module], online: Iterable[nn.Module], momentum: float) -> None:
-    """ξ ← m ξ + (1 - m) θ, weight by weight. Batch-norm statistics are not averaged: the momentum encoder makes its own.
+    """ξ ← m ξ + (1 - m) θ, weight by weight. Batch-norm statistics are not averaged: the momentum encoder
+    makes its own.
 
     He et al., "Momentum Contrast", CVPR 2020, eq. (2).
 
@@ -40,4 +41,6 @@ def follow(copies: Iterable[nn.Module], online: Iterable[nn.Module], momentum: f
     0.25
     """
     averages: list[torch.Tensor] = [weight for module in copies for weight in module.parameters()]
-    torch._foreach_lerp_(averages, [weight for module in online for weight in module.parameters()], 1 - momentum)
+    torch._foreach_lerp_(
+        averages, [weight for module in online for weight in module.parameters()], 1 - momentum
+    )

@@ -1,4 +1,5 @@
-"""Shuffled batch norm: a rank's rows are normalised among rows of other ranks, so that statistics do not give away who belongs together.
+"""Shuffled batch norm: a rank's rows are normalised among rows of other ranks, so that statistics do not give
+away who belongs together.
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, section 3.3.
 """
@@ -17,7 +18,8 @@ from fastgessl.kernels.collectives import all_gather_rows, rank_and_size
 
 @torch.no_grad()
 def shuffled_over_ranks(network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """network(rows) (N, F), computed on rows (N, ...) that were dealt out at random among all ranks and collected again.
+    """network(rows) (N, F), computed on rows (N, ...) that were dealt out at random among all ranks and
+    collected again.
 
     Alone (one process, or inside `fastgessl.distributed.rank_local`) it is network(rows). No gradient.
 

@@ -14,10 +14,12 @@ from fastgessl.config import UsageError
 
 
 def load_weights(network: nn.Module, name: str, source: str, option: str) -> None:
-    """Fill `network`, timm's `name` without classifier, with the weights that `source` names; `option` is how the user calls it.
+    """Fill `network`, timm's `name` without classifier, with the weights that `source` names; `option` is how
+    the user calls it.
 
-    `source`: none (leave it as it is), pretrained (timm's, fetched once), a .safetensors file, or the folder of a finished run. A
-    classifier in the file is left out. Raises UsageError if they cannot be had, or belong to another architecture.
+    `source`: none (leave it as it is), pretrained (timm's, fetched once), a .safetensors file, or the folder
+    of a finished run. A classifier in the file is left out. Raises UsageError if they cannot be had, or
+    belong to another architecture.
 
     >>> load_weights(nn.Linear(2, 2), "linear", "none", "model.weights")
     """
@@ -28,7 +30,8 @@ def load_weights(network: nn.Module, name: str, source: str, option: str) -> Non
     weights = _without_classifier(weights, name, expected)
     if misfits := _misfits(weights, expected):
         raise UsageError(
-            f"{option} '{source}' belongs to another network than this {name}: {misfits}. Set --model.name, --model.stem, --model.width "
+            f"{option} '{source}' belongs to another network than this {name}: {misfits}. Set --model.name, "
+            "--model.stem, --model.width "
             "and --model.dimension to what these weights were trained with, or name others."
         )
     network.load_state_dict(weights)
@@ -40,7 +43,8 @@ def _pretrained(name: str, option: str) -> Mapping[str, Tensor]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{option} pretrained: timm's weights of {name} cannot be fetched ({type(error).__name__}: {reason}). Without a network, give "
+            f"{option} pretrained: timm's weights of {name} cannot be fetched ({type(error).__name__}: "
+            f"{reason}). Without a network, give "
             "a .safetensors file."
         ) from error
 
@@ -51,17 +55,25 @@ def _stored(source: str, option: str) -> Mapping[str, Tensor]:
         path = path / "encoder.safetensors"
     if not path.is_file():
         raise UsageError(
-            f"{option} '{source}': there is no {'such file' if path == Path(source).expanduser() else path.name + ' in that folder'}. "
-            "Give none, pretrained, a .safetensors file, or the folder of a run that has been trained to its end."
+            f"{option} '{source}': there is no "
+            f"{'such file' if path == Path(source).expanduser() else path.name + ' in that folder'}. "
+            "Give none, pretrained, a .safetensors file, or the folder of a run that has been trained to "
+            "its end."
         )
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UsageError(f"{option} '{source}' cannot be read as safetensors ({error}). Give another file.") from error
+        raise UsageError(
+            f"{option} '{source}' cannot be read as safetensors ({error}). Give another file."
+        ) from error
 
 
-def _without_classifier(weights: Mapping[str, Tensor], name: str, expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`weights` less those of timm's classification layers, which published files of `name` hold and an encoder lacks."""
+def _without_classifier(
+    weights: Mapping[str, Tensor], name: str, expected: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """`weights` less those of timm's classification layers, which published files of `name` hold and an
+    encoder lacks.
+    """
     known = timm.get_pretrained_cfg(name)
     layers = known.classifier or () if known else ()
     prefixes = tuple(f"{layer}." for layer in ((layers,) if isinstance(layers, str) else layers))
@@ -73,8 +85,14 @@ def _misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     shapes = [key for key in expected if key in found and found[key].shape != expected[key].shape]
-    findings = [f"{len(keys)} {kind} such as {keys[0]}" for kind, keys in (("are missing", missing), ("are not known", unexpected)) if keys]
+    findings = [
+        f"{len(keys)} {kind} such as {keys[0]}"
+        for kind, keys in (("are missing", missing), ("are not known", unexpected))
+        if keys
+    ]
     if shapes:
         sizes = "x".join(map(str, found[shapes[0]].shape)), "x".join(map(str, expected[shapes[0]].shape))
-        findings.append(f"{len(shapes)} have another shape such as {shapes[0]}, {sizes[0]} where {sizes[1]} is needed")
+        findings.append(
+            f"{len(shapes)} have another shape such as {shapes[0]}, {sizes[0]} where {sizes[1]} is needed"
+        )
     return ", ".join(findings)

@@ -1,4 +1,5 @@
-"""σ of a task as a function of the present weights: inner steps to a student, further steps to its self-motivated target, KL between them.
+"""σ of a task as a function of the present weights: inner steps to a student, further steps to its
+self-motivated target, KL between them.
 
 Equations in docs/gessl.md, after arXiv 2405.01053v4.
 """
@@ -38,22 +39,36 @@ class Measured:
 
 
 def bi_level_sigma(
-    settings: GesslConfig, sgd: Sgd, task: Task, query: Task, weights: Weights, first: Outputs, loss: Tensor, *, loss_needs_graph: bool
+    settings: GesslConfig,
+    sgd: Sgd,
+    task: Task,
+    query: Task,
+    weights: Weights,
+    first: Outputs,
+    loss: Tensor,
+    *,
+    loss_needs_graph: bool,
 ) -> Measured:
-    """σ at `weights` θ, where `first` are the task's outputs and `loss` its SSL loss. σ is seen on `query`, which may be `task` itself.
+    """σ at `weights` θ, where `first` are the task's outputs and `loss` its SSL loss. σ is seen on `query`,
+    which may be `task` itself.
 
-    `loss_needs_graph`: whether someone else will run back through `first`, whose graph is otherwise freed as soon as it can be.
+    `loss_needs_graph`: whether someone else will run back through `first`, whose graph is otherwise freed as
+    soon as it can be.
     """
     adapts = settings.inner_steps > 0
     graph_of_steps = keeps_graph(settings)
     if second_order(settings):
         check_graph(loss, task.inputs.values())
-    gradient = gradient_of(loss, weights, create_graph=graph_of_steps, retain_graph=loss_needs_graph or not adapts)
+    gradient = gradient_of(
+        loss, weights, create_graph=graph_of_steps, retain_graph=loss_needs_graph or not adapts
+    )
     if not adapts:
         value, delta = _against_target(settings, sgd, task, query, Iterate(weights), first, loss, gradient)
     elif settings.hypergradient == "first_order" or graph_of_steps:
         student = _student(settings, sgd, task, weights, gradient)
-        value, delta = _against_target(settings, sgd, task, query, student, task.outputs(student.weights), loss)
+        value, delta = _against_target(
+            settings, sgd, task, query, student, task.outputs(student.weights), loss
+        )
     else:
         value, delta = _step_by_step(settings, sgd, task, query, weights, loss, gradient)
     return Measured(value, delta, gradient)
@@ -62,7 +77,9 @@ def bi_level_sigma(
 def _student(settings: GesslConfig, sgd: Sgd, task: Task, weights: Weights, gradient: Weights) -> Iterate:
     """θ_K as a function of θ: through every inner step (exact), or θ + stopgrad(Δ) (first order)."""
     if settings.hypergradient == "exact":
-        return descend(task, sgd, Iterate(weights), settings.inner_steps, gradient=gradient, create_graph=True)[-1]
+        return descend(
+            task, sgd, Iterate(weights), settings.inner_steps, gradient=gradient, create_graph=True
+        )[-1]
     student = descend(task, sgd, Iterate(as_leaves(weights)), settings.inner_steps, gradient=gradient)[-1]
     return Iterate(shifted(weights, student.weights), student.velocity)
 
@@ -77,7 +94,9 @@ def _against_target(
     loss: Tensor,
     gradient: Weights | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """σ () of the student, whose outputs on the task are `out`, against the target λ steps further on; and ΔL ()."""
+    """σ () of the student, whose outputs on the task are `out`, against the target λ steps further on; and ΔL
+    ().
+    """
     same = query is task
     if gradient is None:
         gradient = gradient_of(task.loss(out), student.weights, retain_graph=same)
@@ -91,18 +110,28 @@ def _against_target(
 
 
 def _step_by_step(
-    settings: GesslConfig, sgd: Sgd, task: Task, query: Task, weights: Weights, loss: Tensor, gradient: Weights
+    settings: GesslConfig,
+    sgd: Sgd,
+    task: Task,
+    query: Task,
+    weights: Weights,
+    loss: Tensor,
+    gradient: Weights,
 ) -> tuple[Tensor, Tensor]:
     """σ () and ΔL (), with a hypergradient that never holds the graph of more than one inner step."""
     adapting = task.cut_off(requires_grad=True)
     seeing = adapting if query is task else query.cut_off(requires_grad=True)
     trajectory = descend(adapting, sgd, Iterate(as_leaves(weights)), settings.inner_steps, gradient=gradient)
     student = trajectory[-1]
-    value, delta = _against_target(settings, sgd, adapting, seeing, student, adapting.outputs(student.weights), loss)
+    value, delta = _against_target(
+        settings, sgd, adapting, seeing, student, adapting.outputs(student.weights), loss
+    )
     direct = gradient_of(value, student.weights | seeing.inputs)
     slope = direct
     if query is not task:
-        slope = {name: direct[name] for name in weights} | {name: torch.zeros_like(h) for name, h in adapting.inputs.items()}
+        slope = {name: direct[name] for name in weights} | {
+            name: torch.zeros_like(h) for name, h in adapting.inputs.items()
+        }
     product = exact_product if settings.hypergradient == "exact" else difference_product
     carried = carried_back(adapting, sgd, trajectory, slope, product)
     origins, slopes = list((weights | task.inputs).values()), list(carried.values())

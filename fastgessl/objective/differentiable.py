@@ -1,9 +1,11 @@
-"""What cannot be differentiated twice is refused in exact mode, with the way out named, before it can give a wrong gradient.
+"""What cannot be differentiated twice is refused in exact mode, with the way out named, before it can give a
+wrong gradient.
 
-Found: torch's SyncBatchNorm and compiled modules among the method's modules; every hand-written `autograd.Function` and C++ function in
-the graph of the inner loss that does not vouch for itself. Avoided: fused attention (exact steps take the math path). PyTorch itself
-raises where a built-in operation has no second derivative. Not found: an operation that hides its dependence on the weights altogether
-(`.data`, `.detach()` or NumPy in a forward), which gives a wrong first gradient too.
+Found: torch's SyncBatchNorm and compiled modules among the method's modules; every hand-written
+`autograd.Function` and C++ function in the graph of the inner loss that does not vouch for itself. Avoided:
+fused attention (exact steps take the math path). PyTorch itself raises where a built-in operation has no
+second derivative. Not found: an operation that hides its dependence on the weights altogether (`.data`,
+`.detach()` or NumPy in a forward), which gives a wrong first gradient too.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from fastgessl.config import GesslConfig, UsageError
 from fastgessl.methods.base import Method
 
 WAYS_OUT = (
-    "Use --gessl.scope head if the backbone holds it, or --gessl.hypergradient first_order, or finite_difference if the activations are "
+    "Use --gessl.scope head if the backbone holds it, or --gessl.hypergradient first_order, or "
+    "finite_difference if the activations are "
     "smooth, as GELU is (with ReLU it costs more than first_order and is not exact either)"
 )
 
@@ -35,7 +38,9 @@ def attention_for(second_order: bool) -> AbstractContextManager[None]:
 
 
 def retained_when_compiled(bi_level: bool) -> AbstractContextManager[None]:
-    """Inside, what torch.compile compiles keeps the buffers of its backward: with K = 0 the SSL loss and σ run back through one forward."""
+    """Inside, what torch.compile compiles keeps the buffers of its backward: with K = 0 the SSL loss and σ
+    run back through one forward.
+    """
     return functorch_config.patch(donated_buffer=False) if bi_level else nullcontext()
 
 
@@ -47,23 +52,32 @@ def check_modules(method: Method, settings: GesslConfig) -> None:
     for name, module in method.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise UsageError(
-                f"the method's module '{name}' is torch's SyncBatchNorm, which has no second derivative and would mix the ranks' "
+                f"the method's module '{name}' is torch's SyncBatchNorm, which has no second derivative and "
+                "would mix the ranks' "
                 "tasks in the inner steps. Convert the method with fastgessl.models.synchronise_batch_norm."
             )
         inner = settings.scope == "all" or module not in backbone
         if second_order(settings) and inner and _is_compiled(module):
-            raise UsageError(f"the method's module '{name}' is compiled, and a compiled graph has no second derivative. {WAYS_OUT}.")
+            raise UsageError(
+                f"the method's module '{name}' is compiled, and a compiled graph has no second derivative. "
+                f"{WAYS_OUT}."
+            )
 
 
 def check_sharding(method: nn.Module) -> None:
-    """Raise UsageError if FSDP shards parts of the method: inner forwards would run at gathered weights, whatever they were given."""
+    """Raise UsageError if FSDP shards parts of the method: inner forwards would run at gathered weights,
+    whatever they were given.
+    """
     parts = [name for name, module in method.named_modules() if isinstance(module, FSDPModule)]
     parts += [name for name, parameter in method.named_parameters() if isinstance(parameter, DTensor)]
     if parts:
         raise UsageError(
-            f"the method's '{parts[0] or type(method).__name__}' is sharded (fully_shard or DTensor). An inner step calls the method at "
-            "weights of its own, and a sharded module gathers its stored weights in their place: sigma and its gradient would be wrong "
-            "without an error. Shard the objective as one unit, fully_shard(objective), or wrap it in DistributedDataParallel, or train "
+            f"the method's '{parts[0] or type(method).__name__}' is sharded (fully_shard or DTensor). An "
+            "inner step calls the method at "
+            "weights of its own, and a sharded module gathers its stored weights in their place: sigma and "
+            "its gradient would be wrong "
+            "without an error. Shard the objective as one unit, fully_shard(objective), or wrap it in "
+            "DistributedDataParallel, or train "
             "with --gessl.w_sigma 0."
         )
 
@@ -74,16 +88,21 @@ def second_order(settings: GesslConfig) -> bool:
 
 
 def keeps_graph(settings: GesslConfig) -> bool:
-    """Whether the inner steps stay in autograd's graph until the end; else each is made anew when the hypergradient reaches it."""
-    # One step is kept in any case: anew, the peak is 2.75 x plain instead of 3.33, operations 6.04 instead of 5.04 (ResNet-18, 32 pixels).
+    """Whether the inner steps stay in autograd's graph until the end; else each is made anew when the
+    hypergradient reaches it.
+    """
+    # One step is kept in any case: anew, the peak is 2.75 x plain instead of 3.33, operations 6.04 instead of
+    # 5.04 (ResNet-18, 32 pixels).
     return second_order(settings) and (settings.inner_steps == 1 or not settings.checkpoint_inner_steps)
 
 
 def check_graph(loss: Tensor, inputs: Iterable[Tensor] = ()) -> None:
-    """Raise UsageError for a function in the graph of `loss`, down to `inputs`, whose backward may not be differentiable.
+    """Raise UsageError for a function in the graph of `loss`, down to `inputs`, whose backward may not be
+    differentiable.
 
-    A hand-written backward that computes with plain numbers gives a wrong second-order gradient without an error (56 % off in one test).
-    A class says that its backward is differentiable by `twice_differentiable = True`; ours are.
+    A hand-written backward that computes with plain numbers gives a wrong second-order gradient without an
+    error (56 % off in one test). A class says that its backward is differentiable by `twice_differentiable =
+    True`; ours are.
     """
     pending, seen = [loss.grad_fn], {tensor.grad_fn for tensor in inputs}
     while pending:
@@ -93,9 +112,12 @@ def check_graph(loss: Tensor, inputs: Iterable[Tensor] = ()) -> None:
         seen.add(node)
         if _is_foreign(node):
             raise UsageError(
-                f"the inner loss goes through {node.name()}, a hand-written autograd function; nothing says that its backward can be "
-                f"differentiated, so an exact hypergradient could be silently wrong. {WAYS_OUT}; or set twice_differentiable = True on "
-                "the class if its backward is made of differentiable operations (torch.autograd.gradgradcheck tells)."
+                f"the inner loss goes through {node.name()}, a hand-written autograd function; nothing says "
+                "that its backward can be "
+                f"differentiated, so an exact hypergradient could be silently wrong. {WAYS_OUT}; or set "
+                "twice_differentiable = True on "
+                "the class if its backward is made of differentiable operations "
+                "(torch.autograd.gradgradcheck tells)."
             )
         pending.extend(following for following, _ in node.next_functions)
 
@@ -107,5 +129,7 @@ def _is_compiled(module: nn.Module) -> bool:
 def _is_foreign(node: torch.autograd.graph.Node) -> bool:
     if isinstance(node, BackwardCFunction):
         function = type(node)._forward_cls
-        return not (function.__module__.startswith("fastgessl.") or getattr(function, "twice_differentiable", False))
+        return not (
+            function.__module__.startswith("fastgessl.") or getattr(function, "twice_differentiable", False)
+        )
     return "CppNode" in node.name()

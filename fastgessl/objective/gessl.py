@@ -1,7 +1,9 @@
-"""GeSSL: descend the SSL loss and, in expectation over tasks, the distance to the model that a few more steps would make.
+"""GeSSL: descend the SSL loss and, in expectation over tasks, the distance to the model that a few more steps
+would make.
 
-"Explicitly Modeling Universality into Self-Supervised Learning", arXiv 2405.01053, versions 1-4 (σ-measurement and self-motivated
-target). How many steps, how large, and how the outer gradient passes through them are options of ours: see docs/gessl.md.
+"Explicitly Modeling Universality into Self-Supervised Learning", arXiv 2405.01053, versions 1-4
+(σ-measurement and self-motivated target). How many steps, how large, and how the outer gradient passes
+through them are options of ours: see docs/gessl.md.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class Result:
     loss: Tensor
     """(), with gradient."""
     metrics: dict[str, Tensor]
-    """loss_ssl and, unless left out, the method's own measures; on σ steps also sigma (nats), delta_loss = L(θ_t) - L(θ), and inner_lr
-    where it is scheduled. Each (), detached, of this rank."""
+    """loss_ssl and, unless left out, the method's own measures; on σ steps also sigma (nats), delta_loss =
+    L(θ_t) - L(θ), and inner_lr where it is scheduled. Each (), detached, of this rank."""
     outputs: Outputs
     """Of the one forward at the present weights, detached."""
     targets: Any
@@ -46,10 +48,11 @@ class Result:
 
 
 class GeSSL(nn.Module):
-    """A method's objective: views in, loss out. Wrap this module in DDP (`broadcast_buffers=False`), not the method.
+    """A method's objective: views in, loss out. Wrap this module in DDP (`broadcast_buffers=False`), not the
+    method.
 
-    `w_sigma = 0` is plain self-supervised learning in the same code path. Raises UsageError where the settings ask for a second
-    derivative that the method does not have.
+    `w_sigma = 0` is plain self-supervised learning in the same code path. Raises UsageError where the
+    settings ask for a second derivative that the method does not have.
 
     >>> from fastgessl.config import MethodConfig, ModelConfig
     >>> from fastgessl.methods import RunFacts, build_method
@@ -69,7 +72,8 @@ class GeSSL(nn.Module):
         check_modules(method, settings)
         if settings.w_sigma > 0 and not adapted_weights(method, settings.scope):
             raise UsageError(
-                f"gessl.scope '{settings.scope}' leaves the inner steps nothing to adapt: {type(method).__name__} has no trainable "
+                f"gessl.scope '{settings.scope}' leaves the inner steps nothing to adapt: "
+                f"{type(method).__name__} has no trainable "
                 "parameter there. Use scope 'all', or give the method a head."
             )
         self.method = method
@@ -85,12 +89,14 @@ class GeSSL(nn.Module):
         *,
         measured: bool = True,
     ) -> Result:
-        """V views of N samples, whatever the method takes (images: each (N, 3, S, S)) -> Result. `step` is the optimiser step.
+        """V views of N samples, whatever the method takes (images: each (N, 3, S, S)) -> Result. `step` is
+        the optimiser step.
 
-        `query_views`, further views of the same samples, are needed for `query: fresh_views` on the steps that compute σ; `inner_lr`,
-        this step's α (`schedules.inner_learning_rate`), where `inner_lr_schedule` is not constant; `labels` (N,) int64 by a method that
-        learns from them. `measured`: whether the method's own measures are wanted, as they are on steps that are logged. UsageError if
-        views or labels are missing, or if there are more or fewer views than the method takes.
+        `query_views`, further views of the same samples, are needed for `query: fresh_views` on the steps
+        that compute σ; `inner_lr`, this step's α (`schedules.inner_learning_rate`), where `inner_lr_schedule`
+        is not constant; `labels` (N,) int64 by a method that learns from them. `measured`: whether the
+        method's own measures are wanted, as they are on steps that are logged. UsageError if views or labels
+        are missing, or if there are more or fewer views than the method takes.
         """
         check_views(self.method, views, labels)
         with retained_when_compiled(self.settings.w_sigma > 0):
@@ -128,8 +134,12 @@ class GeSSL(nn.Module):
                 metrics |= further
         return Result(loss, metrics, out.detached(), settled)
 
-    def _bi_level(self, sgd: Sgd, loss_ssl: Tensor, out: Outputs, task: Task, query: Task) -> tuple[Tensor, dict[str, Tensor]]:
-        """w_ssl L + w_sigma σ, and σ's metrics. Where inner and outer loss are one, so are their gradients, and L is not run back again."""
+    def _bi_level(
+        self, sgd: Sgd, loss_ssl: Tensor, out: Outputs, task: Task, query: Task
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """w_ssl L + w_sigma σ, and σ's metrics. Where inner and outer loss are one, so are their gradients,
+        and L is not run back again.
+        """
         settings = self.settings
         one_forward = settings.scope == "all" and not self._mixes_ranks()
         one_loss = one_forward and not self._compares_ranks()
@@ -138,7 +148,16 @@ class GeSSL(nn.Module):
         settled = task.settled(first)
         task, query = settled, settled if query is task else query
         inner_loss = loss_ssl if one_loss else task.loss(first)
-        measured = bi_level_sigma(settings, sgd, task, query, weights, first, inner_loss, loss_needs_graph=one_forward and not one_loss)
+        measured = bi_level_sigma(
+            settings,
+            sgd,
+            task,
+            query,
+            weights,
+            first,
+            inner_loss,
+            loss_needs_graph=one_forward and not one_loss,
+        )
         if one_loss:
             loss_ssl = attach_gradients(loss_ssl, list(weights.values()), list(measured.gradient.values()))
         gated = measured.sigma * (measured.delta_loss <= 0) if settings.gate else measured.sigma
@@ -156,8 +175,12 @@ class GeSSL(nn.Module):
         with full_precision(out.projections.device.type):
             return self.method.measures(out.detached(), aux)
 
-    def _task(self, views: Sequence[Tensor], labels: Tensor | None, aux: Any, noise: Noise, out: Outputs) -> Task:
-        """This rank's task. It shares the outer forward's targets and features unless batch norm mixed other ranks' rows into them."""
+    def _task(
+        self, views: Sequence[Tensor], labels: Tensor | None, aux: Any, noise: Noise, out: Outputs
+    ) -> Task:
+        """This rank's task. It shares the outer forward's targets and features unless batch norm mixed other
+        ranks' rows into them.
+        """
         if self._mixes_ranks():
             return rank_local_task(self.method, views, labels, self.settings.scope)
         return Task(self.method, views, aux, noise, out.features if self.settings.scope == "head" else None)
@@ -166,19 +189,25 @@ class GeSSL(nn.Module):
         settings = self.settings
         if inner_lr is None and settings.inner_lr_schedule != "constant":
             raise UsageError(
-                f"gessl.inner_lr_schedule is '{settings.inner_lr_schedule}' and no inner_lr was given. Pass this step's entry of "
+                f"gessl.inner_lr_schedule is '{settings.inner_lr_schedule}' and no inner_lr was given. Pass "
+                "this step's entry of "
                 "fastgessl.schedules.inner_learning_rate, or use 'constant'."
             )
         return Sgd(settings.inner_lr if inner_lr is None else inner_lr, settings.inner_momentum)
 
     def _fresh_task(self, query_views: Sequence[Tensor] | None, labels: Tensor | None) -> Task:
         if query_views is None:
-            raise UsageError("gessl.query is 'fresh_views' and no query_views were given. Pass a further pair of views, or use 'same'.")
+            raise UsageError(
+                "gessl.query is 'fresh_views' and no query_views were given. Pass a further pair of views, "
+                "or use 'same'."
+            )
         check_views(self.method, query_views, labels)
         return rank_local_task(self.method, query_views, labels, self.settings.scope)
 
     def _mixes_ranks(self) -> bool:
-        return world_size() > 1 and any(isinstance(module, SynchronisedBatchNorm) for module in self.method.modules())
+        return world_size() > 1 and any(
+            isinstance(module, SynchronisedBatchNorm) for module in self.method.modules()
+        )
 
     def _compares_ranks(self) -> bool:
         return world_size() > 1 and self.method.gathers

@@ -16,24 +16,36 @@ from fastgessl.objective.task import adapted_weights, check_views, full_precisio
 
 
 def sigma(student: Sequence[Similarity], teacher: Sequence[Similarity]) -> Tensor:
-    """σ = mean over rows and directions of KL(π_teacher ‖ π_student), in nats; the teacher is a constant. Returns ().
+    """σ = mean over rows and directions of KL(π_teacher ‖ π_student), in nats; the teacher is a constant.
+    Returns ().
 
     GeSSL (arXiv 2405.01053v4), the σ-measurement of a task.
     """
     with full_precision(student[0].query.device.type):
         directions = [
-            sigma_kl(s.query, s.key, t.query.detach(), t.key.detach(), temperature=s.temperature, teacher_temperature=t.temperature)
+            sigma_kl(
+                s.query,
+                s.key,
+                t.query.detach(),
+                t.key.detach(),
+                temperature=s.temperature,
+                teacher_temperature=t.temperature,
+            )
             for s, t in zip(student, teacher, strict=True)
         ]
     return torch.stack(directions).mean()
 
 
-def measure_sigma(method: Method, settings: GesslConfig, views: Sequence[Tensor], labels: Tensor | None = None) -> float:
-    """σ of one mini-batch at the present weights, as a number in nats: for looking at a model on held-out images at constant α.
+def measure_sigma(
+    method: Method, settings: GesslConfig, views: Sequence[Tensor], labels: Tensor | None = None
+) -> float:
+    """σ of one mini-batch at the present weights, as a number in nats: for looking at a model on held-out
+    images at constant α.
 
-    K, λ, α (`inner_lr`, whatever its schedule), momentum and the scope come from `settings`. `views` are those that the method takes, N
-    rows each; `labels` (N,) for one that learns from them. The method is measured in training mode (a task's batch statistics are part of
-    it) and left as it was: weights, buffers, random state, mode and gradients.
+    K, λ, α (`inner_lr`, whatever its schedule), momentum and the scope come from `settings`. `views` are
+    those that the method takes, N rows each; `labels` (N,) for one that learns from them. The method is
+    measured in training mode (a task's batch statistics are part of it) and left as it was: weights, buffers,
+    random state, mode and gradients.
 
     >>> from fastgessl.config import GesslConfig, MethodConfig, ModelConfig
     >>> from fastgessl.methods import RunFacts, build_method
@@ -58,6 +70,9 @@ def measure_sigma(method: Method, settings: GesslConfig, views: Sequence[Tensor]
             student = descend(task, sgd, start, settings.inner_steps)[-1]
             teacher = descend(task, sgd, student, settings.target_steps)[-1]
             with torch.no_grad():
-                return sigma(task.similarity(task.outputs(student.weights)), task.similarity(task.outputs(teacher.weights))).item()
+                return sigma(
+                    task.similarity(task.outputs(student.weights)),
+                    task.similarity(task.outputs(teacher.weights)),
+                ).item()
     finally:
         method.train(mode)

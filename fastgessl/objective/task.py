@@ -1,4 +1,6 @@
-"""A mini-batch as a task: the method's outputs, loss and π as functions of the adapted weights, with every side effect left behind."""
+"""A mini-batch as a task: the method's outputs, loss and π as functions of the adapted weights, with every
+side effect left behind.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ from fastgessl.objective.noise import Noise
 Weights = dict[str, Tensor]
 """Trainable parameters of a method by name: all of them, or those of the heads."""
 
-# float16 gradients below 6e-8 vanish: GradScaler scales the outer loss, this constant the inner losses. With 4096 the second derivatives of
-# narrow test networks overflow already; with 256 they agree with float32 to a cosine of 0.9999.
+# float16 gradients below 6e-8 vanish: GradScaler scales the outer loss, this constant the inner losses. With
+# 4096 the second derivatives of narrow test networks overflow already; with 256 they agree with float32 to a
+# cosine of 0.9999.
 HALF_PRECISION_SCALE = 256.0
 
 
 @dataclass(frozen=True)
 class Task:
-    """One rank's mini-batch. `features` (V, N, F) are given when only the heads adapt. Calls move no buffer and no random state."""
+    """One rank's mini-batch. `features` (V, N, F) are given when only the heads adapt. Calls move no buffer
+    and no random state.
+    """
 
     method: Method
     views: Sequence[Tensor]
@@ -57,34 +62,54 @@ class Task:
 
     @torch.no_grad()
     def settled(self, out: Outputs) -> Task:
-        """The task with all its targets, those included that `out`, its outputs at the present weights, determine."""
+        """The task with all its targets, those included that `out`, its outputs at the present weights,
+        determine.
+        """
         with rank_local(), full_precision(self.views[0].device.type):
             return replace(self, aux=self.method.settle(out.detached(), self.aux))
 
     def cut_off(self, *, requires_grad: bool = False) -> Task:
         """The same task with features that have no past."""
-        return self if self.features is None else replace(self, features=self.features.detach().requires_grad_(requires_grad))
+        return (
+            self
+            if self.features is None
+            else replace(self, features=self.features.detach().requires_grad_(requires_grad))
+        )
 
 
 def check_views(method: Method, views: Sequence[Tensor], labels: Tensor | None = None) -> None:
-    """Raise UsageError unless these are as many views as the method takes, of the same samples, with labels if it needs them."""
+    """Raise UsageError unless these are as many views as the method takes, of the same samples, with labels
+    if it needs them.
+    """
     wanted = method.views_per_sample
-    if not views or (wanted is not None and (len(views) < wanted or (len(views) > wanted and not method.multi_crop))):
+    if not views or (
+        wanted is not None and (len(views) < wanted or (len(views) > wanted and not method.multi_crop))
+    ):
         least = "" if wanted and not method.multi_crop else "at least "
         needs = f"{least}{wanted or 1} view" + "s" * ((wanted or 1) > 1)
         raise UsageError(
-            f"{type(method).__name__} needs {needs} of each sample and was given {len(views)}. Pass a list of that many tensors."
+            f"{type(method).__name__} needs {needs} of each sample and was given {len(views)}. Pass a list "
+            "of that many tensors."
         )
     rows = [len(view) for view in views]
     if len(set(rows)) > 1:
-        raise UsageError(f"the views have {rows} rows. Row i of every view belongs to sample i: give all of them one row a sample.")
+        raise UsageError(
+            f"the views have {rows} rows. Row i of every view belongs to sample i: give all of them one row "
+            "a sample."
+        )
     if method.needs_labels and (labels is None or len(labels) != rows[0]):
         found = "none" if labels is None else f"{len(labels)} for {rows[0]} samples"
-        raise UsageError(f"{type(method).__name__} learns from labels and was given {found}. Pass `labels`, one a sample.")
+        raise UsageError(
+            f"{type(method).__name__} learns from labels and was given {found}. Pass `labels`, one a sample."
+        )
 
 
-def rank_local_task(method: Method, views: Sequence[Tensor], labels: Tensor | None, scope: Literal["all", "head"]) -> Task:
-    """The task of these views with targets and (scope head) features from forwards of its own, in which no rank sees another."""
+def rank_local_task(
+    method: Method, views: Sequence[Tensor], labels: Tensor | None, scope: Literal["all", "head"]
+) -> Task:
+    """The task of these views with targets and (scope head) features from forwards of its own, in which no
+    rank sees another.
+    """
     device = views[0].device
     with Noise.now(device).replayed():
         aux = _apart(method, "targets", device.type, {}, views, labels)
@@ -102,14 +127,21 @@ def adapted_weights(method: Method, scope: Literal["all", "head"]) -> Weights:
     return {name: p for name, p in trainable.items() if id(p) not in backbone}
 
 
-def gradient_of(loss: Tensor, weights: Weights, *, create_graph: bool = False, retain_graph: bool = False) -> Weights:
+def gradient_of(
+    loss: Tensor, weights: Weights, *, create_graph: bool = False, retain_graph: bool = False
+) -> Weights:
     """∇ of `loss` (): a dictionary like `weights`; zeros where the loss does not depend on a weight."""
     scale = HALF_PRECISION_SCALE if _autocasts_to_half(loss.device.type) else 1.0
     retain_graph = retain_graph or create_graph
-    # Autocast would also cast the matrix products of a backward that runs inside it, those of the float32 loss included.
+    # Autocast would also cast the matrix products of a backward that runs inside it, those of the float32
+    # loss included.
     with full_precision(loss.device.type):
         gradients = torch.autograd.grad(
-            loss * scale, list(weights.values()), create_graph=create_graph, retain_graph=retain_graph, materialize_grads=True
+            loss * scale,
+            list(weights.values()),
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            materialize_grads=True,
         )
         return {name: g / scale if scale != 1 else g for name, g in zip(weights, gradients, strict=True)}
 
@@ -120,7 +152,9 @@ def full_precision(device_type: str) -> torch.autocast:
 
 
 class _Part(nn.Module):
-    """A function of the method as a module's forward: `functional_call` lends weights and buffers only to forwards."""
+    """A function of the method as a module's forward: `functional_call` lends weights and buffers only to
+    forwards.
+    """
 
     def __init__(self, method: Method, part: Literal["forward", "targets"]):
         super().__init__()
@@ -130,7 +164,14 @@ class _Part(nn.Module):
         return (self.method if self.part == "forward" else self.method.targets)(*args, **kwargs)
 
 
-def _apart(method: Method, part: Literal["forward", "targets"], device_type: str, weights: Weights, *args: Any, **kwargs: Any) -> Any:
+def _apart(
+    method: Method,
+    part: Literal["forward", "targets"],
+    device_type: str,
+    weights: Weights,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Call the method at `weights` with copies of its buffers, alone on this rank."""
     tensors = {f"method.{name}": buffer.detach().clone() for name, buffer in method.named_buffers()}
     tensors |= {f"method.{name}": weight for name, weight in weights.items()}
@@ -140,8 +181,9 @@ def _apart(method: Method, part: Literal["forward", "targets"], device_type: str
 
 @contextmanager
 def _uncached_autocast(device_type: str) -> Iterator[None]:
-    """The autocast that is on, without its cache: that would keep a cast copy of every θ_k until the outer autocast ends, and serve it
-    again should a weight be changed in place (the outputs were then identical, and σ was 0)."""
+    """The autocast that is on, without its cache: that would keep a cast copy of every θ_k until the outer
+    autocast ends, and serve it again should a weight be changed in place (the outputs were then identical,
+    and σ was 0)."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False):
         yield

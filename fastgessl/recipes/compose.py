@@ -1,11 +1,12 @@
 """Recipes: small YAML parts (a data set, a method, a GeSSL preset) that compose into a named run.
 
-`<data>-<method>[-<backbone>][-<n>ep][-dsa][-gessl[-<preset>]]`, for example `cifar10-byol-resnet18-gessl-fast`. A part holds a partial
-configuration under `config`, where its numbers come from under `source`, and, for a method, what it changes for one data set under
-`per_data` and for one backbone under `per_backbone`, which an entry of `per_data` may have too. Later parts win: data, method, method on
-this data, method on this data at this length, backbone, method with this backbone, method on this data with this backbone, length,
-regulator, preset. A length, `-300ep`, sets the epochs; `per_epochs` has what was published for it or the next shorter. Twins are never
-stored.
+`<data>-<method>[-<backbone>][-<n>ep][-dsa][-gessl[-<preset>]]`, for example
+`cifar10-byol-resnet18-gessl-fast`. A part holds a partial configuration under `config`, where its numbers
+come from under `source`, and, for a method, what it changes for one data set under `per_data` and for one
+backbone under `per_backbone`, which an entry of `per_data` may have too. Later parts win: data, method,
+method on this data, method on this data at this length, backbone, method with this backbone, method on this
+data with this backbone, length, regulator, preset. A length, `-300ep`, sets the epochs; `per_epochs` has what
+was published for it or the next shorter. Twins are never stored.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ class Recipe:
 def parts(kind: str) -> dict[str, dict[str, Any]]:
     """All parts of a kind (`data`, `methods`, `regulators`, `gessl`) by name, sorted."""
     folder = resources.files("fastgessl") / "recipes" / kind
-    loaded = {Path(file.name).stem: yaml.safe_load(file.read_text()) for file in folder.iterdir() if file.name.endswith(".yaml")}
+    loaded = {
+        Path(file.name).stem: yaml.safe_load(file.read_text())
+        for file in folder.iterdir()
+        if file.name.endswith(".yaml")
+    }
     for name, part in loaded.items():
         if unknown := set(part) - _PART_KEYS:
             raise ValueError(f"recipes/{kind}/{name}.yaml has unknown keys {sorted(unknown)}")
@@ -53,14 +58,16 @@ def parts(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def names() -> list[str]:
-    """Every composable name without a backbone or preset suffix: `<data>-<method>` and `<data>-<method>-gessl`."""
+    """Every composable name without a backbone or preset suffix: `<data>-<method>` and
+    `<data>-<method>-gessl`.
+    """
     plain = [f"{data}-{method}" for data in parts("data") for method in parts("methods")]
     return [name + suffix for name in plain for suffix in ("", "-gessl")]
 
 
 def backbones(data: str, method: str) -> list[str]:
-    """What may follow `<data>-<method>`, the default first. One that some method has numbers of its own for goes with those methods only:
-    another optimiser's learning rate is worth nothing to a transformer.
+    """What may follow `<data>-<method>`, the default first. One that some method has numbers of its own for
+    goes with those methods only: another optimiser's learning rate is worth nothing to a transformer.
 
     >>> backbones("imagenet", "dino"), backbones("imagenet", "simclr")
     (['resnet50', 'resnet18', 'vit_small_patch16_224'], ['resnet50', 'resnet18'])
@@ -71,7 +78,9 @@ def backbones(data: str, method: str) -> list[str]:
 
 
 def load(recipe: str) -> Recipe:
-    """A composed name or a YAML file -> Recipe. UsageError for an unknown name, a bad file, or a combination that makes no sense."""
+    """A composed name or a YAML file -> Recipe. UsageError for an unknown name, a bad file, or a combination
+    that makes no sense.
+    """
     if recipe.endswith((".yaml", ".yml")):
         return _from_file(Path(recipe))
     return _from_layers(recipe, _layers(recipe))
@@ -86,18 +95,27 @@ def _layers(recipe: str) -> list[tuple[str, dict[str, Any], dict[str, str]]]:
     data, method = parts("data")[data_name], parts("methods")[method_name]
     file = f"recipes/methods/{method_name}.yaml"
     here = method.get("per_data", {}).get(data_name, {})
-    layers = [_layer(f"recipes/data/{data_name}.yaml", data), _layer(file, method), _layer(f"{file}, on {data_name}", here)]
+    layers = [
+        _layer(f"recipes/data/{data_name}.yaml", data),
+        _layer(file, method),
+        _layer(f"{file}, on {data_name}", here),
+    ]
     backbone, epochs, regulator, preset = _suffixes(recipe, suffixes)
     if lengths := [length for length in here.get("per_epochs", {}) if length <= epochs]:
-        layers.append(_layer(f"{file}, on {data_name}, {max(lengths)} epochs", here["per_epochs"][max(lengths)]))
+        layers.append(
+            _layer(f"{file}, on {data_name}, {max(lengths)} epochs", here["per_epochs"][max(lengths)])
+        )
     if backbone:
         if backbone not in (offered := backbones(data_name, method_name)):
             raise UsageError(
-                f"recipe '{recipe}' asks for the backbone {backbone}, but {data_name}-{method_name} has numbers for {', '.join(offered)} "
+                f"recipe '{recipe}' asks for the backbone {backbone}, but {data_name}-{method_name} has "
+                f"numbers for {', '.join(offered)} "
                 f"only. Take one of those, or name another with --model.name and choose its numbers yourself."
             )
         layers.append(("the recipe's name", {"model": {"name": backbone}}, {}))
-    named = backbone or {key: value for _, config, _ in layers for key, value in config.get("model", {}).items()}.get("name", "")
+    named = backbone or {
+        key: value for _, config, _ in layers for key, value in config.get("model", {}).items()
+    }.get("name", "")
     for part, place in ((method, ""), (here, f" on {data_name}")):
         layers.append(_layer(f"{file}, with {named}{place}", part.get("per_backbone", {}).get(named, {})))
     if epochs:
@@ -141,7 +159,9 @@ def _unknown_recipe(recipe: str, word: str = "", known: list[str] | None = None)
         near = difflib.get_close_matches(word, known or [], n=3, cutoff=0.4)
         problem = f"recipe '{recipe}' has the unknown part '{word}'."
     else:
-        candidates = names() + [f"{name}-{preset}" for name in names() if name.endswith("-gessl") for preset in parts("gessl")]
+        candidates = names() + [
+            f"{name}-{preset}" for name in names() if name.endswith("-gessl") for preset in parts("gessl")
+        ]
         near = difflib.get_close_matches(recipe, candidates, n=3, cutoff=0.3)
         problem = f"there is no recipe '{recipe}', and it is not a .yaml file."
     meant = f" Perhaps you meant {', '.join(near)}." if near else ""
@@ -169,11 +189,21 @@ def _from_file(path: Path) -> Recipe:
     try:
         loaded = read_yaml(path)
     except FileNotFoundError:
-        raise UsageError(f"there is no recipe file '{path}'. `fastgessl recipes` lists the names that need no file.") from None
+        raise UsageError(
+            f"there is no recipe file '{path}'. `fastgessl recipes` lists the names that need no file."
+        ) from None
     if not isinstance(loaded, dict):
-        raise UsageError(f"recipe file '{path}' must hold a mapping of sections such as `train:`, found {type(loaded).__name__}.")
+        raise UsageError(
+            f"recipe file '{path}' must hold a mapping of sections such as `train:`, found "
+            f"{type(loaded).__name__}."
+        )
     config = _validate({"recipe": path.stem, **loaded}, str(path))
-    sources = {f"{section}.{key}": str(path) for section, values in loaded.items() if isinstance(values, dict) for key in values}
+    sources = {
+        f"{section}.{key}": str(path)
+        for section, values in loaded.items()
+        if isinstance(values, dict)
+        for key in values
+    }
     return Recipe(config, sources)
 
 
@@ -185,13 +215,17 @@ def _validate(values: dict[str, Any], origin: str) -> Config:
 
 
 def describe(error: ValidationError) -> str:
-    """Pydantic's findings on one line: the option, what is wrong, what was found, and near names for an unknown key."""
+    """Pydantic's findings on one line: the option, what is wrong, what was found, and near names for an
+    unknown key.
+    """
     findings = []
     for finding in error.errors(include_url=False)[:5]:
         location = ".".join(str(word) for word in finding["loc"])[:100]
         if finding["type"] == "extra_forbidden":
             near = difflib.get_close_matches(location, dotted_keys(), n=3, cutoff=0.5)
-            findings.append(f"unknown option '{location}'." + (f" Perhaps you meant {', '.join(near)}." if near else ""))
+            findings.append(
+                f"unknown option '{location}'." + (f" Perhaps you meant {', '.join(near)}." if near else "")
+            )
         elif finding["type"] == "value_error":
             findings.append(finding["msg"].removeprefix("Value error, "))
         else:

@@ -1,4 +1,6 @@
-"""Several runs side by side: mean ± s.d. over seeds, and differences to the first kind of run paired over the seeds that both have."""
+"""Several runs side by side: mean ± s.d. over seeds, and differences to the first kind of run paired over the
+seeds that both have.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Kind:
 
 
 def kinds_of(records: list[Record]) -> list[Kind]:
-    """The runs grouped by configuration, in the order in which they were given; a later run of the same seed replaces an earlier one.
+    """The runs grouped by configuration, in the order in which they were given; a later run of the same seed
+    replaces an earlier one.
 
     A kind is called by its recipe and the options in which it differs from the first.
     """
@@ -47,8 +50,12 @@ def kinds_of(records: list[Record]) -> list[Kind]:
     kinds = []
     for members in groups.values():
         own = _options(members[0])
-        changed = [f"{key} {value}" for key, value in own.items() if value != first.get(key) and key != "recipe"]
-        name = ", ".join([members[0].config.recipe, *changed[:4]]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+        changed = [
+            f"{key} {value}" for key, value in own.items() if value != first.get(key) and key != "recipe"
+        ]
+        name = ", ".join([members[0].config.recipe, *changed[:4]]) + (
+            f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        )
         kinds.append(Kind(name, {record.config.train.seed: record for record in members}))
     return kinds
 
@@ -72,10 +79,14 @@ def measured(record: Record) -> dict[str, float]:
 
 
 def comparison_cells(kinds: list[Kind]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: a row a kind with mean ± s.d., and under each but the first its paired difference with a 95 % interval."""
+    """Headings and rows: a row a kind with mean ± s.d., and under each but the first its paired difference
+    with a 95 % interval.
+    """
     numbers = [{seed: measured(record) for seed, record in kind.by_seed.items()} for kind in kinds]
     known = [heading for _, _, heading, _, _ in MEASURES] + ["SSL loss", "images/s"]
-    headings = [heading for heading in known if any(heading in values for each in numbers for values in each.values())]
+    headings = [
+        heading for heading in known if any(heading in values for each in numbers for values in each.values())
+    ]
     rows = []
     for number, kind in enumerate(kinds):
         cells = []
@@ -101,7 +112,8 @@ def summary(values: list[float], decimals: int) -> str:
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[float, float, int]:
-    """Mean of second − first over the seeds that both have, half of its 95 % interval (Student's t; infinite for one), number of seeds.
+    """Mean of second − first over the seeds that both have, half of its 95 % interval (Student's t; infinite
+    for one), number of seeds.
 
     >>> paired_difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0, 2: 9.0})
     (1.0, 0.0, 2)
@@ -117,10 +129,15 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     return mean, float(half), len(shared)
 
 
-def _difference_row(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]], headings: list[str]) -> list[str]:
+def _difference_row(
+    first: dict[int, dict[str, float]], second: dict[int, dict[str, float]], headings: list[str]
+) -> list[str]:
     cells = []
     for heading in headings:
-        by_seed = [{seed: values[heading] for seed, values in each.items() if heading in values} for each in (first, second)]
+        by_seed = [
+            {seed: values[heading] for seed, values in each.items() if heading in values}
+            for each in (first, second)
+        ]
         mean, half, count = paired_difference(*by_seed)
         decimals = _decimals(heading)
         interval = f"\n[{mean - half:+.{decimals}f}, {mean + half:+.{decimals}f}]" if count > 1 else ""
@@ -129,7 +146,9 @@ def _difference_row(first: dict[int, dict[str, float]], second: dict[int, dict[s
 
 
 def _decimals(heading: str) -> int:
-    return {name: decimals for _, _, name, _, decimals in MEASURES}.get(heading, 3 if heading == "SSL loss" else 0)
+    return {name: decimals for _, _, name, _, decimals in MEASURES}.get(
+        heading, 3 if heading == "SSL loss" else 0
+    )
 
 
 def _options(record: Record) -> dict[str, Any]:
@@ -139,5 +158,9 @@ def _options(record: Record) -> dict[str, Any]:
         if not isinstance(values, dict):
             found[section] = values
         elif section not in ("evaluate", "log"):
-            found |= {f"{section}.{key}": value for key, value in values.items() if key not in INDIFFERENT.get(section, ())}
+            found |= {
+                f"{section}.{key}": value
+                for key, value in values.items()
+                if key not in INDIFFERENT.get(section, ())
+            }
     return found

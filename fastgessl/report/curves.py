@@ -1,4 +1,6 @@
-"""Curves as SVG: drawn by hand, so that they follow the page's colours, stay sharp on any screen and need no script."""
+"""Curves as SVG: drawn by hand, so that they follow the page's colours, stay sharp on any screen and need no
+script.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,11 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26
 MOST_POINTS = 400
 
 
-def line_chart(title: str, series: Mapping[str, Series], unit: str = "", colours: Mapping[str, int] | None = None) -> str:
-    """A figure with a line for each named series of steps and values; `colours` gives each the number of its colour.
+def line_chart(
+    title: str, series: Mapping[str, Series], unit: str = "", colours: Mapping[str, int] | None = None
+) -> str:
+    """A figure with a line for each named series of steps and values; `colours` gives each the number of its
+    colour.
 
     >>> line_chart("loss", {"run": ([1.0, 2.0], [3.0, 1.0])}).count("<polyline")
     1
@@ -30,13 +35,21 @@ def line_chart(title: str, series: Mapping[str, Series], unit: str = "", colours
     vertical = _scale(down[0], down[-1], HEIGHT - BOTTOM, TOP)
     parts = [_grid(across, down, horizontal, vertical)]
     for number, (name, (xs, ys)) in enumerate(drawn.items()):
-        points = " ".join(f"{_at(horizontal, x):.1f},{_at(vertical, y):.1f}" for x, y in zip(xs, ys, strict=True))
+        points = " ".join(
+            f"{_at(horizontal, x):.1f},{_at(vertical, y):.1f}" for x, y in zip(xs, ys, strict=True)
+        )
         colour = (colours or {}).get(name, number) % 10
         if len(xs) == 1:
             points = f"{points} {points}"
-        parts.append(f'<polyline class="c{colour}" points="{points}"><title>{escape(name)}</title></polyline>')
+        parts.append(
+            f'<polyline class="c{colour}" points="{points}"><title>{escape(name)}</title></polyline>'
+        )
     last = next(iter(drawn.values()))[1][-1]
-    caption = f"{escape(title)} <b>{_number(last)}</b> {escape(unit)}" if len(drawn) == 1 else f"{escape(title)} {escape(unit)}"
+    caption = (
+        f"{escape(title)} <b>{_number(last)}</b> {escape(unit)}"
+        if len(drawn) == 1
+        else f"{escape(title)} {escape(unit)}"
+    )
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over steps">{"".join(parts)}</svg>'
     return f'<figure class="chart"><figcaption>{caption}</figcaption>{picture}</figure>'
 
@@ -62,7 +75,10 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     power = 10 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first = math.floor(low / step) * step
-    return [round(first + number * step, 12) for number in range(max(2, math.ceil((high - first) / step - 1e-9) + 1))]
+    return [
+        round(first + number * step, 12)
+        for number in range(max(2, math.ceil((high - first) / step - 1e-9) + 1))
+    ]
 
 
 def _scale(low: float, high: float, start: float, end: float) -> tuple[float, float]:
@@ -75,7 +91,9 @@ def _at(scale: tuple[float, float], value: float) -> float:
     return scale[0] + scale[1] * value
 
 
-def _grid(across: list[float], down: list[float], horizontal: tuple[float, float], vertical: tuple[float, float]) -> str:
+def _grid(
+    across: list[float], down: list[float], horizontal: tuple[float, float], vertical: tuple[float, float]
+) -> str:
     lines = []
     for value in down:
         y = _at(vertical, value)

@@ -1,4 +1,6 @@
-"""What there is to look at of one run: its views, the map of its features, nearest neighbours, and which classes are taken for which."""
+"""What there is to look at of one run: its views, the map of its features, nearest neighbours, and which
+classes are taken for which.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ MOST_CLASSES = 20
 class Gallery:
     """Pictures and features of one run, extracted once."""
 
-    def __init__(self, subject: Subject, images: Images, test: Images | None, accelerator: Accelerator) -> None:
+    def __init__(
+        self, subject: Subject, images: Images, test: Images | None, accelerator: Accelerator
+    ) -> None:
         config = subject.config
         cache = FeatureCache(subject.folder / "features" if config.evaluate.cache else None)
         self._extraction = Extraction(config, accelerator, cache)
@@ -39,13 +43,21 @@ class Gallery:
         self._shown = images if test is None else test
         encoder = subject.encoder.to(accelerator.device).to(memory_format=torch.channels_last)
         # The names and keys of `fastgessl evaluate`, whose features are then used.
-        (self._train,) = self._extraction.features(subject.name, encoder, f"{config.data.name}-train", images, [self._extraction.still])
+        (self._train,) = self._extraction.features(
+            subject.name, encoder, f"{config.data.name}-train", images, [self._extraction.still]
+        )
         self._seen = self._train
         if test is not None:
-            (self._seen,) = self._extraction.features(subject.name, encoder, f"{config.data.name}-test", test, [self._extraction.still])
+            (self._seen,) = self._extraction.features(
+                subject.name, encoder, f"{config.data.name}-test", test, [self._extraction.still]
+            )
         self._seen.require_finite(f"Run '{subject.folder}'")
         count = len(self._seen)
-        rows = torch.randperm(count, generator=torch.Generator().manual_seed(config.train.seed))[:POINTS].sort().values
+        rows = (
+            torch.randperm(count, generator=torch.Generator().manual_seed(config.train.seed))[:POINTS]
+            .sort()
+            .values
+        )
         self._sample = self._seen.subset(rows)
         # A bad file has no row, so that rows are not numbers of images.
         self._thumbnails = self._pictures(subset(self._shown, self._sample.index.numpy()))
@@ -58,7 +70,10 @@ class Gallery:
         """A row an image: itself, then the views that training makes of it."""
         pictures, columns = self._views()
         rows = [range(start, start + columns) for start in range(0, pictures.count, columns)]
-        whole = [[pictures.picture("view", number, "view" if number % columns else "image") for number in row] for row in rows]
+        whole = [
+            [pictures.picture("view", number, "view" if number % columns else "image") for number in row]
+            for row in rows
+        ]
         cells = "".join(f"<div>{''.join(row)}</div>" for row in whole)
         return f'<div class="views" style="--n:{columns}">{cells}</div><p>Left the image, to its right the views of one epoch.</p>'
 
@@ -66,8 +81,13 @@ class Gallery:
         """Every layout of the features, a dot an image; a pointer shows the picture and its label."""
         labels = None if self._sample.labels is None else self._sample.labels.numpy()
         maps = layouts(self._sample.features, self._config.train.seed) if len(self._sample) > 3 else {}
-        dots = {name: scatter(name, points, labels, len(self._shown.classes)) for name, points in maps.items()}
-        figures = "".join(f'<figure class="chart"><figcaption>{escape(name)}</figcaption>{each}</figure>' for name, each in dots.items())
+        dots = {
+            name: scatter(name, points, labels, len(self._shown.classes)) for name, points in maps.items()
+        }
+        figures = "".join(
+            f'<figure class="chart"><figcaption>{escape(name)}</figcaption>{each}</figure>'
+            for name, each in dots.items()
+        )
         what = "test" if self._test is not None else "training"
         colours = "colours are classes" if labels is not None else "without labels"
         about = f"{len(self._sample)} of {len(self._seen)} {what} images, {colours}. Point at or touch a dot to see its image."
@@ -76,7 +96,11 @@ class Gallery:
     def points(self) -> list[dict[str, Any]]:
         """For each dot: its name, its label, and where its picture lies on the sheet."""
         return [
-            {"name": self._name(image), "label": self._label(number), "place": self._thumbnails.place(number).split(":")[1]}
+            {
+                "name": self._name(image),
+                "label": self._label(number),
+                "place": self._thumbnails.place(number).split(":")[1],
+            }
             for number, image in enumerate(self._sample.index.tolist())
         ]
 
@@ -87,7 +111,10 @@ class Gallery:
         similarity = points[queries] @ points.T
         similarity[torch.arange(len(queries)), queries] = -torch.inf
         nearest = similarity.topk(min(NEIGHBOURS, len(points) - 1), dim=1).indices
-        rows = "".join(self._neighbour_row(int(query), found.tolist()) for query, found in zip(queries, nearest, strict=True))
+        rows = "".join(
+            self._neighbour_row(int(query), found.tolist())
+            for query, found in zip(queries, nearest, strict=True)
+        )
         borders = " A red frame is another class." if self._sample.labels is not None else ""
         return f'<p>Left the query, then its nearest neighbours by cosine.{borders}</p><div class="neighbours">{rows}</div>'
 
@@ -107,15 +134,24 @@ class Gallery:
         if obstacle:
             return f'<p class="none">Not measured: {escape(obstacle)}</p>'
         matrix, classes = confusion_matrix(self._train, self._seen, self._config.train.seed)
-        names = [self._shown.classes[int(label)] if int(label) < len(self._shown.classes) else str(int(label)) for label in classes]
+        names = [
+            self._shown.classes[int(label)] if int(label) < len(self._shown.classes) else str(int(label))
+            for label in classes
+        ]
         accuracy = matrix.diagonal().sum() / matrix.sum()
         about = f"A linear probe on all training labels, {100 * accuracy:.1f} % right on {int(matrix.sum())} test images."
-        return f"<p>{about}</p>" + (heat_table(matrix, names) if len(names) <= MOST_CLASSES else worst_pairs(matrix, names))
+        return f"<p>{about}</p>" + (
+            heat_table(matrix, names) if len(names) <= MOST_CLASSES else worst_pairs(matrix, names)
+        )
 
     def _views(self) -> tuple[Sheet, int]:
         """The sheet of images and their views, and how many of these make a row."""
         if not hasattr(self, "_view_sheet"):
-            spread = np.linspace(0, len(self._images) - 1, min(VIEW_IMAGES, len(self._images))).round().astype(np.int64)
+            spread = (
+                np.linspace(0, len(self._images) - 1, min(VIEW_IMAGES, len(self._images)))
+                .round()
+                .astype(np.int64)
+            )
             images = subset(self._images, spread)
             still = next(iter(self._extraction.loader(images, [self._extraction.still], sharded=False))).views
             drawn = next(iter(self._extraction.training_views(images, len(images)))).views[:MOST_VIEWS]
@@ -154,12 +190,16 @@ class Gallery:
 
 
 def confusion_matrix(train: Features, test: Features, seed: int) -> tuple[np.ndarray, Tensor]:
-    """Counts (C, C), the row the true class and the column the predicted one, of a linear probe; and the labels (C,)."""
+    """Counts (C, C), the row the true class and the column the predicted one, of a linear probe; and the
+    labels (C,).
+    """
     assert test.labels is not None
     probe = fit_probe(train, seed)
     predicted = probe.log_probabilities(test.features).argmax(dim=1)
     count = len(probe.classes)
-    return (probe.columns(test.labels) * count + predicted).bincount(minlength=count * count).view(count, count).numpy(), probe.classes
+    return (probe.columns(test.labels) * count + predicted).bincount(minlength=count * count).view(
+        count, count
+    ).numpy(), probe.classes
 
 
 def heat_table(matrix: np.ndarray, names: list[str]) -> str:
@@ -172,7 +212,8 @@ def heat_table(matrix: np.ndarray, names: list[str]) -> str:
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     body = "".join(rows)
     return (
-        '<p class="caption">Rows: what it is. Columns: what the probe says.</p><div class="scroll"><table class="heat">'
+        '<p class="caption">Rows: what it is. Columns: what the probe says.</p><div class="scroll"><table '
+        'class="heat">'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -187,4 +228,6 @@ def worst_pairs(matrix: np.ndarray, names: list[str], count: int = 15) -> str:
         for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
         if wrong[row, column]
     ]
-    return table(["it is", "taken for", "images"], rows, f"The most frequent of {len(names)} x {len(names)} confusions")
+    return table(
+        ["it is", "taken for", "images"], rows, f"The most frequent of {len(names)} x {len(names)} confusions"
+    )

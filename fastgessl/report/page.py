@@ -1,4 +1,6 @@
-"""One self-contained HTML page on a run, or on several: styles, script and pictures are inside, nothing is fetched."""
+"""One self-contained HTML page on a run, or on several: styles, script and pictures are inside, nothing is
+fetched.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,11 @@ CURVES = (
 
 
 def write_report(folders: list[Path], out: Path | None = None) -> Path:
-    """Write the page on these runs, `report.html` in the first one's folder if `out` is not given; returns the file.
+    """Write the page on these runs, `report.html` in the first one's folder if `out` is not given; returns
+    the file.
 
-    Several runs are compared first; the pictures are those of the first. UsageError for a folder that is no run.
+    Several runs are compared first; the pictures are those of the first. UsageError for a folder that is no
+    run.
     """
     records = [read_record(folder) for folder in folders]
     kinds = kinds_of(records)
@@ -48,23 +52,34 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
     return path
 
 
-def _page(records: list[Record], sections: list[tuple[str, str, str]], styles: str, points: list[dict[str, Any]]) -> str:
+def _page(
+    records: list[Record], sections: list[tuple[str, str, str]], styles: str, points: list[dict[str, Any]]
+) -> str:
     first = records[0]
     title = first.name if len(records) == 1 else f"{len(records)} runs"
     links = "".join(f'<a href="#{key}">{escape(name)}</a>' for key, name, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{escape(name)}</h2>{content}</section>' for key, name, content in sections)
+    body = "".join(
+        f'<section id="{key}"><h2>{escape(name)}</h2>{content}</section>' for key, name, content in sections
+    )
     versions = first.environment.get("versions", {})
-    facts = [first.config.recipe, f"{first.last_step} steps", f"seed {first.config.train.seed}", str(first.environment.get("started", ""))]
+    facts = [
+        first.config.recipe,
+        f"{first.last_step} steps",
+        f"seed {first.config.train.seed}",
+        str(first.environment.get("started", "")),
+    ]
     facts += [f"{package} {versions[package]}" for package in ("fastgessl", "torch") if package in versions]
     read = resources.files("fastgessl.report")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # Nothing may be fetched, whatever a file's name or a label holds.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{(read / 'page.css').read_text()}{styles}</style></head><body>"
-        f'<h1>{escape(title)}</h1><p class="lead">{escape(" · ".join(fact for fact in facts if fact))}</p><nav>{links}</nav>{body}'
+        f"<h1>{escape(title)}</h1><p "
+        f'class="lead">{escape(" · ".join(fact for fact in facts if fact))}</p><nav>{links}</nav>{body}'
         '<div id="tip"><span class="picture thumb"></span><b></b><span></span></div>'
         f'<script type="application/json" id="points">{_embedded(points)}</script>'
         f"<script>{(read / 'page.js').read_text()}</script></body></html>\n"
@@ -92,9 +107,13 @@ def _curves(kinds: list[Kind]) -> str:
     }
     colours = {name: number for name, (number, _) in named.items()}
     charts = [
-        line_chart(title, {name: record.series(key) for name, (_, record) in named.items()}, unit, colours) for key, title, unit in CURVES
+        line_chart(title, {name: record.series(key) for name, (_, record) in named.items()}, unit, colours)
+        for key, title, unit in CURVES
     ]
-    keys = "".join(f'<li><span class="key c{number % 10}"></span>{escape(kind.name)}</li>' for number, kind in enumerate(kinds))
+    keys = "".join(
+        f'<li><span class="key c{number % 10}"></span>{escape(kind.name)}</li>'
+        for number, kind in enumerate(kinds)
+    )
     legend = f'<ul class="legend">{keys}</ul>' if several else ""
     hint = "" if any(record.series("effective_rank")[0] for _, record in named.values()) else _rank_hint()
     return f'{legend}<div class="charts">{"".join(charts)}</div>{hint}'

@@ -31,7 +31,9 @@ class Sheet:
     def style(self, name: str) -> str:
         """A CSS class `name` whose background is the sheet."""
         rows = math.ceil(self.count / self.columns)
-        return f".{name}{{background-image:url({self.uri});background-size:{100 * self.columns}% {100 * rows}%}}"
+        return (
+            f".{name}{{background-image:url({self.uri});background-size:{100 * self.columns}% {100 * rows}%}}"
+        )
 
     def picture(self, name: str, number: int, caption: str = "", css: str = "") -> str:
         """An element that shows the number-th picture; `caption` is its description."""
@@ -54,12 +56,26 @@ def sheet(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Sheet:
     pixels = views.float() * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)
     # Small images are enlarged without smoothing: their pixels are what the encoder sees.
     mode = "area" if views.shape[-1] >= SIDE else "nearest"
-    small = F.interpolate(pixels, (SIDE, SIDE), mode=mode).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    small = (
+        F.interpolate(pixels, (SIDE, SIDE), mode=mode)
+        .clamp(0, 1)
+        .mul(255)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     columns = min(COLUMNS, len(small))
     rows = math.ceil(len(small) / columns)
     canvas = np.zeros((rows * columns, SIDE, SIDE, 3), dtype=np.uint8)
     canvas[: len(small)] = small
-    grid = canvas.reshape(rows, columns, SIDE, SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(rows * SIDE, columns * SIDE, 3)
+    grid = (
+        canvas.reshape(rows, columns, SIDE, SIDE, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * SIDE, columns * SIDE, 3)
+    )
     packed = io.BytesIO()
     Image.fromarray(grid).save(packed, "JPEG", quality=85)
-    return Sheet(f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}", len(small), columns)
+    return Sheet(
+        f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}", len(small), columns
+    )

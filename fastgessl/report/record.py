@@ -35,7 +35,11 @@ class Record:
     def series(self, name: str) -> Series:
         """A logged number by step, where it was measured and finite; images_per_second is in timing.jsonl."""
         lines = self.timing if name == "images_per_second" else self.metrics
-        found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
+        found = [
+            (line["step"], line[name])
+            for line in lines
+            if isinstance(line.get(name), int | float) and math.isfinite(line[name])
+        ]
         return [float(step) for step, _ in found], [float(value) for _, value in found]
 
     @property
@@ -48,9 +52,19 @@ def read_record(folder: Path) -> Record:
     """A run from its folder. UsageError if it is no run, or holds no metrics and no evaluation."""
     config = read_config(folder)
     metrics, timing = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "timing"))
-    record = Record(folder, config, metrics, timing, _object(folder / "evaluation.json"), _object(folder / "environment.json"))
+    record = Record(
+        folder,
+        config,
+        metrics,
+        timing,
+        _object(folder / "evaluation.json"),
+        _object(folder / "environment.json"),
+    )
     if not record.metrics and not record.evaluation:
-        raise UsageError(f"run '{folder}' has no metrics.jsonl and no evaluation.json, so there is nothing to report. Train it first.")
+        raise UsageError(
+            f"run '{folder}' has no metrics.jsonl and no evaluation.json, so there is nothing to report. "
+            "Train it first."
+        )
     return record
 
 
@@ -75,5 +89,7 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is damaged ({error}). Measure the run again: fastgessl evaluate {path.parent}") from None
+        raise UsageError(
+            f"'{path}' is damaged ({error}). Measure the run again: fastgessl evaluate {path.parent}"
+        ) from None
     return values if isinstance(values, dict) else {}

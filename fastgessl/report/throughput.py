@@ -38,7 +38,9 @@ def measure_split(config: Config, images: Images, accelerator: Accelerator) -> S
     """Run a few training steps of this configuration, untrained weights, on this machine."""
     # Batches of `IMAGES`, or of all images where they are fewer, in one micro-batch.
     size = min(IMAGES, len(images))
-    small = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size, "accumulate": 1})})
+    small = config.model_copy(
+        update={"train": config.train.model_copy(update={"batch_size": size, "accumulate": 1})}
+    )
     loader = build_loader(small, images, accelerator)
     plan = make_plan(small, images, loader, accelerator)
     objective = build_objective(small, plan).to(accelerator.device).to(memory_format=torch.channels_last)
@@ -48,7 +50,9 @@ def measure_split(config: Config, images: Images, accelerator: Accelerator) -> S
     for step, batch in enumerate(loader):
         half = len(batch.views) // (2 if needs_fresh_views(small) else 1)
         marks = [before, _now(accelerator)]
-        result = objective(batch.views[:half], step, batch.views[half:] or None, config.gessl.inner_lr, batch.label)
+        result = objective(
+            batch.views[:half], step, batch.views[half:] or None, config.gessl.inner_lr, batch.label
+        )
         marks.append(_now(accelerator))
         result.loss.backward()
         marks.append(_now(accelerator))
@@ -57,7 +61,8 @@ def measure_split(config: Config, images: Images, accelerator: Accelerator) -> S
         before = _now(accelerator)
         marks.append(before)
         found.append(tuple(1e3 * (end - start) / size for start, end in itertools.pairwise(marks)))
-        # σ may be measured on every m-th step only: whole rounds of m steps are timed, the first step warms up.
+        # σ may be measured on every m-th step only: whole rounds of m steps are timed, the first step warms
+        # up.
         rounds = (len(found) - 1) % config.gessl.every == 0 and len(found) > 1
         if rounds and (len(found) > STEPS or before - started > SECONDS):
             break
@@ -75,12 +80,20 @@ def _now(accelerator: Accelerator) -> float:
 
 def bar(split: Split) -> str:
     """A bar of the four shares with their milliseconds, as HTML."""
-    parts = {"views": split.views, "forward and inner steps": split.forward, "backward": split.backward, "optimiser": split.optimizer}
+    parts = {
+        "views": split.views,
+        "forward and inner steps": split.forward,
+        "backward": split.backward,
+        "optimiser": split.optimizer,
+    }
     total = sum(parts.values()) or 1.0
     widths = [100 * value / total for value in parts.values()]
-    pieces = "".join(f'<span class="c{number}" style="width:{width:.2f}%"></span>' for number, width in enumerate(widths))
+    pieces = "".join(
+        f'<span class="c{number}" style="width:{width:.2f}%"></span>' for number, width in enumerate(widths)
+    )
     legend = "".join(
-        f'<li><span class="key c{number}"></span>{name}: {value:.3g} ms an image ({100 * value / total:.0f} %)</li>'
+        f'<li><span class="key c{number}"></span>{name}: {value:.3g} ms an image ({100 * value / total:.0f} '
+        "%)</li>"
         for number, (name, value) in enumerate(parts.items())
     )
     about = f"Measured while this page was written: batches of {split.images} images, mean of {split.steps} steps, untrained weights."

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, and resume to the bit.
 
-A checkpoint is a folder `checkpoints/step-<n>` with `state.pt`: everything that the next step depends on. It is written under a
-temporary name, flushed to disk and renamed, so a kill at any moment leaves the older ones untouched.
+A checkpoint is a folder `checkpoints/step-<n>` with `state.pt`: everything that the next step depends on. It
+is written under a temporary name, flushed to disk and renamed, so a kill at any moment leaves the older ones
+untouched.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ _CONTENT: dict[str, type | tuple[type, ...]] = {
 
 
 def save(run: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as the checkpoint before optimiser step `step`, and delete all but it and the newest `keep - 1` others.
+    """Write `state` as the checkpoint before optimiser step `step`, and delete all but it and the newest
+    `keep - 1` others.
 
-    One of the same step is replaced. Raises UsageError if the disk is full or cannot be written; what was there is then as it was.
+    One of the same step is replaced. Raises UsageError if the disk is full or cannot be written; what was
+    there is then as it was.
     """
     folder = run / "checkpoints"
     target = folder / f"{_PREFIX}{step:09d}"
@@ -66,7 +69,8 @@ def _write(target: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         _flush_folder(partial)
         if target.exists():
-            # No folder can be renamed to one that holds something, but a file to another: at every moment one of the two is there.
+            # No folder can be renamed to one that holds something, but a file to another: at every moment one
+            # of the two is there.
             os.replace(partial / "state.pt", target / "state.pt")
             partial.rmdir()
             _flush_folder(target)
@@ -93,7 +97,8 @@ def complete(run: Path) -> list[Path]:
 
 
 def find(run: Path, resume: str) -> Path | None:
-    """What --train.resume means: None for never, the newest of `run` for auto and if_any, else the named folder.
+    """What --train.resume means: None for never, the newest of `run` for auto and if_any, else the named
+    folder.
 
     UsageError if there is none, except for if_any, which then gives None.
     """
@@ -103,7 +108,8 @@ def find(run: Path, resume: str) -> Path | None:
         found = complete(run)
         if not found and resume == "auto":
             raise UsageError(
-                f"--train.resume auto found no checkpoint in '{run / 'checkpoints'}'. Start the run with --train.resume never, or if_any."
+                f"--train.resume auto found no checkpoint in '{run / 'checkpoints'}'. Start the run with "
+                "--train.resume never, or if_any."
             )
         return found[-1] if found else None
     if not (Path(resume) / "state.pt").is_file():
@@ -115,10 +121,12 @@ def find(run: Path, resume: str) -> Path | None:
 
 
 def set_aside(run: Path, resumed: Path, step: int) -> Path | None:
-    """Before `run` goes on from `resumed`, the checkpoint before `step`: move what it did after that into `run/branch-<n>`; returns it.
+    """Before `run` goes on from `resumed`, the checkpoint before `step`: move what it did after that into
+    `run/branch-<n>`; returns it.
 
-    Otherwise the later checkpoints would count as the newest. The branch is a run's folder itself, with configuration, logs and results,
-    and can be continued. None if there is nothing later. Raises UsageError if the disk refuses.
+    Otherwise the later checkpoints would count as the newest. The branch is a run's folder itself, with
+    configuration, logs and results, and can be continued. None if there is nothing later. Raises UsageError
+    if the disk refuses.
     """
     own = resumed.resolve()
     later = [path for path in complete(run) if _step_of(path) >= step and path.resolve() != own]
@@ -146,7 +154,9 @@ def _step_of(path: Path) -> int:
 
 
 def load(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code that it may hold. UsageError if it is damaged, not ours, or from a newer version."""
+    """Read a checkpoint without running any code that it may hold. UsageError if it is damaged, not ours, or
+    from a newer version.
+    """
     file = checkpoint / "state.pt"
     try:
         _refuse_compressed(file)
@@ -160,11 +170,13 @@ def load(checkpoint: Path) -> dict[str, Any]:
     found = state.get("format") if isinstance(state, dict) else None
     if type(found) is not int or found != FORMAT:
         shown = found if type(found) is int else "none"
-        raise UsageError(f"checkpoint '{checkpoint}' has format {shown}, this version reads {FORMAT}. Use the version that wrote it.")
+        raise UsageError(f"checkpoint '{checkpoint}' has format {shown}, this version reads {FORMAT}. Use "
+                         "the version that wrote it.")
     wrong = [name for name, kind in _CONTENT.items() if name not in state or not isinstance(state[name], kind)]
     if wrong:
         raise UsageError(
-            f"checkpoint '{checkpoint}' lacks {', '.join(wrong)}, so it is not one of ours. Resume from another by its folder."
+            f"checkpoint '{checkpoint}' lacks {', '.join(wrong)}, so it is not one of ours. Resume from "
+            "another by its folder."
         )
     return state
 

@@ -49,11 +49,14 @@ PACKAGES = (
 
 
 def run_folder(config: Config) -> Path:
-    """The folder that the configuration names, or a fresh `runs/<recipe>-<time>`. UsageError if something is in the way."""
+    """The folder that the configuration names, or a fresh `runs/<recipe>-<time>`. UsageError if something is
+    in the way.
+    """
     folder, resume = config.train.run_dir, config.train.resume
     if folder is None:
         if resume in ("auto", "if_any"):
-            raise UsageError(f"--train.resume {resume} needs --train.run_dir, the folder of the run to continue. None was given.")
+            raise UsageError(f"--train.resume {resume} needs --train.run_dir, the folder of the run to "
+                             "continue. None was given.")
         return _unused(Path("runs") / f"{_file_name(config.recipe)}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"train.run_dir '{folder}' is a file. Name a folder.")
@@ -83,7 +86,9 @@ def _unused(path: Path, ending: str = "") -> Path:
 
 
 def create(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
-    """Make the folder and write config.yaml, which repeats the run in another one, and environment.json. UsageError if that fails."""
+    """Make the folder and write config.yaml, which repeats the run in another one, and environment.json.
+    UsageError if that fails.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _write_config(folder, _repeatable(config))
@@ -91,9 +96,11 @@ def create(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
 
 
 def record_changes(folder: Path, earlier: Config, config: Config, since: str) -> list[str]:
-    """Where a continued run's `config` is not the `earlier` one of config.yaml: write it there, so that the next continuation has it too.
+    """Where a continued run's `config` is not the `earlier` one of config.yaml: write it there, so that the
+    next continuation has it too.
 
-    The earlier one stays as config-before-<since>.yaml. Returns `section.option: before -> now` for each change. UsageError if that fails.
+    The earlier one stays as config-before-<since>.yaml. Returns `section.option: before -> now` for each
+    change. UsageError if that fails.
     """
     before, now = _options(earlier), _options(_repeatable(config))
     changes = [f"{name}: {before[name]} -> {value}" for name, value in now.items() if value != before[name]]
@@ -138,17 +145,22 @@ def continuation(folder: Path, resume: str = "auto") -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, a full, read-only or vanished disk becomes a UsageError of one line that names `path`; other errors pass."""
+    """Inside, a full, read-only or vanished disk becomes a UsageError of one line that names `path`; other
+    errors pass.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save reports a failed write as a RuntimeError of its own, in whose context the system's error stands.
+        # torch.save reports a failed write as a RuntimeError of its own, in whose context the system's error
+        # stands.
         refused = error if isinstance(error, OSError) else error.__context__
         if not isinstance(refused, OSError):
             raise
         raise UsageError(
-            f"'{path}' cannot be written ({refused.strerror or refused}). What was complete before is untouched. Make room or mend "
-            "the permissions and continue with --train.resume auto, or name another folder with --train.run_dir."
+            f"'{path}' cannot be written ({refused.strerror or refused}). What was complete before is "
+            "untouched. Make room or mend "
+            "the permissions and continue with --train.resume auto, or name another folder with "
+            "--train.run_dir."
         ) from None
 
 
@@ -156,7 +168,8 @@ def read_config(folder: str | Path) -> Config:
     """The configuration of a run. UsageError if the folder is no run."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
-        raise UsageError(f"'{folder}' is not the folder of a run: it holds no config.yaml. `fastgessl train` prints the folder it wrote.")
+        raise UsageError(f"'{folder}' is not the folder of a run: it holds no config.yaml. `fastgessl "
+                         "train` prints the folder it wrote.")
     try:
         return Config.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -164,7 +177,9 @@ def read_config(folder: str | Path) -> Config:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, as environment.json and `fastgessl doctor` show them. Imports nothing heavy but torch."""
+    """Versions and machine, as environment.json and `fastgessl doctor` show them. Imports nothing heavy but
+    torch.
+    """
     import torch
 
     versions = {}
@@ -186,7 +201,9 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write by renaming, so that a reader or a crash never sees half a file. UsageError if it cannot be written."""
+    """Write by renaming, so that a reader or a crash never sees half a file. UsageError if it cannot be
+    written.
+    """
     write_bytes(path, (json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
@@ -202,9 +219,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line; lines from `first_step` on are dropped first, so that a resumed run repeats none.
+    """An append-only file of one JSON object a line; lines from `first_step` on are dropped first, so that a
+    resumed run repeats none.
 
-    With `enabled` false, as on all ranks but the first, it touches nothing. UsageError if it cannot be written.
+    With `enabled` false, as on all ranks but the first, it touches nothing. UsageError if it cannot be
+    written.
     """
 
     def __init__(self, path: Path, first_step: int, *, enabled: bool = True) -> None:

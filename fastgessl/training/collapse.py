@@ -8,10 +8,12 @@ from torch.nn.functional import normalize
 
 
 def directions_of(projections: Tensor) -> Tensor:
-    """(Σλ)² / Σλ² of the eigenvalues λ of the covariance of normalised projections (V, N, D), averaged over views: ().
+    """(Σλ)² / Σλ² of the eigenvalues λ of the covariance of normalised projections (V, N, D), averaged over
+    views: ().
 
-    Between 1, all images on a line, and min(N - 1, D); 0 where all are one point. It needs the covariance's trace and norm alone: no
-    eigenvalues, which would cost more than a narrow network's step (RankMe, Garrido et al. 2023, is measured at the end of a run).
+    Between 1, all images on a line, and min(N - 1, D); 0 where all are one point. It needs the covariance's
+    trace and norm alone: no eigenvalues, which would cost more than a narrow network's step (RankMe, Garrido
+    et al. 2023, is measured at the end of a run).
 
     >>> line = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]])
     >>> plane = torch.eye(3)[None]

@@ -1,4 +1,6 @@
-"""metrics.jsonl, timing.jsonl, trackers and the progress bar; the only place where a step waits for the device."""
+"""metrics.jsonl, timing.jsonl, trackers and the progress bar; the only place where a step waits for the
+device.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class MetricsLog:
         self._timing.close()
 
     def read(self, results: Sequence[Result], stop: StopRequest, *, due: bool) -> Reading:
-        """The gradient's norm, and if the step is to be logged, its metrics. Collective if due; one wait for the device in any case."""
+        """The gradient's norm, and if the step is to be logged, its metrics. Collective if due; one wait for
+        the device in any case.
+        """
         training = self._training
         norm = training.gradient_norm()
         if not due:
@@ -71,7 +75,10 @@ class MetricsLog:
         *values, stopping, gradient_norm = torch.cat([means, norm[None]]).tolist()
         measured, signed = values[: len(metrics)], values[len(metrics) :]
         return Reading(
-            gradient_norm, dict(zip(metrics, measured, strict=True)), dict(zip(signs, signed, strict=True)), stopping=stopping > 0
+            gradient_norm,
+            dict(zip(metrics, measured, strict=True)),
+            dict(zip(signs, signed, strict=True)),
+            stopping=stopping > 0,
         )
 
     def write(self, step: int, reading: Reading, rate: float, *, skipped: bool) -> None:

@@ -29,7 +29,9 @@ from fastgessl.training.state import Training
 
 
 def train(config: Config) -> int:
-    """Train, evaluate and write the run's folder. Returns the exit code: 0, or 128 + signal if stopped with a checkpoint written."""
+    """Train, evaluate and write the run's folder. Returns the exit code: 0, or 128 + signal if stopped with a
+    checkpoint written.
+    """
     folder = runs.run_folder(config)
     checkpoint.find(folder, config.train.resume)
     # Nothing is written before every rank has found its arguments right, and has come.
@@ -42,11 +44,16 @@ def train(config: Config) -> int:
         seen = trained_on(config, images)
         config = _fitted(config, earlier, len(seen), accelerator)
         if len(seen) < len(images):
-            accelerator.print(f"held out: {len(images) - len(seen)} of {len(images)} images, to be judged on; there is no test split.")
+            accelerator.print(
+                f"held out: {len(images) - len(seen)} of {len(images)} images, to be judged on; there is no "
+                "test split."
+            )
         loader = build_loader(config, seen, accelerator)
         plan = make_plan(config, seen, loader, accelerator)
         evaluation = RunEvaluation(config, images, accelerator)
-        training = Training(config, plan, accelerator, loader, evaluation.probe, filled_later=resumed is not None)
+        training = Training(
+            config, plan, accelerator, loader, evaluation.probe, filled_later=resumed is not None
+        )
         first_step = training.load(resumed) if resumed else 0
         if accelerator.is_main_process:
             _describe(run, config, plan, resumed, first_step, earlier)
@@ -58,7 +65,8 @@ def train(config: Config) -> int:
         loader.close()
         if stopped_at < plan.total_steps:
             accelerator.print(
-                f"stopped by {stop.name} after step {stopped_at} of {plan.total_steps}; a checkpoint is written. Continue with:\n"
+                f"stopped by {stop.name} after step {stopped_at} of {plan.total_steps}; a checkpoint is "
+                "written. Continue with:\n"
                 f"  {runs.continuation(run)}"
             )
             accelerator.end_training()
@@ -72,7 +80,10 @@ def _finish(training: Training, evaluation: RunEvaluation, run: Path, steps: int
     """Write the encoder and what it has learned."""
     accelerator, plan = training.accelerator, training.plan
     if training.skipped:
-        accelerator.print(f"{training.skipped} of {plan.total_steps} steps were skipped because their loss or gradient was not finite.")
+        accelerator.print(
+            f"{training.skipped} of {plan.total_steps} steps were skipped because their loss or gradient "
+            "was not finite."
+        )
     encoder = training.encoder()
     if accelerator.is_main_process:
         weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
@@ -80,12 +91,20 @@ def _finish(training: Training, evaluation: RunEvaluation, run: Path, steps: int
     evaluation.finish(encoder, run, facts={"steps": steps, "plan": dataclasses.asdict(plan)})
 
 
-def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step: int, stop: StopRequest) -> int:
-    """Every optimiser step from `first_step` on; returns the number of steps done, which is smaller than planned after a stop request."""
+def _steps(
+    training: Training, evaluation: RunEvaluation, run: Path, first_step: int, stop: StopRequest
+) -> int:
+    """Every optimiser step from `first_step` on; returns the number of steps done, which is smaller than
+    planned after a stop request.
+    """
     config, plan, accelerator = training.config, training.plan, training.accelerator
     warmup_steps = round(config.schedule.warmup_epochs * plan.steps_per_epoch)
     rates = learning_rate(
-        plan.peak_learning_rate, plan.total_steps, warmup_steps=warmup_steps, shape=config.schedule.name, end=config.schedule.end_lr
+        plan.peak_learning_rate,
+        plan.total_steps,
+        warmup_steps=warmup_steps,
+        shape=config.schedule.name,
+        end=config.schedule.end_lr,
     )
     decays = weight_decay(config.optim.weight_decay, plan.total_steps, end=config.schedule.end_weight_decay)
     alphas = inner_learning_rate(config.gessl.inner_lr, rates, shape=config.gessl.inner_lr_schedule)
@@ -107,7 +126,9 @@ def _steps(training: Training, evaluation: RunEvaluation, run: Path, first_step:
                 batch = next(batches)
                 views, query_views = _split(batch, config)
                 with accelerator.accumulate(training.objective):
-                    result = training.objective(views, step, query_views, float(alphas[step]), batch.label, measured=due)
+                    result = training.objective(
+                        views, step, query_views, float(alphas[step]), batch.label, measured=due
+                    )
                     accelerator.backward(poisoned(result.loss))
                 results.append(result)
                 shown.append((batch.label, batch.index))
@@ -160,8 +181,8 @@ def _open(config: Config, folder: Path, job: Job) -> tuple[Path, Accelerator]:
 
 
 def _earlier_config(config: Config, run: Path, resumed: Path | None) -> Config | None:
-    """What a run that is continued was started with: this folder's configuration, or, if something is left open, that of the run whose
-    checkpoint is given."""
+    """What a run that is continued was started with: this folder's configuration, or, if something is left
+    open, that of the run whose checkpoint is given."""
     if resumed is None:
         return None
     folders = (run, resumed.parent.parent) if leaves_open(config) else (run,)
@@ -169,21 +190,35 @@ def _earlier_config(config: Config, run: Path, resumed: Path | None) -> Config |
 
 
 def _fitted(config: Config, earlier: Config | None, images: int, accelerator: Accelerator) -> Config:
-    """`config` with what it leaves open filled in, as in the run that is continued, or from the number of images; the latter is said."""
+    """`config` with what it leaves open filled in, as in the run that is continued, or from the number of
+    images; the latter is said.
+    """
     kept = as_chosen_before(config, earlier) if earlier else config
     fitted, reasons = fit_to_images(kept, images, accelerator.num_processes * config.train.accumulate)
     accelerator.print("".join(f"chosen: {reason}\n" for reason in reasons), end="")
     return fitted
 
 
-def _describe(run: Path, config: Config, plan: Plan, resumed: Path | None, first_step: int, earlier: Config | None) -> None:
-    """Write config.yaml and environment.json, leave no later steps in the way, and say what is about to happen."""
+def _describe(
+    run: Path, config: Config, plan: Plan, resumed: Path | None, first_step: int, earlier: Config | None
+) -> None:
+    """Write config.yaml and environment.json, leave no later steps in the way, and say what is about to
+    happen.
+    """
     facts = {"plan": dataclasses.asdict(plan)}
     if resumed and (branch := checkpoint.set_aside(run, resumed, first_step)):
-        print(f"set aside: what this run did after step {first_step}. It can go on too:\n  {runs.continuation(branch)}")
+        print(
+            f"set aside: what this run did after step {first_step}. It can go on too:\n  "
+            f"{runs.continuation(branch)}"
+        )
     if resumed is None or earlier is None or not (run / "config.yaml").is_file():
         runs.create(run, config, facts)
     else:
         runs.write_json(run / f"environment-{resumed.name}.json", runs.environment() | facts)
-        print("".join(f"changed: {change}\n" for change in runs.record_changes(run, earlier, config, resumed.name)), end="")
+        print(
+            "".join(
+                f"changed: {change}\n" for change in runs.record_changes(run, earlier, config, resumed.name)
+            ),
+            end="",
+        )
     print(opening_lines(config, plan, run, resumed), flush=True)

@@ -13,7 +13,8 @@ from fastgessl.config import OptimConfig
 
 
 def scaled_learning_rate(config: OptimConfig, batch_size: int) -> float:
-    """Peak learning rate for `batch_size` images an optimiser step: base_lr x batch_size / 256 (Goyal et al. 2017), or base_lr itself.
+    """Peak learning rate for `batch_size` images an optimiser step: base_lr x batch_size / 256 (Goyal et al.
+    2017), or base_lr itself.
 
     >>> scaled_learning_rate(OptimConfig(base_lr=0.1), 512)
     0.2
@@ -22,27 +23,43 @@ def scaled_learning_rate(config: OptimConfig, batch_size: int) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """SGD with momentum, LARS or AdamW over the trainable parameters; vectors (biases, normalisation) get no weight decay.
+    """SGD with momentum, LARS or AdamW over the trainable parameters; vectors (biases, normalisation) get no
+    weight decay.
 
-    LARS also leaves its trust ratio off vectors, as SimCLR and BYOL use it (You et al. 2017). timm's LARS would by default drop the
-    ratio of every group without weight decay, matrices too, hence `always_adapt` by group.
+    LARS also leaves its trust ratio off vectors, as SimCLR and BYOL use it (You et al. 2017). timm's LARS
+    would by default drop the ratio of every group without weight decay, matrices too, hence `always_adapt` by
+    group.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay, "always_adapt": True},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
+        {
+            "params": [parameter for parameter in trainable if parameter.ndim > 1],
+            "weight_decay": config.weight_decay,
+            "always_adapt": True,
+        },
+        {
+            "params": [parameter for parameter in trainable if parameter.ndim <= 1],
+            "weight_decay": 0.0,
+            "always_adapt": False,
+        },
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(config.momentum, 0.999))
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum)
-    return Lars(groups, lr=learning_rate, momentum=config.momentum, trust_coeff=config.trust_coefficient, trust_clip=config.trust_clip)
+    return Lars(
+        groups,
+        lr=learning_rate,
+        momentum=config.momentum,
+        trust_coeff=config.trust_coefficient,
+        trust_clip=config.trust_clip,
+    )
 
 
 @torch.no_grad()
 def clip_each(parameters: Iterable[nn.Parameter], longest: float) -> None:
-    """Shorten every parameter's gradient that is longer than `longest` to that norm, each for itself, as DINO does (Caron et al. 2021,
-    its code); the usual clipping shortens all of them together.
+    """Shorten every parameter's gradient that is longer than `longest` to that norm, each for itself, as DINO
+    does (Caron et al. 2021, its code); the usual clipping shortens all of them together.
 
     >>> weight, bias = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     >>> weight.grad, bias.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])

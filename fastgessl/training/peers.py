@@ -1,7 +1,9 @@
-"""Which process of a job has died or never came, said by the ones that are there, within seconds instead of a collective's time limit.
+"""Which process of a job has died or never came, said by the ones that are there, within seconds instead of a
+collective's time limit.
 
-Every rank keeps one idle TCP connection to rank 0. The operating system closes it with the process, however that ends, and its
-keep-alive finds a host that is gone, so that a process that is merely busy is never taken for dead. Rank 0 tells the others.
+Every rank keeps one idle TCP connection to rank 0. The operating system closes it with the process, however
+that ends, and its keep-alive finds a host that is gone, so that a process that is merely busy is never taken
+for dead. Rank 0 tells the others.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from fastgessl.training.rendezvous import init_method, open_store
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, try the job again."""
-# A host without power answers nothing; three unanswered questions, 10 s apart after 10 s of silence, make 40 s, within a minute.
+# A host without power answers nothing; three unanswered questions, 10 s apart after 10 s of silence, make 40
+# s, within a minute.
 _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 # How long a process that stops of itself is given before its peers follow: they may be about to say the same.
 _GRACE_SECONDS = 3.0
@@ -43,7 +46,9 @@ _CALL = "fastgessl/rank 0"
 
 @dataclass(frozen=True)
 class Job:
-    """The processes that have come together. `init_method` is for `init_process_group`: None for a process alone."""
+    """The processes that have come together. `init_method` is for `init_process_group`: None for a process
+    alone.
+    """
 
     init_method: str | None
     joined: Callable[[], None]
@@ -52,10 +57,12 @@ class Job:
 
 @contextmanager
 def watched(seconds: float = 60.0) -> Iterator[Job]:
-    """Come together with the other ranks of WORLD_SIZE. Inside, the death of any process ends all the others, with exit code 75 and a line
-    on standard error that names it. So does a rank that does not come, or does not join, within `seconds` of the last one that did.
+    """Come together with the other ranks of WORLD_SIZE. Inside, the death of any process ends all the others,
+    with exit code 75 and a line on standard error that names it. So does a rank that does not come, or does
+    not join, within `seconds` of the last one that did.
 
-    Collective: every rank enters. MASTER_ADDR, which every launcher sets, must be rank 0's address. One process alone needs no watch.
+    Collective: every rank enters. MASTER_ADDR, which every launcher sets, must be rank 0's address. One
+    process alone needs no watch.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -68,7 +75,8 @@ def watched(seconds: float = 60.0) -> Iterator[Job]:
     try:
         yield Job(init_method(watch.token), watch.joined)
     except BaseException as error:
-        # A collective fails with a RuntimeError because a peer has died or failed, which the watch says better, ending the process.
+        # A collective fails with a RuntimeError because a peer has died or failed, which the watch says
+        # better, ending the process.
         doubtful = isinstance(error, RuntimeError)
         watch.leave(" ".join(f"stopped: {type(error).__name__}: {error}".split())[:300], doubtful=doubtful)
         if doubtful or rank == 0:
@@ -95,7 +103,12 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _own_name(rank: int) -> dict[str, Any]:
-    return {"rank": rank, "host": socket.gethostname(), "process": os.getpid(), "local_rank": int(os.environ.get("LOCAL_RANK", "0"))}
+    return {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
+    }
 
 
 def _end(own: dict[str, Any], gone: dict[str, Any], how: str) -> NoReturn:
@@ -106,7 +119,8 @@ def _end(own: dict[str, Any], gone: dict[str, Any], how: str) -> NoReturn:
     if own["local_rank"] == 0 or elder:
         where = f" (host {gone['host']}, process {gone['process']})" if gone["host"] else ""
         print(
-            f"fastgessl train: rank {gone['rank']}{where} {how or 'has died'}. This job ends with exit code {EXIT_CODE}; its newest "
+            f"fastgessl train: rank {gone['rank']}{where} {how or 'has died'}. This job ends with exit code "
+            f"{EXIT_CODE}; its newest "
             "checkpoint, if there is one, is complete. Continue with --train.resume if_any.",
             file=sys.stderr,
             flush=True,
@@ -143,23 +157,37 @@ class _Spoke:
 
     def __init__(self, rank: int, seconds: float) -> None:
         self._own, self.all_here = _own_name(rank), threading.Event()
-        # Ranks are numbered host by host: this one is on rank 0's host if its number there is its number in the job.
+        # Ranks are numbered host by host: this one is on rank 0's host if its number there is its number in
+        # the job.
         on_first_host = rank == self._own["local_rank"]
-        self._first: dict[str, Any] = {"rank": 0, "host": self._own["host"] if on_first_host else "", "process": "unknown", "local_rank": 0}
+        self._first: dict[str, Any] = {
+            "rank": 0,
+            "host": self._own["host"] if on_first_host else "",
+            "process": "unknown",
+            "local_rank": 0,
+        }
         self._line, self.token = self._reached(seconds)
 
     def _reached(self, seconds: float) -> tuple[_Line, str]:
         """A connection to rank 0, which has answered, and the token by which it calls."""
-        address, deadline, problem = os.environ["MASTER_ADDR"], time.monotonic() + seconds, "it has not called"
+        address, deadline, problem = (
+            os.environ["MASTER_ADDR"],
+            time.monotonic() + seconds,
+            "it has not called",
+        )
         while (left := deadline - time.monotonic()) > 0:
             try:
                 # TCPStore prints forty lines of C++ for a host that is not there yet.
-                socket.create_connection((address, int(os.environ["MASTER_PORT"])), timeout=min(left, _CONNECT_SECONDS)).close()
+                socket.create_connection(
+                    (address, int(os.environ["MASTER_PORT"])), timeout=min(left, _CONNECT_SECONDS)
+                ).close()
                 store = open_store(self._own["rank"], left)
                 if store.check([_CALL]):
                     call = store.get(_CALL)
                     token, port = json.loads(call)
-                    line = _Line(socket.create_connection((address, port), timeout=min(left, _CONNECT_SECONDS)))
+                    line = _Line(
+                        socket.create_connection((address, port), timeout=min(left, _CONNECT_SECONDS))
+                    )
                     line.connection.settimeout(None)
                     _keep_alive(line.connection)
                     line.send({"token": token, "name": self._own})
@@ -173,7 +201,9 @@ class _Spoke:
         _end(self._own, self._first, how)
 
     def _answered(self, line: _Line, store: Store, call: bytes, deadline: float) -> bool:
-        """Whether rank 0 has taken this rank in; False once another one calls, or what listens there is something else."""
+        """Whether rank 0 has taken this rank in; False once another one calls, or what listens there is
+        something else.
+        """
         while time.monotonic() < deadline and store.get(_CALL) == call:
             if select.select([line.connection], [], [], 0.2)[0]:
                 messages = line.receive() or []
@@ -203,7 +233,9 @@ class _Spoke:
         self._line.send({"joined": True})
 
     def leave(self, how: str, *, doubtful: bool = False) -> None:
-        """Tell rank 0 that this rank ends; `how` if something is wrong, which may be a consequence if it is doubtful."""
+        """Tell rank 0 that this rank ends; `how` if something is wrong, which may be a consequence if it is
+        doubtful.
+        """
         self._line.send({"leaves": how, "doubtful": doubtful})
 
 
@@ -227,8 +259,10 @@ class _Hub:
             self._store = open_store(0, seconds)
         except RuntimeError as error:
             raise UsageError(
-                f"rank 0 cannot open the store at {os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']} "
-                f"({str(error).splitlines()[0]}). MASTER_ADDR must be an address of rank 0's host, and MASTER_PORT free there."
+                f"rank 0 cannot open the store at {os.environ['MASTER_ADDR']}, port "
+                f"{os.environ['MASTER_PORT']} "
+                f"({str(error).splitlines()[0]}). MASTER_ADDR must be an address of rank 0's host, and "
+                "MASTER_PORT free there."
             ) from None
         self._store.set(_CALL, json.dumps([self.token, self._listener.getsockname()[1]]))
 
@@ -284,7 +318,9 @@ class _Hub:
         """Tell all of the ranks that end, and end; but the first ones say themselves why, and so does rank 0."""
         ends = ends[:_MOST_NAMED]
         names = [name for name, _ in ends]
-        how = "; ".join([ends[0][1], *(f"rank {name['rank']} (host {name['host']}) {said}" for name, said in ends[1:])])
+        how = "; ".join(
+            [ends[0][1], *(f"rank {name['rank']} (host {name['host']}) {said}" for name, said in ends[1:])]
+        )
         self._tell({"gone": names, "how": how} if how else {"over": True})
         if self._own not in names:
             _end(self._own, names[0], how)
@@ -304,7 +340,9 @@ class _Hub:
             self.all_here.set()
 
     def _give_up(self) -> NoReturn:
-        names = {0: self._own} | {line.name["rank"]: line.name for line in self._members if line.name is not None}
+        names = {0: self._own} | {
+            line.name["rank"]: line.name for line in self._members if line.name is not None
+        }
         first, *others = sorted(self._awaited)
         within = f"within {self._seconds:.0f} s of the last rank that did"
         if others:
@@ -313,7 +351,9 @@ class _Hub:
         if self.all_here.is_set():
             self._tell_and_end(gone, f"has not joined the process group {within}: {_OPEN}")
         hosts = ", ".join(sorted({name["host"] for name in names.values()}))
-        self._tell_and_end(gone, f"has not come {within}; {len(names)} of {self._world_size} are there, on {hosts}")
+        self._tell_and_end(
+            gone, f"has not come {within}; {len(names)} of {self._world_size} are there, on {hosts}"
+        )
 
     def _tell_and_end(self, gone: dict[str, Any], how: str) -> NoReturn:
         self._tell({"gone": [gone], "how": how})

@@ -13,13 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastgessl.build import Plan
 from fastgessl.config import Config
 
-# A log file gets one line in so many seconds: enough to see life, few enough to read. Over days fewer: 2,000 lines a week.
+# A log file gets one line in so many seconds: enough to see life, few enough to read. Over days fewer: 2,000
+# lines a week.
 _SECONDS_BETWEEN_LINES = (20.0, 300.0)
 _NAMES = {"loss": "loss", "sigma": "σ", "delta_loss": "ΔL"}
 
 
 class TrainingProgress:
-    """Loss, σ, ΔL, images/s and time left, on standard error. Silent if not enabled (all ranks but the first)."""
+    """Loss, σ, ΔL, images/s and time left, on standard error. Silent if not enabled (all ranks but the
+    first).
+    """
 
     def __init__(self, total_steps: int, first_step: int, *, enabled: bool) -> None:
         self._total, self._first = total_steps, first_step
@@ -43,7 +46,10 @@ class TrainingProgress:
         if not self._enabled:
             return
         self._seen |= {name: value for name, value in metrics.items() if name in _NAMES}
-        shown = "  ".join(f"{_NAMES[name]} {value:.4g}" for name, value in self._seen.items()) + f"  {images_per_second:,.0f} images/s"
+        shown = (
+            "  ".join(f"{_NAMES[name]} {value:.4g}" for name, value in self._seen.items())
+            + f"  {images_per_second:,.0f} images/s"
+        )
         self._bar.update(self._task, completed=step, metrics=shown)
         now = time.perf_counter()
         shortest, longest = _SECONDS_BETWEEN_LINES
@@ -62,12 +68,15 @@ def opening_lines(config: Config, plan: Plan, run: Path, resumed: Path | None) -
     chunks = f", in chunks of {config.train.gradient_cache}" if config.train.gradient_cache else ""
     sharding = ", FSDP" if config.train.sharding == "fsdp" else ""
     return (
-        f"{config.recipe}: {plan.images} images, {plan.total_steps} steps of {batch} images ({plan.steps_per_epoch:g} an epoch)\n"
-        f"  processes      {plan.world_size}, each {per_rank} images a forward pass x {config.train.accumulate}{chunks}, "
+        f"{config.recipe}: {plan.images} images, {plan.total_steps} steps of {batch} images "
+        f"({plan.steps_per_epoch:g} an epoch)\n"
+        f"  processes      {plan.world_size}, each {per_rank} images a forward pass x "
+        f"{config.train.accumulate}{chunks}, "
         f"{plan.precision}{sharding}\n"
         f"  learning rate  {plan.peak_learning_rate:g} ({scaling}), {optim.name}\n"
         f"  views          engine {plan.engine}: {plan.engine_reason}\n"
-        f"  objective      {_objective_line(config)}; batch norm {plan.batch_norm}, negatives {plan.negatives}\n"
+        f"  objective      {_objective_line(config)}; batch norm {plan.batch_norm}, negatives "
+        f"{plan.negatives}\n"
         f"  folder         {run}" + (f", continued from {resumed.name}" if resumed else "")
     )
 
@@ -76,8 +85,13 @@ def _objective_line(config: Config) -> str:
     gessl = config.gessl
     if gessl.w_sigma == 0:
         return f"{config.method.name}, plain"
-    alpha = f"{gessl.inner_lr:g}" + {"constant": "", "cosine": " (cosine)", "times_lr": " x learning rate"}[gessl.inner_lr_schedule]
+    alpha = (
+        f"{gessl.inner_lr:g}"
+        + {"constant": "", "cosine": " (cosine)", "times_lr": " x learning rate"}[gessl.inner_lr_schedule]
+    )
     return (
-        f"GeSSL over {config.method.name}: K {gessl.inner_steps}, lambda {gessl.target_steps}, alpha {alpha}, "
-        f"{gessl.hypergradient}, scope {gessl.scope}, sigma on every {gessl.every}. step with weight {gessl.w_sigma:g}"
+        f"GeSSL over {config.method.name}: K {gessl.inner_steps}, lambda {gessl.target_steps}, alpha "
+        f"{alpha}, "
+        f"{gessl.hypergradient}, scope {gessl.scope}, sigma on every {gessl.every}. step with weight "
+        f"{gessl.w_sigma:g}"
     )

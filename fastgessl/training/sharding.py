@@ -1,7 +1,8 @@
-"""FSDP2: weights, gradients and optimiser state in parts on every rank, and the one form in which checkpoints hold them.
+"""FSDP2: weights, gradients and optimiser state in parts on every rank, and the one form in which checkpoints
+hold them.
 
-Zhao et al., "PyTorch FSDP", VLDB 2023; `torch.distributed.fsdp.fully_shard`. A checkpoint holds whole tensors under the names of the
-unsharded module, so that a run continues on another number of ranks, sharded or not.
+Zhao et al., "PyTorch FSDP", VLDB 2023; `torch.distributed.fsdp.fully_shard`. A checkpoint holds whole tensors
+under the names of the unsharded module, so that a run continues on another number of ranks, sharded or not.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from torch.nn.utils import get_total_norm
 
 
 def shard(objective: nn.Module, device: torch.device, world_size: int, *, whole: bool) -> nn.Module:
-    """`objective` with its parameters sharded over all ranks, in place; the optimiser is to be built after this.
+    """`objective` with its parameters sharded over all ranks, in place; the optimiser is to be built after
+    this.
 
-    Not `whole`: each block of a backbone is a unit, and no rank ever holds more than a few gathered blocks. `whole`: the objective is
-    one unit, whose weights are all gathered for a step, which GeSSL's inner steps need.
+    Not `whole`: each block of a backbone is a unit, and no rank ever holds more than a few gathered blocks.
+    `whole`: the objective is one unit, whose weights are all gathered for a step, which GeSSL's inner steps
+    need.
     """
     mesh = init_device_mesh(device.type, (world_size,))
     if not whole:
@@ -51,7 +54,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Any]:
-    """The module's state with whole tensors on the CPU. Collective if it is sharded; only rank 0 then gets them."""
+    """The module's state with whole tensors on the CPU. Collective if it is sharded; only rank 0 then gets
+    them.
+    """
     if is_sharded(module):
         return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return module.state_dict()
@@ -78,20 +83,30 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """`optimizer.state_dict()` with whole tensors. Collective if they are sharded."""
     state = optimizer.state_dict()
-    gathered = {index: {name: _whole(value) for name, value in entry.items()} for index, entry in state["state"].items()}
+    gathered = {
+        index: {name: _whole(value) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
     return {"state": gathered, "param_groups": state["param_groups"]}
 
 
 def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The reverse; every rank has `state`, and the optimiser gets tensors of its own. Raises ValueError if it is another optimiser's."""
+    """The reverse; every rank has `state`, and the optimiser gets tensors of its own. Raises ValueError if it
+    is another optimiser's.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own: dict[int, dict[str, Any]] = {}
     for index, entry in state["state"].items():
         shape = parameters[index].shape
-        wrong = [name for name, value in entry.items() if isinstance(value, Tensor) and value.dim() and value.shape != shape]
+        wrong = [
+            name
+            for name, value in entry.items()
+            if isinstance(value, Tensor) and value.dim() and value.shape != shape
+        ]
         if wrong:
             raise ValueError(
-                f"the optimiser's {wrong[0]} of parameter {index} has shape {tuple(entry[wrong[0]].shape)}, not {tuple(shape)}"
+                f"the optimiser's {wrong[0]} of parameter {index} has shape {tuple(entry[wrong[0]].shape)}, "
+                f"not {tuple(shape)}"
             )
         own[index] = {name: _like(value, parameters[index]) for name, value in entry.items()}
     optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
@@ -102,7 +117,9 @@ def _whole(value: Any) -> Any:
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """A tensor of its own, sharded as the parameter is; the file that it was read from may be deleted at any time."""
+    """A tensor of its own, sharded as the parameter is; the file that it was read from may be deleted at any
+    time.
+    """
     if not isinstance(value, Tensor):
         return value
     if isinstance(parameter, DTensor) and value.dim():

@@ -9,7 +9,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """True once a signal has come. The second one acts as if nobody listened, so that a hanging step can still be killed.
+    """True once a signal has come. The second one acts as if nobody listened, so that a hanging step can
+    still be killed.
 
     >>> import os, signal
     >>> with StopRequest() as stop:

@@ -1,4 +1,6 @@
-"""Everything that the next optimiser step depends on, in one place: what is saved, what is restored, what a bad step must give back."""
+"""Everything that the next optimiser step depends on, in one place: what is saved, what is restored, what a
+bad step must give back.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Moment:
 
 
 class Training:
-    """The parts of a run that a checkpoint must restore: objective, optimiser, scaler, loader, online probe, random states."""
+    """The parts of a run that a checkpoint must restore: objective, optimiser, scaler, loader, online probe,
+    random states.
+    """
 
     def __init__(
         self,
@@ -59,7 +63,13 @@ class Training:
         *,
         filled_later: bool = False,
     ) -> None:
-        self.config, self.plan, self.accelerator, self.loader, self.probe = config, plan, accelerator, loader, probe
+        self.config, self.plan, self.accelerator, self.loader, self.probe = (
+            config,
+            plan,
+            accelerator,
+            loader,
+            probe,
+        )
         self.skipped = 0
         self.symptoms: dict[str, dict[str, Any]] = {"seen": {}, "readings": {}}
         if config.train.deterministic:
@@ -68,11 +78,16 @@ class Training:
         self.method = objective.method
         self.objective: nn.Module
         if config.train.sharding == "fsdp":
-            objective = accelerator.prepare_model(objective, evaluation_mode=True)  # device and autocast, without DDP
-            # Both run the method at weights of their own inside one forward, and so need all of them gathered.
+            objective = accelerator.prepare_model(
+                objective, evaluation_mode=True
+            )  # device and autocast, without DDP
+            # Both run the method at weights of their own inside one forward, and so need all of them
+            # gathered.
             whole = config.gessl.w_sigma > 0 or config.train.gradient_cache > 0
             self.objective = shard(objective, accelerator.device, plan.world_size, whole=whole)
-            self.optimizer = accelerator.prepare(build_optimizer(self.objective, config.optim, plan.peak_learning_rate))
+            self.optimizer = accelerator.prepare(
+                build_optimizer(self.objective, config.optim, plan.peak_learning_rate)
+            )
         else:
             objective = objective.to(memory_format=torch.channels_last)
             optimizer = build_optimizer(objective, config.optim, plan.peak_learning_rate)
@@ -87,7 +102,9 @@ class Training:
         return Moment(step, self.loader.state_dict(), _generators(self.accelerator.device))
 
     def forget_forward(self) -> None:
-        """Batch-norm statistics as they were at the last `moment`: a forward with bad numbers leaves no trace."""
+        """Batch-norm statistics as they were at the last `moment`: a forward with bad numbers leaves no
+        trace.
+        """
         self._statistics.restore()
 
     def gradient_norm(self) -> Tensor:
@@ -96,24 +113,33 @@ class Training:
         return total_norm(p.grad for p in self.objective.parameters() if p.grad is not None)
 
     def clip_gradients(self, norm: float) -> None:
-        """Shorten the gradients, of this norm together, to the longest that the configuration allows, together and each for itself."""
+        """Shorten the gradients, of this norm together, to the longest that the configuration allows,
+        together and each for itself.
+        """
         if self.config.optim.clip_gradient > 0:
-            clip_grads_with_norm_(self.objective.parameters(), self.config.optim.clip_gradient, torch.tensor(norm))
+            clip_grads_with_norm_(
+                self.objective.parameters(), self.config.optim.clip_gradient, torch.tensor(norm)
+            )
         if self.config.optim.clip_gradient_each > 0:
             clip_each(self.objective.parameters(), self.config.optim.clip_gradient_each)
 
     def save(self, run: Path, step: int) -> None:
-        """Write the checkpoint before optimiser step `step`. Every rank calls it; UsageError on every rank if it cannot be written."""
+        """Write the checkpoint before optimiser step `step`. Every rank calls it; UsageError on every rank if
+        it cannot be written.
+        """
         if not total_norm(self.method.parameters()).isfinite():
             raise UsageError(
-                f"step {step} left weights that are not finite, and they are not saved; the checkpoints before it are kept. "
+                f"step {step} left weights that are not finite, and they are not saved; the checkpoints "
+                "before it are kept. "
                 "Lower --optim.base_lr or --gessl.inner_lr, and continue with --train.resume auto."
             )
         state = self._state(self.moment(step))
         self._on_main(lambda: self._write(run, step, state))
 
     def save_moment(self, folder: Path, moment: Moment) -> None:
-        """Write a checkpoint that starts with the step of `moment`, of the weights as they are, into a folder of its own."""
+        """Write a checkpoint that starts with the step of `moment`, of the weights as they are, into a folder
+        of its own.
+        """
         state = self._state(moment)
         self._on_main(lambda: checkpoint.save(folder, moment.step, state, keep=1))
 
@@ -124,7 +150,8 @@ class Training:
         checkpoint.save(run, step, state, keep=self.config.train.keep_checkpoints)
         if lost:
             raise UsageError(
-                f"the run's folder '{run}' was deleted during training, and its metrics with it. The state after step {step} and the "
+                f"the run's folder '{run}' was deleted during training, and its metrics with it. The state "
+                f"after step {step} and the "
                 f"configuration have been written there again. Continue with {runs.continuation(run)}"
             )
 
@@ -141,7 +168,9 @@ class Training:
             raise UsageError(problem)
 
     def _state(self, moment: Moment) -> dict[str, Any]:
-        """All of it, on the first rank; every rank contributes its generators and the buffers that are its own."""
+        """All of it, on the first rank; every rank contributes its generators and the buffers that are its
+        own.
+        """
         ranks = gather_object([moment.generators | {"buffers": self._own_buffers()}])
         scaler = self.accelerator.scaler
         return {
@@ -156,8 +185,8 @@ class Training:
         }
 
     def _own_buffers(self) -> dict[str, Tensor]:
-        """This rank's buffers that differ from the first rank's, such as a queue of local keys. Batch-norm statistics do not count:
-        training does not read them, and evaluation takes the first rank's."""
+        """This rank's buffers that differ from the first rank's, such as a queue of local keys. Batch-norm
+        statistics do not count: training does not read them, and evaluation takes the first rank's."""
         if self.plan.world_size == 1:
             return {}
         own = {}
@@ -169,7 +198,9 @@ class Training:
         return own
 
     def load(self, folder: Path) -> int:
-        """Restore a checkpoint; returns the step it was written before. UsageError if it belongs to another model."""
+        """Restore a checkpoint; returns the step it was written before. UsageError if it belongs to another
+        model.
+        """
         state = checkpoint.load(folder)
         objective = self.accelerator.unwrap_model(self.objective)
         try:
@@ -178,7 +209,9 @@ class Training:
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             if self.probe is not None and state["probe"] is not None:
-                self.probe.load_state_dict(deepcopy(state["probe"]))  # its optimiser would keep the mapped tensors
+                self.probe.load_state_dict(
+                    deepcopy(state["probe"])
+                )  # its optimiser would keep the mapped tensors
             if self.accelerator.process_index < len(state["ranks"]):
                 rank = state["ranks"][self.accelerator.process_index]
                 _restore_generators(rank, self.accelerator.device)
@@ -192,7 +225,10 @@ class Training:
             raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"checkpoint '{folder}' belongs to another model or optimiser than this configuration: {reason}") from None
+            raise UsageError(
+                f"checkpoint '{folder}' belongs to another model or optimiser than this configuration: "
+                f"{reason}"
+            ) from None
         self.skipped, self.symptoms = state["skipped"], state["symptoms"]
         return state["step"]
 
@@ -200,7 +236,8 @@ class Training:
         """The backbone, whole and callable on every rank. Collective if it is sharded."""
         if not is_sharded(self.objective):
             return self.method.backbone
-        # Its first weights are drawn and thrown away; in the middle of training that must not move what the next step draws.
+        # Its first weights are drawn and thrown away; in the middle of training that must not move what the
+        # next step draws.
         with torch.random.fork_rng(devices=[]):
             whole = build_backbone(self.config.model).to(self.accelerator.device)
         whole.load_state_dict(whole_tensors(self.method.backbone))
@@ -212,9 +249,17 @@ class _Statistics:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        found = [buffer for module in model.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers(recurse=False)]
+        found = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, _BatchNorm)
+            for buffer in module.buffers(recurse=False)
+        ]
         # Two lists, so that each is copied by one kernel and not by one for each of some hundred buffers.
-        lists = [[buffer for buffer in found if buffer.is_floating_point() is floating] for floating in (True, False)]
+        lists = [
+            [buffer for buffer in found if buffer.is_floating_point() is floating]
+            for floating in (True, False)
+        ]
         self._lists = [(own, [torch.empty_like(buffer) for buffer in own]) for own in lists if own]
         self._known = {id(buffer) for buffer in found}
 
@@ -228,7 +273,9 @@ class _Statistics:
 
     def others(self) -> list[tuple[str, Tensor]]:
         """The method's further buffers, by name."""
-        return [(name, buffer) for name, buffer in self._model.named_buffers() if id(buffer) not in self._known]
+        return [
+            (name, buffer) for name, buffer in self._model.named_buffers() if id(buffer) not in self._known
+        ]
 
 
 def _generators(device: torch.device) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""Find the fastest tile of each kernel on this device and store the table, which the losses read from then on.
+"""Find the fastest tile of each kernel on this device and store the table, which the losses read from then
+on.
 
-    python -m fastgessl.kernels.similarity.autotune --features 128 256 --rows 8192 --dtypes bfloat16 float32 --seconds 1200 --out tiles.json
+    python -m fastgessl.kernels.similarity.autotune --features 128 256 --rows 8192 --dtypes bfloat16 float32
+    --seconds 1200 --out tiles.json
 
-Starts from the shipped tile and changes one of its numbers at a time as long as that is faster. A tile whose results differ from chunked
-PyTorch's, or that the device has no room for, is never chosen. The file is written after each kernel, so that a cut run leaves what
-it found; a later run keeps the entries that it does not measure.
+Starts from the shipped tile and changes one of its numbers at a time as long as that is faster. A tile whose
+results differ from chunked PyTorch's, or that the device has no room for, is never chosen. The file is
+written after each kernel, so that a cut run leaves what it found; a later run keeps the entries that it does
+not measure.
 """
 
 from __future__ import annotations
@@ -83,7 +86,9 @@ class Problem:
         self.moments = self._curvature(similarity_chunked, NOTHING, NOTHING, None)[0]
 
     def results(self, module: Any) -> tuple[Tensor, ...]:
-        """What the entry's kernel computes, for the student and, where it can, for the teacher, by `similarity.launch` or `_chunked`."""
+        """What the entry's kernel computes, for the student and, where it can, for the teacher, by
+        `similarity.launch` or `_chunked`.
+        """
         kernel = self.entry.kernel
         if kernel == "statistics_kernel":
             return tuple(module.statistics(self.student, self.teacher, self.positives, None, True))
@@ -91,7 +96,9 @@ class Problem:
             return tuple(self._curvature(module, NOTHING, NOTHING, None)[0])
         chunked = module is similarity_chunked
         if kernel == "symmetric_statistics_kernel":
-            return tuple((symmetric_chunked.statistics if chunked else module.symmetric_statistics)(*self.student[:3]))
+            return tuple(
+                (symmetric_chunked.statistics if chunked else module.symmetric_statistics)(*self.student[:3])
+            )
         if kernel == "gradient_rows_kernel[mirror]":
             weights, lse = self.weights._replace(divergence=self.weights.lse), self.saved.lse
             gradients = symmetric_chunked.gradients if chunked else module.symmetric_gradients
@@ -103,8 +110,20 @@ class Problem:
         operands = (self.weights, self.student, self.teacher, self.positives, None, self.saved, True)
         return _present(*module.gradients(*operands, wanted, to_teacher))
 
-    def _curvature(self, module: Any, needs: Needs, to_teacher: Needs, moments: Moments | None) -> tuple[Moments, Parts, Parts]:
-        operands = (self.tangent, Parts(), self.weights, self.student, self.teacher, self.positives, None, self.saved, True)
+    def _curvature(
+        self, module: Any, needs: Needs, to_teacher: Needs, moments: Moments | None
+    ) -> tuple[Moments, Parts, Parts]:
+        operands = (
+            self.tangent,
+            Parts(),
+            self.weights,
+            self.student,
+            self.teacher,
+            self.positives,
+            None,
+            self.saved,
+            True,
+        )
         return module.curvature(*operands, needs, to_teacher, moments)
 
 
@@ -134,8 +153,11 @@ def search(start: Tile, cost: Callable[[Tile], float]) -> dict[Tile, float]:
         best = lowest
 
 
-def tune(entry: Entry, rows: int, features: int, device: torch.device, timer: Timer, deadline: float) -> Measured | None:
-    """The fastest tile found before the deadline, and put to use; None if none works. Says which tiles it leaves out, and why.
+def tune(
+    entry: Entry, rows: int, features: int, device: torch.device, timer: Timer, deadline: float
+) -> Measured | None:
+    """The fastest tile found before the deadline, and put to use; None if none works. Says which tiles it
+    leaves out, and why.
 
     Raises RuntimeError if the device fails: nothing that it computes afterwards would mean anything.
     """
@@ -148,7 +170,10 @@ def tune(entry: Entry, rows: int, features: int, device: torch.device, timer: Ti
     def measured(tile: Tile) -> float:
         chosen[entry] = tile
         found = problem.results(similarity_launch)
-        if not all(_close(part, wanted, LARGEST_DIFFERENCE[entry.float32]) for part, wanted in zip(found, expected, strict=True)):
+        if not all(
+            _close(part, wanted, LARGEST_DIFFERENCE[entry.float32])
+            for part, wanted in zip(found, expected, strict=True)
+        ):
             raise Unusable("its results differ from chunked PyTorch's")
         return timer(lambda: problem.results(similarity_launch))
 
@@ -160,7 +185,10 @@ def tune(entry: Entry, rows: int, features: int, device: torch.device, timer: Ti
         except Exception as failure:
             if not _of_the_tile(failure):
                 raise
-            print(f"  {tile} is left out: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}", flush=True)
+            print(
+                f"  {tile} is left out: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}",
+                flush=True,
+            )
             return math.inf
 
     costs = search(shipped, cost)
@@ -173,20 +201,26 @@ def tune(entry: Entry, rows: int, features: int, device: torch.device, timer: Ti
 
 
 def _of_the_tile(failure: Exception) -> bool:
-    """Whether another tile may do: wrong results, no room for it on the device, its assembler's refusal, or a failed compiler pass.
+    """Whether another tile may do: wrong results, no room for it on the device, its assembler's refusal, or a
+    failed compiler pass.
 
-    The last is a bare RuntimeError, like an error of the device, whose message (CUDA error, Triton Error [CUDA]) tells them apart.
+    The last is a bare RuntimeError, like an error of the device, whose message (CUDA error, Triton Error
+    [CUDA]) tells them apart.
     """
     from triton.errors import TritonError
 
-    return isinstance(failure, (Unusable, TritonError)) or (type(failure) is RuntimeError and "CUDA" not in str(failure))
+    return isinstance(failure, (Unusable, TritonError)) or (
+        type(failure) is RuntimeError and "CUDA" not in str(failure)
+    )
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return float((found.double() - expected).norm()) <= tolerance * max(float(expected.norm()), 1e-12)
 
 
-def entries(kernels: Sequence[str], features: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[Entry, int]]:
+def entries(
+    kernels: Sequence[str], features: Sequence[int], dtypes: Sequence[str]
+) -> Iterator[tuple[Entry, int]]:
     """Each entry to measure, with the number of features to measure it at."""
     for width in features:
         for dtype in dtypes:
@@ -200,18 +234,28 @@ def autotune(
     kernels: Sequence[str], features: Sequence[int], dtypes: Sequence[str], rows: int, seconds: float, out: Path,
     timer: Timer = device_milliseconds,
 ) -> dict[Entry, Measured]:  # fmt: skip
-    """Measure, print and store. Raises ValueError where the Triton kernels cannot run, or where `out` holds something else."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """Measure, print and store. Raises ValueError where the Triton kernels cannot run, or where `out` holds
+    something else."""
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     obstacle = triton_obstacle(torch.empty(1, 1, device=device, dtype=torch.bfloat16))
     if obstacle:
-        raise ValueError(f"tiles are measured on an NVIDIA GPU of compute capability 8.0 or newer; here: {obstacle}.")
+        raise ValueError(
+            f"tiles are measured on an NVIDIA GPU of compute capability 8.0 or newer; here: {obstacle}."
+        )
     name = tuned_tiles.device_name(device)
     table = tuned_tiles.read(out, name) if out.is_file() else {}
     tuned_tiles.use(device, {entry: found.tile for entry, found in table.items()})
     deadline = time.monotonic() + seconds
     for entry, width in entries(kernels, features, dtypes):
         if time.monotonic() > deadline:
-            print(f"stopped after {seconds:g} s; the rest keeps its tiles. --kernels and --features choose what is measured")
+            print(
+                f"stopped after {seconds:g} s; the rest keeps its tiles. --kernels and --features choose "
+                "what is measured"
+            )
             break
         found = tune(entry, rows, width, device, timer, deadline)
         if found is not None:
@@ -230,16 +274,26 @@ def _line(entry: Entry, found: Measured | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastgessl.kernels.similarity.autotune", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--features", type=int, nargs="+", default=list(WIDTHS[:2]), help="numbers of features to measure at")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgessl.kernels.similarity.autotune", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--features", type=int, nargs="+", default=list(WIDTHS[:2]), help="numbers of features to measure at"
+    )
     parser.add_argument("--rows", type=int, default=8192, help="queries, and as many keys")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"], help="bfloat16 stands for float16 too"
+        "--dtypes",
+        nargs="+",
+        choices=("bfloat16", "float32"),
+        default=["bfloat16"],
+        help="bfloat16 stands for float16 too",
     )
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--seconds", type=float, default=1200, help="time after which nothing more is tried")
     parser.add_argument(
-        "--out", type=Path, help=f"the table; by default the file that the losses read, which {tuned_tiles.ENVIRONMENT} names"
+        "--out",
+        type=Path,
+        help=f"the table; by default the file that the losses read, which {tuned_tiles.ENVIRONMENT} names",
     )
     given = parser.parse_args()
     out = given.out or tuned_tiles.table_path(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,12 +1,14 @@
-"""The softmax over similarities in plain PyTorch, by blocks of rows: any device, any floating dtype, O(block·N) memory.
+"""The softmax over similarities in plain PyTorch, by blocks of rows: any device, any floating dtype,
+O(block·N) memory.
 
-Notation of `docs/kernels.md`: S = s·QKᵀ + bias, P = softmax of S over the columns that are not excluded, and the same with an index t for
-the teacher. With R = a·S_t − S (a = 1 for KL, 0 for cross-entropy) each row has the statistics
+Notation of `docs/kernels.md`: S = s·QKᵀ + bias, P = softmax of S over the columns that are not excluded, and
+the same with an index t for the teacher. With R = a·S_t − S (a = 1 for KL, 0 for cross-entropy) each row has
+the statistics
 
     lse = log Σ_j exp S_ij        positive = S_i,pos        x = E_{P_t}[R]        divergence = x − a·lse_t
 
-so that InfoNCE = lse − positive, KL(P_t‖P) and the cross-entropy = divergence + lse. Their gradients, with one weight a row and a
-statistic, are
+so that InfoNCE = lse − positive, KL(P_t‖P) and the cross-entropy = divergence + lse. Their gradients, with
+one weight a row and a statistic, are
 
     G   = w_lse·P + w_positive·[j = pos_i] − w_divergence·P_t          (to the student's logits)
     G_t = w_divergence·P_t∘(R − x)                                     (to the teacher's logits)
@@ -48,7 +50,9 @@ class Parts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One number a row (M,) for each statistic: weights going in, derivatives coming out. Empty without positives, without a teacher."""
+    """One number a row (M,) for each statistic: weights going in, derivatives coming out. Empty without
+    positives, without a teacher.
+    """
 
     lse: Tensor
     positive: Tensor
@@ -56,7 +60,8 @@ class Rows(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Row sums (M,) that the second-order pass needs over all columns. Each is a plain sum, so shards of columns may be added.
+    """Row sums (M,) that the second-order pass needs over all columns. Each is a plain sum, so shards of
+    columns may be added.
 
     Empty without positives, without a teacher, and the last two where the teacher does not move.
     """
@@ -93,12 +98,16 @@ class Statistics(NamedTuple):
     """x = E_{P_t}[R]."""
 
     def correct(self, weights: Rows) -> Rows:
-        """Weights for exp(S − lse) instead of P. An lse of 100 is rounded to 4e-6 in float32, which P inherits as a relative error.
+        """Weights for exp(S − lse) instead of P. An lse of 100 is rounded to 4e-6 in float32, which P
+        inherits as a relative error.
 
-        Where P_pos is nearly 1 that is most of what is left of P_pos − 1: at τ = 0.01 the correction takes second derivatives from
-        3.7e-5 off to 4.8e-6, and gradients from 4.4e-6 to 1.5e-6 (256 rows of 64 features).
+        Where P_pos is nearly 1 that is most of what is left of P_pos − 1: at τ = 0.01 the correction takes
+        second derivatives from 3.7e-5 off to 4.8e-6, and gradients from 4.4e-6 to 1.5e-6 (256 rows of 64
+        features).
         """
-        divergence = weights.divergence * self.teacher_correction if len(weights.divergence) else weights.divergence
+        divergence = (
+            weights.divergence * self.teacher_correction if len(weights.divergence) else weights.divergence
+        )
         return weights._replace(lse=weights.lse * self.correction, divergence=divergence)
 
 
@@ -110,7 +119,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _wide_side(side: Side) -> Side:
     """The same operands in the dtype in which sums are taken."""
     dtype = accumulation_dtype(side.query.dtype)
-    return Side(side.query.to(dtype), side.key.to(dtype), side.scale.to(dtype), None if side.bias is None else side.bias.to(dtype))
+    return Side(
+        side.query.to(dtype),
+        side.key.to(dtype),
+        side.scale.to(dtype),
+        None if side.bias is None else side.bias.to(dtype),
+    )
 
 
 def _wide_parts(parts: Parts, dtype: torch.dtype) -> Parts:
@@ -134,12 +148,15 @@ def fill_excluded(block: Tensor, exclude: Tensor | None, value: float) -> Tensor
 
 
 def _exp_(logits: Tensor) -> Tensor:
-    # In place, through exp2: on AVX-512 torch spends 0.32 ns an element on exp2 and 0.82 ns on exp, and a product 0.09 ns.
+    # In place, through exp2: on AVX-512 torch spends 0.32 ns an element on exp2 and 0.82 ns on exp, and a
+    # product 0.09 ns.
     return logits.mul_(LOG2_E).exp2_()
 
 
 def _logsumexp(logits: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, N) -> lse and correction (B,) over the columns that are not excluded, destroying `logits`. A row without columns gives -inf."""
+    """(B, N) -> lse and correction (B,) over the columns that are not excluded, destroying `logits`. A row
+    without columns gives -inf.
+    """
     top = fill_excluded(logits, exclude, -torch.inf).amax(1, keepdim=True)
     if exclude is not None:
         top.masked_fill_(top == -torch.inf, 0.0)
@@ -153,7 +170,9 @@ def rounded_logsumexp(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax(logits: Tensor, lse: Tensor, exclude: Tensor | None) -> Tensor:
-    """exp(logits - lse) with 0 at excluded columns; in rows that have none left these are all, whatever exp gives there."""
+    """exp(logits - lse) with 0 at excluded columns; in rows that have none left these are all, whatever exp
+    gives there.
+    """
     return fill_excluded(_exp_(logits - lse[:, None]), exclude, 0.0)
 
 
@@ -172,12 +191,21 @@ def divergence_of(mean: Tensor, teacher_lse: Tensor, exclude: Tensor | None, ent
     return divergence if exclude is None else divergence.masked_fill(teacher_lse == -torch.inf, 0.0)
 
 
-def statistics(student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool) -> Statistics:
+def statistics(
+    student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool
+) -> Statistics:
     """Row statistics of both softmaxes. `entropy` is a: True for KL, False for cross-entropy."""
     wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
     M, has_teacher = len(wide.query), teacher is not None
-    # Written into, not collected: small results kept between blocks split the heap's holes, 2.2 GiB at 32,768 rows instead of 0.1.
-    sizes = (M, 0 if positives is None else M, M if has_teacher else 0, M, *(M if has_teacher else 0 for _ in range(3)))
+    # Written into, not collected: small results kept between blocks split the heap's holes, 2.2 GiB at 32,768
+    # rows instead of 0.1.
+    sizes = (
+        M,
+        0 if positives is None else M,
+        M if has_teacher else 0,
+        M,
+        *(M if has_teacher else 0 for _ in range(3)),
+    )
     result = Statistics(*(wide.scale.new_empty(size) for size in sizes))
     for rows in row_blocks(wide.query, wide.key):
         excluded = _part(exclude, rows)
@@ -189,14 +217,20 @@ def statistics(student: Side, teacher: Side | None, positives: Tensor | None, ex
             ratio = teacher_logits - logits if entropy else -logits
             teacher_lse, correction = _logsumexp(teacher_logits.clone(), excluded)
             mean = _softmax(teacher_logits, teacher_lse, excluded).mul_(ratio).sum(1).mul_(correction)
-            result.teacher_lse[rows], result.teacher_correction[rows], result.teacher_mean[rows] = teacher_lse, correction, mean
+            result.teacher_lse[rows], result.teacher_correction[rows], result.teacher_mean[rows] = (
+                teacher_lse,
+                correction,
+                mean,
+            )
             result.divergence[rows] = divergence_of(mean, teacher_lse, excluded, entropy)
         result.lse[rows], result.correction[rows] = _logsumexp(logits, excluded)
     return result
 
 
 class _Tile(NamedTuple):
-    """The softmaxes of one block of rows and the gradient of the weighted statistics to their logits, (B, N) each."""
+    """The softmaxes of one block of rows and the gradient of the weighted statistics to their logits, (B, N)
+    each.
+    """
 
     probability: Tensor
     gradient: Tensor
@@ -246,7 +280,12 @@ def _tiles(
 
 def _zeros(side: Side, needs: tuple[bool, ...]) -> Parts:
     """Zeros in the accumulation dtype for what is needed, None for the rest."""
-    return Parts(*(torch.zeros_like(part) if need and part is not None else None for part, need in zip(side, needs, strict=True)))
+    return Parts(
+        *(
+            torch.zeros_like(part) if need and part is not None else None
+            for part, need in zip(side, needs, strict=True)
+        )
+    )
 
 
 def _pull_back(side: Side, gradient: Tensor, rows: slice, out: Parts) -> None:
@@ -272,7 +311,12 @@ def summed(out: Parts) -> Parts:
 
 def _rounded(out: Parts, side: Side) -> Parts:
     dtypes = (side.query.dtype, side.key.dtype, side.scale.dtype, side.scale.dtype)
-    return Parts(*(None if gradient is None else gradient.to(dtype) for gradient, dtype in zip(out, dtypes, strict=True)))
+    return Parts(
+        *(
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(out, dtypes, strict=True)
+        )
+    )
 
 
 NOTHING = (False,) * 4
@@ -296,9 +340,14 @@ def gradients(
     """
     wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
     needs, weights = (needs[0], needs[0], *needs[2:]) if tied else needs, saved.correct(weights)
-    out, teacher_out = _zeros(wide, needs), Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs)
+    out, teacher_out = (
+        _zeros(wide, needs),
+        Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs),
+    )
     for rows in row_blocks(wide.query, wide.key):
-        tile, teacher_tile = _tiles(rows, weights, wide, wide_teacher, positives, exclude, saved, entropy, any(teacher_needs))
+        tile, teacher_tile = _tiles(
+            rows, weights, wide, wide_teacher, positives, exclude, saved, entropy, any(teacher_needs)
+        )
         _pull_back(wide, tile.gradient, rows, out)
         if wide_teacher is not None and teacher_tile is not None and any(teacher_needs):
             _pull_back(wide_teacher, teacher_tile.gradient, rows, teacher_out)
@@ -307,7 +356,9 @@ def gradients(
 
 
 def _direction(side: Side, tangent: Parts, rows: slice) -> Tensor | None:
-    """B = s·(ggQ·Kᵀ + Q·ggKᵀ) + ggs·C + ggbias, the change of the logits along a tangent, absent parts being 0. None if nothing moves."""
+    """B = s·(ggQ·Kᵀ + Q·ggKᵀ) + ggs·C + ggbias, the change of the logits along a tangent, absent parts being
+    0. None if nothing moves.
+    """
     if all(part is None for part in tangent):
         return None
     query = side.query[rows]
@@ -322,8 +373,12 @@ def _direction(side: Side, tangent: Parts, rows: slice) -> Tensor | None:
     return direction if tangent.bias is None else direction.add_(tangent.bias)
 
 
-def _second_pull_back(side: Side, tangent: Parts, gradient: Tensor, change: Tensor, rows: slice, out: Parts) -> None:
-    """Add one block's share of d/d(operands) of ⟨tangent, first-order gradient⟩; `change` is H, `gradient` is G."""
+def _second_pull_back(
+    side: Side, tangent: Parts, gradient: Tensor, change: Tensor, rows: slice, out: Parts
+) -> None:
+    """Add one block's share of d/d(operands) of ⟨tangent, first-order gradient⟩; `change` is H, `gradient` is
+    G.
+    """
     query, moved = side.query[rows], _part(tangent.query, rows)
     if out.query is not None or out.scale is not None:
         through_key = change @ side.key
@@ -348,7 +403,11 @@ def _second_pull_back(side: Side, tangent: Parts, gradient: Tensor, change: Tens
 
 
 def _row_moments(
-    tile: _Tile, teacher: _TeacherTile | None, direction: Tensor, teacher_direction: Tensor | None, positives: Tensor | None
+    tile: _Tile,
+    teacher: _TeacherTile | None,
+    direction: Tensor,
+    teacher_direction: Tensor | None,
+    positives: Tensor | None,
 ) -> Moments:
     none = direction.new_empty(0)
     positive = none if positives is None else _at_positive(direction, positives)
@@ -399,37 +458,60 @@ def curvature(
     moments: Moments | None = None,
     tied: bool = False,
 ) -> tuple[Moments, Parts, Parts]:
-    """Derivatives of ⟨tangent, gradients(...)⟩: the row moments (see `row_derivatives`) and the gradients to both sides' operands.
+    """Derivatives of ⟨tangent, gradients(...)⟩: the row moments (see `row_derivatives`) and the gradients to
+    both sides' operands.
 
-    Given `moments` replace this call's own: a ring passes the sums over all shards of the keys. `tied` as in `gradients`; the tangent of
-    the queries is then also that of the keys.
+    Given `moments` replace this call's own: a ring passes the sums over all shards of the keys. `tied` as in
+    `gradients`; the tangent of the queries is then also that of the keys.
     """
-    needs, tangent = ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
-    wide, wide_teacher, weights = _wide_side(student), None if teacher is None else _wide_side(teacher), saved.correct(weights)
+    needs, tangent = (
+        ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
+    )
+    wide, wide_teacher, weights = (
+        _wide_side(student),
+        None if teacher is None else _wide_side(teacher),
+        saved.correct(weights),
+    )
     tangent, teacher_tangent = (_wide_parts(part, wide.query.dtype) for part in (tangent, teacher_tangent))
-    out, teacher_out = _zeros(wide, needs), Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs)
+    out, teacher_out = (
+        _zeros(wide, needs),
+        Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs),
+    )
     M = len(wide.query)
     moved = M if any(part is not None for part in teacher_tangent) else 0
     of_teacher = any(teacher_needs) or moved > 0
     sizes = (M, 0 if positives is None else M, 0 if teacher is None else M, moved, moved)
     own = Moments(*(wide.scale.new_empty(size) for size in sizes)) if moments is None else moments
     for rows in row_blocks(wide.query, wide.key):
-        tile, teacher_tile = _tiles(rows, weights, wide, wide_teacher, positives, exclude, saved, entropy, of_teacher)
+        tile, teacher_tile = _tiles(
+            rows, weights, wide, wide_teacher, positives, exclude, saved, entropy, of_teacher
+        )
         moving = _direction(wide, tangent, rows)
         direction = torch.zeros_like(tile.probability) if moving is None else moving
         teacher_direction = None if wide_teacher is None else _direction(wide_teacher, teacher_tangent, rows)
         if moments is None:
-            sums = _row_moments(tile, teacher_tile, direction, teacher_direction, _part(positives, rows)).corrected(saved, rows)
+            sums = _row_moments(
+                tile, teacher_tile, direction, teacher_direction, _part(positives, rows)
+            ).corrected(saved, rows)
             for total, part in zip(own, sums, strict=True):
                 total[rows] = part
         else:
             sums = Moments(*(part[rows] for part in moments))
         if not any(needs) and not any(teacher_needs):
             continue
-        change, teacher_change = _changes(rows, weights, tile, teacher_tile, sums, direction, teacher_direction, entropy)
+        change, teacher_change = _changes(
+            rows, weights, tile, teacher_tile, sums, direction, teacher_direction, entropy
+        )
         _second_pull_back(wide, tangent, tile.gradient, change, rows, out)
-        if wide_teacher is not None and teacher_tile is not None and teacher_change is not None and of_teacher:
-            _second_pull_back(wide_teacher, teacher_tangent, teacher_tile.gradient, teacher_change, rows, teacher_out)
+        if (
+            wide_teacher is not None
+            and teacher_tile is not None
+            and teacher_change is not None
+            and of_teacher
+        ):
+            _second_pull_back(
+                wide_teacher, teacher_tangent, teacher_tile.gradient, teacher_change, rows, teacher_out
+            )
     out = summed(out) if tied else out
     return own, _rounded(out, student), teacher_out if teacher is None else _rounded(teacher_out, teacher)
 

@@ -1,7 +1,8 @@
-"""Launching the Triton kernels: the same three functions as `similarity.chunked`, with the tiles of one table.
+"""Launching the Triton kernels: the same three functions as `similarity.chunked`, with the tiles of one
+table.
 
-`statistics`, `gradients` and `curvature` take and give exactly what their namesakes there do, so that either may stand behind the
-operators.
+`statistics`, `gradients` and `curvature` take and give exactly what their namesakes there do, so that either
+may stand behind the operators.
 """
 
 from __future__ import annotations
@@ -49,11 +50,16 @@ class Operands(NamedTuple):
 def _side(side: Side) -> Side:
     """Contiguous matrices, and float32 for what statistics are made of."""
     return Side(
-        side.query.contiguous(), side.key.contiguous(), side.scale.float(), None if side.bias is None else side.bias.float().contiguous()
+        side.query.contiguous(),
+        side.key.contiguous(),
+        side.scale.float(),
+        None if side.bias is None else side.bias.float().contiguous(),
     )
 
 
-def _operands(student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None) -> Operands:
+def _operands(
+    student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None
+) -> Operands:
     return Operands(
         _side(student),
         None if teacher is None else _side(teacher),
@@ -63,11 +69,21 @@ def _operands(student: Side, teacher: Side | None, positives: Tensor | None, exc
 
 
 def _launch(
-    kernel: Any, operands: Operands, blocks: Callable[[Tile], int], width: int, arguments: tuple[Any, ...], flags: dict[str, Any]
+    kernel: Any,
+    operands: Operands,
+    blocks: Callable[[Tile], int],
+    width: int,
+    arguments: tuple[Any, ...],
+    flags: dict[str, Any],
 ) -> None:
-    """`width` 0: a kernel without an output of features; otherwise its chunks are the second axis of the grid."""
+    """`width` 0: a kernel without an output of features; otherwise its chunks are the second axis of the
+    grid.
+    """
     settings = {**operands.flags(), **flags}
-    name, features = kernel.__name__ + ("[mirror]" if flags.get("MIRROR") else ""), max(settings["D"], settings["E"])
+    name, features = (
+        kernel.__name__ + ("[mirror]" if flags.get("MIRROR") else ""),
+        max(settings["D"], settings["E"]),
+    )
     tile = tile_for(name, operands.student.query, features, settings["TEACHER"])
     chunk, teacher_chunk = tile.chunk(settings["D"]), tile.chunk(settings["E"])
     outputs = -(-width // (teacher_chunk if flags.get("OF_TEACHER") else chunk)) if width else 1
@@ -93,7 +109,9 @@ def _by_columns(operands: Operands) -> Callable[[Tile], int]:
     return lambda tile: -(-len(operands.student.key) // tile.columns)
 
 
-def statistics(student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool) -> Statistics:
+def statistics(
+    student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool
+) -> Statistics:
     """See `similarity.chunked.statistics`."""
     operands = _operands(student, teacher, positives, exclude)
     M, none = len(student.query), operands.student.scale.new_empty(0)
@@ -141,23 +159,36 @@ def _two_passes(
     needs: tuple[bool, ...],
     flags: tuple[dict[str, Any], dict[str, Any]],
 ) -> Parts:
-    """Gradients to one side by a pass over rows (query, scale) and one over columns (key, bias), each only where it is needed.
+    """Gradients to one side by a pass over rows (query, scale) and one over columns (key, bias), each only
+    where it is needed.
 
-    `kernels`, `constants` and `flags` of both passes. `factors`: what the matrices are multiplied by inside the kernel, and the row and
-    column sums outside.
+    `kernels`, `constants` and `flags` of both passes. `factors`: what the matrices are multiplied by inside
+    the kernel, and the row and column sums outside.
     """
     inner, outer = factors
     (needs_query, needs_key, needs_scale, needs_bias), width = needs, side.query.shape[1]
     query = key = scale = bias = None
     if needs_query or needs_scale:
-        query, rows = torch.empty_like(side.query, memory_format=torch.contiguous_format), inner.new_empty(len(side.query))
-        _launch(kernels[0], operands, _by_rows(operands), width, (*constants[0], inner, query, rows), flags[0])
+        query, rows = (
+            torch.empty_like(side.query, memory_format=torch.contiguous_format),
+            inner.new_empty(len(side.query)),
+        )
+        _launch(
+            kernels[0], operands, _by_rows(operands), width, (*constants[0], inner, query, rows), flags[0]
+        )
         scale = _times(rows.sum(), outer).to(side.scale.dtype) if needs_scale else None
     if needs_key or needs_bias:
-        key, columns = torch.empty_like(side.key, memory_format=torch.contiguous_format), inner.new_empty(len(side.key))
-        _launch(kernels[1], operands, _by_columns(operands), width, (*constants[1], inner, key, columns), flags[1])
+        key, columns = (
+            torch.empty_like(side.key, memory_format=torch.contiguous_format),
+            inner.new_empty(len(side.key)),
+        )
+        _launch(
+            kernels[1], operands, _by_columns(operands), width, (*constants[1], inner, key, columns), flags[1]
+        )
         bias = _times(columns, outer) if needs_bias else None
-    return Parts(*(part if need else None for part, need in zip((query, key, scale, bias), needs, strict=True)))
+    return Parts(
+        *(part if need else None for part, need in zip((query, key, scale, bias), needs, strict=True))
+    )
 
 
 def gradients(
@@ -172,7 +203,9 @@ def gradients(
     teacher_needs: tuple[bool, ...] = NOTHING,
     tied: bool = False,
 ) -> tuple[Parts, Parts]:
-    """See `similarity.chunked.gradients`. Queries that are the keys, which have no bias, take one pass over rows instead of two passes."""
+    """See `similarity.chunked.gradients`. Queries that are the keys, which have no bias, take one pass over
+    rows instead of two passes.
+    """
     operands = _operands(student, teacher, positives, exclude)
     weights, factor = _normalised(saved.correct(weights), student.query.dtype)
     shared = (saved.lse, saved.teacher_lse, saved.teacher_mean, *weights)
@@ -182,7 +215,9 @@ def gradients(
         needs = (needs[0], False, *needs[2:])
     to_student: dict[str, Any] = {"ENTROPY": entropy, "OF_TEACHER": False}
     flags = (to_student | {"MIRROR": int(tied)}, to_student)
-    found = _two_passes(kernels, operands, constants, (_times(operands.student.scale, factor), factor), student, needs, flags)
+    found = _two_passes(
+        kernels, operands, constants, (_times(operands.student.scale, factor), factor), student, needs, flags
+    )
     if operands.teacher is None or teacher is None or not any(teacher_needs):
         return found, Parts()
     factors = (_times(operands.teacher.scale, factor), factor)
@@ -196,7 +231,9 @@ STRIPS = 128
 MERGED_COLUMNS = 32
 
 
-def symmetric_statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def symmetric_statistics(
+    image: Tensor, text: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `similarity.symmetric_chunked.statistics`."""
     operands = _operands(Side(image, text, scale, None), None, None, None)
     N, like = len(image), operands.student.scale
@@ -206,7 +243,14 @@ def symmetric_statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Te
         return min(STRIPS, -(-N // tile.rows))
 
     top, total = like.new_full((STRIPS, N), -torch.inf), like.new_zeros(STRIPS, N)
-    _launch(first_order.symmetric_statistics_kernel, operands, strips, 0, (lse, diagonal, correction, top, total), {})
+    _launch(
+        first_order.symmetric_statistics_kernel,
+        operands,
+        strips,
+        0,
+        (lse, diagonal, correction, top, total),
+        {},
+    )
     column_lse, column_correction = like.new_empty(N), like.new_empty(N)
     with _on(image.device):
         # One launch; as PyTorch's operations the merge was ten.
@@ -217,20 +261,42 @@ def symmetric_statistics(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Te
 
 
 def symmetric_gradients(
-    weights: Rows, image: Tensor, text: Tensor, scale: Tensor, lse: Tensor, column_lse: Tensor, needs: tuple[bool, ...]
+    weights: Rows,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    column_lse: Tensor,
+    needs: tuple[bool, ...],
 ) -> Parts:
-    """See `similarity.symmetric_chunked.gradients`: one pass a side, in which both softmaxes share the products."""
+    """See `similarity.symmetric_chunked.gradients`: one pass a side, in which both softmaxes share the
+    products.
+    """
     weights, factor = _normalised(weights, image.dtype)
     pairs = torch.arange(len(image), device=image.device)
     none = lse.new_empty(0)
 
-    def to_rows(query: Tensor, key: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], needs_scale: bool) -> Parts:
+    def to_rows(
+        query: Tensor,
+        key: Tensor,
+        ours: tuple[Tensor, Tensor],
+        theirs: tuple[Tensor, Tensor],
+        needs_scale: bool,
+    ) -> Parts:
         operands = _operands(Side(query, key, scale, None), None, pairs, None)
         constants = (ours[0], none, none, ours[1], weights.positive, none, *theirs)
         flags = {"ENTROPY": False, "OF_TEACHER": False, "MIRROR": 2}
         kernels = (first_order.gradient_rows_kernel, None)
         factors = (_times(operands.student.scale, factor), factor)
-        return _two_passes(kernels, operands, (constants, ()), factors, operands.student, (True, False, needs_scale, False), (flags, {}))
+        return _two_passes(
+            kernels,
+            operands,
+            (constants, ()),
+            factors,
+            operands.student,
+            (True, False, needs_scale, False),
+            (flags, {}),
+        )
 
     rows, columns = (lse, weights.lse), (column_lse, weights.divergence)
     first = to_rows(image, text, rows, columns, needs[2]) if needs[0] or needs[2] else Parts()
@@ -239,18 +305,29 @@ def symmetric_gradients(
 
 
 def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor | None]:
-    """Tangents with zeros for what is absent, and the factor taken out of them; as with weights, only float16 needs one, else None."""
+    """Tangents with zeros for what is absent, and the factor taken out of them; as with weights, only float16
+    needs one, else None.
+    """
     scale = student.scale.float()
     query, key = (
-        torch.zeros_like(operand) if part is None else part.contiguous() for part, operand in zip(tangent[:2], student[:2], strict=True)
+        torch.zeros_like(operand) if part is None else part.contiguous()
+        for part, operand in zip(tangent[:2], student[:2], strict=True)
     )
     small = scale.new_zeros(()) if tangent.scale is None else tangent.scale.float()
     bias = None
     if student.bias is not None:
-        bias = torch.zeros_like(student.bias, dtype=torch.float32) if tangent.bias is None else tangent.bias.float().contiguous()
+        bias = (
+            torch.zeros_like(student.bias, dtype=torch.float32)
+            if tangent.bias is None
+            else tangent.bias.float().contiguous()
+        )
     if query.dtype != torch.float16:
         return Parts(query, key, small, bias), None
-    sizes = (torch.linalg.vector_norm(part, torch.inf).float() for part in (query, key, small, bias) if part is not None)
+    sizes = (
+        torch.linalg.vector_norm(part, torch.inf).float()
+        for part in (query, key, small, bias)
+        if part is not None
+    )
     factor = _largest(torch.stack(list(sizes)))
     query, key = ((part.float() / factor).to(part.dtype) for part in (query, key))
     return Parts(query, key, small / factor, None if bias is None else bias / factor), factor
@@ -271,14 +348,32 @@ def curvature(
     moments: Moments | None = None,
     tied: bool = False,
 ) -> tuple[Moments, Parts, Parts]:
-    """See `similarity.chunked.curvature`, which takes over where the teacher itself moves: not detached, at second order."""
+    """See `similarity.chunked.curvature`, which takes over where the teacher itself moves: not detached, at
+    second order.
+    """
     if any(part is not None for part in teacher_tangent):
         # The corrections belong to lse as these kernels round it on reading.
-        saved = saved._replace(correction=torch.ones_like(saved.lse), teacher_correction=torch.ones_like(saved.lse))
-        return chunked.curvature(
-            tangent, teacher_tangent, weights, student, teacher, positives, exclude, saved, entropy, needs, teacher_needs, moments, tied
+        saved = saved._replace(
+            correction=torch.ones_like(saved.lse), teacher_correction=torch.ones_like(saved.lse)
         )
-    needs, tangent = ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
+        return chunked.curvature(
+            tangent,
+            teacher_tangent,
+            weights,
+            student,
+            teacher,
+            positives,
+            exclude,
+            saved,
+            entropy,
+            needs,
+            teacher_needs,
+            moments,
+            tied,
+        )
+    needs, tangent = (
+        ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
+    )
     operands = _operands(student, teacher, positives, exclude)
     weights, factor = _normalised(saved.correct(weights), student.query.dtype)
     moved, tangent_factor = _tangents(tangent, student)
@@ -289,12 +384,16 @@ def curvature(
     kernels = (second_order.curvature_rows_kernel, second_order.curvature_columns_kernel)
     outer = factor if tangent_factor is None else _times(tangent_factor, factor)
     inner = operands.student.scale.new_ones(()) if outer is None else outer
-    found = _two_passes(kernels, operands, (shared, shared), (inner, outer), student, needs, ({"OF_TEACHER": False},) * 2)
+    found = _two_passes(
+        kernels, operands, (shared, shared), (inner, outer), student, needs, ({"OF_TEACHER": False},) * 2
+    )
     found = chunked.summed(found) if tied else found
     teacher_found = Parts()
     if operands.teacher is not None and teacher is not None and any(teacher_needs):
         factors = (_times(operands.teacher.scale, outer), outer)
-        teacher_found = _two_passes(kernels, operands, (shared, shared), factors, teacher, teacher_needs, ({"OF_TEACHER": True},) * 2)
+        teacher_found = _two_passes(
+            kernels, operands, (shared, shared), factors, teacher, teacher_needs, ({"OF_TEACHER": True},) * 2
+        )
     return Moments(*(_times(part, tangent_factor) for part in sums)), found, teacher_found
 
 

@@ -1,8 +1,10 @@
-"""The softmax over similarities with keys that stay sharded: every rank's keys travel once around the ring, to second order.
+"""The softmax over similarities with keys that stay sharded: every rank's keys travel once around the ring,
+to second order.
 
-Forward: the shards' statistics merge by log-add-exp. Backward: each shard sees the global lse, and the keys' gradients travel with the
-keys until they are home. Double backward: one round sums the row moments over all shards, a second one the gradients. No rank ever holds
-more than two shards of keys; the next one is under way while this one is computed on.
+Forward: the shards' statistics merge by log-add-exp. Backward: each shard sees the global lse, and the keys'
+gradients travel with the keys until they are home. Double backward: one round sums the row moments over all
+shards, a second one the gradients. No rank ever holds more than two shards of keys; the next one is under way
+while this one is computed on.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ FORWARD = 'fastgessl.kernels: forward mode is not implemented for mode="ring". U
 
 
 def _pass_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], list[Tensor]]:
-    """Send to the next rank and receive from the previous one; the call that is returned waits and gives what came."""
+    """Send to the next rank and receive from the previous one; the call that is returned waits and gives what
+    came.
+    """
     rank, size = rank_and_size(group)
     ahead, behind = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
     outgoing = [tensor.contiguous() for tensor in tensors]
@@ -68,8 +72,12 @@ def _pass_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[]
     return arrived
 
 
-def _around(parts: Sequence[Tensor | None], group: dist.ProcessGroup) -> Iterator[tuple[int, list[Tensor | None]]]:
-    """(owner, its parts) for every rank, this one first. The next parts travel while the caller works on these."""
+def _around(
+    parts: Sequence[Tensor | None], group: dist.ProcessGroup
+) -> Iterator[tuple[int, list[Tensor | None]]]:
+    """(owner, its parts) for every rank, this one first. The next parts travel while the caller works on
+    these.
+    """
     rank, size = rank_and_size(group)
     travelling = [part for part in parts if part is not None]
     for step in range(size):
@@ -115,16 +123,27 @@ def _with_keys(operands: Sequence[Any], travelled: Sequence[Any]) -> list[Any]:
 def _merged(total: Statistics, shard: Statistics, entropy: bool) -> Statistics:
     """Statistics over the union of two sets of columns."""
     lse, correction = _joined(total.lse, total.correction, shard.lse, shard.correction)
-    teacher_lse, teacher_correction = _joined(total.teacher_lse, total.teacher_correction, shard.teacher_lse, shard.teacher_correction)
+    teacher_lse, teacher_correction = _joined(
+        total.teacher_lse, total.teacher_correction, shard.teacher_lse, shard.teacher_correction
+    )
     finite = teacher_lse.masked_fill(teacher_lse == -torch.inf, 0.0)
     mean = torch.zeros_like(finite)
     for part in (total, shard):
-        mean += (part.teacher_lse - finite).exp() / part.teacher_correction * teacher_correction * part.teacher_mean
+        mean += (
+            (part.teacher_lse - finite).exp()
+            / part.teacher_correction
+            * teacher_correction
+            * part.teacher_mean
+        )
     divergence = (mean - teacher_lse if entropy else mean).masked_fill(teacher_lse == -torch.inf, 0.0)
-    return Statistics(lse, total.positive + shard.positive, divergence, correction, teacher_lse, teacher_correction, mean)
+    return Statistics(
+        lse, total.positive + shard.positive, divergence, correction, teacher_lse, teacher_correction, mean
+    )
 
 
-def _joined(lse: Tensor, correction: Tensor, other_lse: Tensor, other_correction: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(
+    lse: Tensor, correction: Tensor, other_lse: Tensor, other_correction: Tensor
+) -> tuple[Tensor, Tensor]:
     """lse and correction of two sets of columns together; exp(lse)/correction is a set's sum."""
     joined = torch.logaddexp(lse, other_lse)
     finite = joined.masked_fill(joined == -torch.inf, 0.0)
@@ -135,19 +154,27 @@ def _joined(lse: Tensor, correction: Tensor, other_lse: Tensor, other_correction
 class RingStatistics(torch.autograd.Function):
     """`Statistics` over all ranks' keys. Inputs:
 
-    the eight operands, positives and exclude in global columns, entropy, implementation, group, whose values are checked.
+    the eight operands, positives and exclude in global columns, entropy, implementation, group, whose values
+    are checked.
     """
 
     @staticmethod
     def forward(*inputs):
-        operands, (positives, exclude, entropy, implementation, group, given) = contiguous(inputs[:OPERANDS]), inputs[OPERANDS:]
+        operands, (positives, exclude, entropy, implementation, group, given) = (
+            contiguous(inputs[:OPERANDS]),
+            inputs[OPERANDS:],
+        )
         keys, (rank, size) = len(operands[1]), rank_and_size(group)
         check_equal_rows(operands[1], group, "key")
-        check_values(operands[2], operands[6], operands[3], operands[7], positives, exclude, keys * size, given)
+        check_values(
+            operands[2], operands[6], operands[3], operands[7], positives, exclude, keys * size, given
+        )
         module, total = implementation_module(implementation), Statistics(*(operands[2].new_empty(0),) * 7)
         for owner, travelled in _around([operands[index] for index in TRAVELLERS], group):
             sides = sides_of(_with_keys(operands, travelled))
-            shard = module.statistics(*sides, _local(positives, owner, keys), _local(exclude, owner, keys), entropy)
+            shard = module.statistics(
+                *sides, _local(positives, owner, keys), _local(exclude, owner, keys), entropy
+            )
             total = shard if owner == rank else _merged(total, shard, entropy)
         return *total[:3], packed(total)
 
@@ -166,7 +193,9 @@ class RingStatistics(torch.autograd.Function):
 
 
 class RingGradients(torch.autograd.Function):
-    """`Gradients` with travelling keys: of the sum of all ranks' losses to this rank's keys, of this rank's to its queries."""
+    """`Gradients` with travelling keys: of the sum of all ranks' losses to this rank's keys, of this rank's
+    to its queries.
+    """
 
     @staticmethod
     def forward(*inputs):
@@ -177,7 +206,9 @@ class RingGradients(torch.autograd.Function):
         for owner, travelled in _around([operands[index] for index in TRAVELLERS], group):
             sides = sides_of(_with_keys(operands, travelled))
             shard = (_local(positives, owner, keys), _local(exclude, owner, keys))
-            student, teacher = module.gradients(rows, *sides, *shard, saved, entropy, tuple(needs[:4]), tuple(needs[4:]))
+            student, teacher = module.gradients(
+                rows, *sides, *shard, saved, entropy, tuple(needs[:4]), tuple(needs[4:])
+            )
             sums = _collect((*student, *teacher), sums, home)
         return _assembled(sums, home, operands, needs)
 
@@ -194,24 +225,35 @@ class RingGradients(torch.autograd.Function):
         raise RuntimeError(FORWARD)
 
 
-def _collect(parts: Sequence[Tensor | None], sums: list[Tensor | None] | None, home: _Homeward) -> list[Tensor | None]:
+def _collect(
+    parts: Sequence[Tensor | None], sums: list[Tensor | None] | None, home: _Homeward
+) -> list[Tensor | None]:
     """Send the keys' shares on their way home; add the others to the sums."""
     home.add([parts[index] for index in TRAVELLERS])
-    staying = [None if part is None or index in TRAVELLERS else part.to(accumulation_dtype(part.dtype)) for index, part in enumerate(parts)]
+    staying = [
+        None if part is None or index in TRAVELLERS else part.to(accumulation_dtype(part.dtype))
+        for index, part in enumerate(parts)
+    ]
     if sums is None:
         return staying
     return [None if a is None or b is None else a + b for a, b in zip(sums, staying, strict=True)]
 
 
 def _assembled(
-    sums: list[Tensor | None] | None, home: _Homeward, operands: Sequence[Tensor | None], needs: Sequence[bool]
+    sums: list[Tensor | None] | None,
+    home: _Homeward,
+    operands: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     arrived = iter(home.collect())
     found = list(sums or ())
     for index in TRAVELLERS:
         found[index] = next(arrived) if needs[index] else None
     like = next(operand for operand in operands if operand is not None)
-    rounded = (None if part is None or operand is None else part.to(operand.dtype) for part, operand in zip(found, operands, strict=True))
+    rounded = (
+        None if part is None or operand is None else part.to(operand.dtype)
+        for part, operand in zip(found, operands, strict=True)
+    )
     return present(tuple(rounded), like)
 
 
@@ -227,7 +269,9 @@ class RingCurvature(torch.autograd.Function):
         rows = Rows(*present(weights, saved.lse))
         travellers = [*(operands[index] for index in TRAVELLERS), *(tangents[index] for index in TRAVELLERS)]
 
-        def shards() -> Iterator[tuple[tuple[Parts, Parts], tuple[Side, Side | None], tuple[Tensor | None, Tensor | None]]]:
+        def shards() -> Iterator[
+            tuple[tuple[Parts, Parts], tuple[Side, Side | None], tuple[Tensor | None, Tensor | None]]
+        ]:
             for owner, travelled in _around(travellers, group):
                 here, moved = _with_keys(operands, travelled[:4]), _with_keys(tangents, travelled[4:])
                 indices = _local(positives, owner, keys), _local(exclude, owner, keys)
@@ -235,8 +279,12 @@ class RingCurvature(torch.autograd.Function):
 
         moments: Moments | None = None
         for moved, sides, indices in shards():
-            part, _, _ = module.curvature(*moved, rows, *sides, *indices, saved, entropy, (False,) * 4, (False,) * 4)
-            moments = part if moments is None else Moments(*(a + b for a, b in zip(moments, part, strict=True)))
+            part, _, _ = module.curvature(
+                *moved, rows, *sides, *indices, saved, entropy, (False,) * 4, (False,) * 4
+            )
+            moments = (
+                part if moments is None else Moments(*(a + b for a, b in zip(moments, part, strict=True)))
+            )
         assert moments is not None
         if not any(needs):
             return (*row_derivatives(moments), *present((None,) * OPERANDS, saved.lse))

@@ -7,16 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Logits of one block, 1 MiB of float32, stay in the cache of a core; blocks of fewer rows starve the matmuls (bench/kernels.py).
+# Logits of one block, 1 MiB of float32, stay in the cache of a core; blocks of fewer rows starve the matmuls
+# (bench/kernels.py).
 BLOCK_ELEMENTS = 1 << 18
-# On a GPU, 64 MiB of float32, so that an operation on a block lasts longer than its launch; not yet measured on one. At most 17 blocks are
-# held at once (second order with a teacher that moves; InfoNCE's second order 7, backward 5): 1.1 GiB, in float64 2.1.
+# On a GPU, 64 MiB of float32, so that an operation on a block lasts longer than its launch; not yet measured
+# on one. At most 17 blocks are held at once (second order with a teacher that moves; InfoNCE's second order
+# 7, backward 5): 1.1 GiB, in float64 2.1.
 GPU_BLOCK_ELEMENTS = 1 << 24
 BLOCK_ROWS = 128
 
 
 def rows_of_block(columns: int, device: torch.device) -> int:
-    """Rows of a block of logits (rows, columns): as many as its number of elements allows, and at least BLOCK_ROWS."""
+    """Rows of a block of logits (rows, columns): as many as its number of elements allows, and at least
+    BLOCK_ROWS.
+    """
     return max(BLOCK_ROWS, (BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS) // columns)
 
 

@@ -1,6 +1,7 @@
 """Operators and autograd of symmetric InfoNCE (CLIP): both directions from one table, twice differentiable.
 
-The backward is fused; the double backward is that of its two terms, rows and columns, through `similarity.Curvature`.
+The backward is fused; the double backward is that of its two terms, rows and columns, through
+`similarity.Curvature`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ DIFFERENTIABLE = 3
 def statistics_body(
     image: Tensor, text: Tensor, scale: Tensor, implementation: str, given: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """lse of the rows, lse of the columns and the diagonal, (N,) each; and what the later passes read, (2, 2, N): both lse, corrected.
+    """lse of the rows, lse of the columns and the diagonal, (N,) each; and what the later passes read, (2, 2,
+    N): both lse, corrected.
 
     `given` is an `arguments.Given`: whether the scale is checked.
     """
@@ -62,8 +64,14 @@ def gradients_body(
     saved: Tensor, implementation: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Σ weights·statistics to image, text and scale; empty where `needs` says no."""
-    rows, columns, positive, image, text = contiguous((weight_lse, weight_column, weight_positive, image, text))
-    call = symmetric_chunked.gradients if implementation == "chunked" else implementation_module(implementation).symmetric_gradients
+    rows, columns, positive, image, text = contiguous(
+        (weight_lse, weight_column, weight_positive, image, text)
+    )
+    call = (
+        symmetric_chunked.gradients
+        if implementation == "chunked"
+        else implementation_module(implementation).symmetric_gradients
+    )
     with torch.autocast(image.device.type, enabled=False):
         (lse, correction), (column_lse, column_correction) = saved
         weights = Rows(rows * correction, positive, columns * column_correction)
@@ -78,12 +86,18 @@ gradients = custom_op("fastgessl::symmetric_gradients", gradients_body, mutates_
 @statistics.register_fake
 def _(image, text, scale, implementation, given):
     N = len(image)
-    return tuple(image.new_empty(shape, dtype=accumulation_dtype(image.dtype)) for shape in ((N,), (N,), (N,), (2, 2, N)))
+    return tuple(
+        image.new_empty(shape, dtype=accumulation_dtype(image.dtype))
+        for shape in ((N,), (N,), (N,), (2, 2, N))
+    )
 
 
 @gradients.register_fake
 def _(weight_lse, weight_column, weight_positive, image, text, scale, saved, implementation, needs):
-    return tuple(torch.empty_like(part) if need else image.new_empty(0) for part, need in zip((image, text, scale), needs, strict=True))
+    return tuple(
+        torch.empty_like(part) if need else image.new_empty(0)
+        for part, need in zip((image, text, scale), needs, strict=True)
+    )
 
 
 def _both_directions(
@@ -96,16 +110,48 @@ def _both_directions(
     """`function` (curvature or row derivatives) of the rows' term and of the columns' term."""
     image, text, scale, (saved, _) = at
     pairs = torch.arange(len(image), device=image.device)
-    # The columns' lse anew, from the product as this pass takes it, keys by queries: the other way round it is rounded otherwise, which
-    # made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6 (float32).
-    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, tail[0], Given())[3].detach()
+    # The columns' lse anew, from the product as this pass takes it, keys by queries: the other way round it
+    # is rounded otherwise, which made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6
+    # (float32).
+    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, tail[0], Given())[
+        3
+    ].detach()
     to_image, to_text, to_scale = tangents
-    # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1 would meet only after rounding.
+    # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1
+    # would meet only after rounding.
     row_weights = (weights[0], weights[2] / 2, None) if weights else ()
     column_weights = (weights[1], weights[2] / 2, None) if weights else ()
-    rows = function(to_image, to_text, to_scale, *NONE, *row_weights, image, text, scale, *NONE, pairs, None, saved, False, *tail)
+    rows = function(
+        to_image,
+        to_text,
+        to_scale,
+        *NONE,
+        *row_weights,
+        image,
+        text,
+        scale,
+        *NONE,
+        pairs,
+        None,
+        saved,
+        False,
+        *tail,
+    )
     columns = function(
-        to_text, to_image, to_scale, *NONE, *column_weights, text, image, scale, *NONE, pairs, None, column_saved, False, *tail
+        to_text,
+        to_image,
+        to_scale,
+        *NONE,
+        *column_weights,
+        text,
+        image,
+        scale,
+        *NONE,
+        pairs,
+        None,
+        column_saved,
+        False,
+        *tail,
     )
     return rows, columns
 
@@ -137,7 +183,9 @@ def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(*inputs[:7])
 
 
-def _statistics_backward(ctx: Any, weights: Sequence[Tensor | None], apply: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
+def _statistics_backward(
+    ctx: Any, weights: Sequence[Tensor | None], apply: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Any, ...]:
     image, text, scale, saved = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:DIFFERENTIABLE])
     weights = [torch.zeros_like(saved[0, 0]) if weight is None else weight for weight in weights[:WEIGHTS]]
@@ -146,7 +194,9 @@ def _statistics_backward(ctx: Any, weights: Sequence[Tensor | None], apply: Call
     return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None)
 
 
-def _gradients_backward(ctx: Any, tangents: Sequence[Any], function: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
+def _gradients_backward(
+    ctx: Any, tangents: Sequence[Any], function: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Any, ...]:
     weights, at = ctx.saved_tensors[:WEIGHTS], ctx.saved_tensors[WEIGHTS:]
     asked = [tangent if need else None for tangent, need in zip(tangents, ctx.needs, strict=True)]
     rows, operands = _bent(function, asked, weights, at, ctx.implementation)
@@ -173,8 +223,13 @@ class SymmetricGradients(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         weights, at = ctx.saved_tensors[:WEIGHTS], ctx.saved_tensors[WEIGHTS:]
-        bent = _bent(Curvature.apply, tangents[WEIGHTS : WEIGHTS + DIFFERENTIABLE], weights, at, ctx.implementation)[1]
-        moved = [torch.zeros_like(weight) if tangent is None else tangent for tangent, weight in zip(tangents, weights, strict=False)]
+        bent = _bent(
+            Curvature.apply, tangents[WEIGHTS : WEIGHTS + DIFFERENTIABLE], weights, at, ctx.implementation
+        )[1]
+        moved = [
+            torch.zeros_like(weight) if tangent is None else tangent
+            for tangent, weight in zip(tangents, weights, strict=False)
+        ]
         straight = SymmetricGradients.apply(*moved, *at, ctx.implementation, ctx.needs)
         return tuple(a + b if need else b for a, b, need in zip(bent, straight, ctx.needs, strict=True))
 
@@ -203,7 +258,9 @@ class SymmetricStatistics(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        rows, columns = _both_directions(RowDerivatives.apply, tangents[:DIFFERENTIABLE], (), ctx.saved_tensors, (ctx.implementation,))
+        rows, columns = _both_directions(
+            RowDerivatives.apply, tangents[:DIFFERENTIABLE], (), ctx.saved_tensors, (ctx.implementation,)
+        )
         return rows[0], columns[0], rows[1], None
 
     @staticmethod
@@ -211,12 +268,20 @@ class SymmetricStatistics(torch.autograd.Function):
         return one_call_each(SymmetricStatistics, info.batch_size, in_dims, args)
 
 
-statistics.register_autograd(lambda ctx, *weights: _statistics_backward(ctx, weights, gradients), setup_context=_statistics_context)
-gradients.register_autograd(lambda ctx, *tangents: _gradients_backward(ctx, tangents, curvature), setup_context=_gradients_context)
+statistics.register_autograd(
+    lambda ctx, *weights: _statistics_backward(ctx, weights, gradients), setup_context=_statistics_context
+)
+gradients.register_autograd(
+    lambda ctx, *tangents: _gradients_backward(ctx, tangents, curvature), setup_context=_gradients_context
+)
 
 
-def symmetric_info_nce(image: Tensor, text: Tensor, scale: Tensor, implementation: str, given: Given) -> Tensor:
-    """Mean of both directions' InfoNCE, pair by pair.  (N, D) twice, 0-d 1/τ -> (N,). `given`: whether the scale is checked."""
+def symmetric_info_nce(
+    image: Tensor, text: Tensor, scale: Tensor, implementation: str, given: Given
+) -> Tensor:
+    """Mean of both directions' InfoNCE, pair by pair.  (N, D) twice, 0-d 1/τ -> (N,). `given`: whether the
+    scale is checked.
+    """
     call = statistics if compiled(image, text, scale) else SymmetricStatistics.apply
     lse, column_lse, diagonal, _ = call(image, text, scale, implementation, given)
     return (lse + column_lse) / 2 - diagonal

@@ -1,12 +1,14 @@
-"""Symmetric InfoNCE in blocks of rows: both directions' softmaxes from one table, so that a step costs 1 + 3 matmul units instead of 2 + 6.
+"""Symmetric InfoNCE in blocks of rows: both directions' softmaxes from one table, so that a step costs 1 + 3
+matmul units instead of 2 + 6.
 
-With S = s·Q·Kᵀ square, P its row softmax and P' its column softmax, the losses are lse_i − S_ii and lse'_j − S_jj, and the gradient to
-the logits is
+With S = s·Q·Kᵀ square, P its row softmax and P' its column softmax, the losses are lse_i − S_ii and lse'_j −
+S_jj, and the gradient to the logits is
 
     G_ij = w_i·P_ij + v_j·P'_ij + p_i·[i = j]
 
-for weights w of the row statistics, v of the column statistics, p of the diagonal. `tied_gradients` is the same for queries that are the
-keys (NT-Xent): there P' is Pᵀ, and the gradient (G + Gᵀ)·Q takes 1 + 1 units instead of 1 + 2.
+for weights w of the row statistics, v of the column statistics, p of the diagonal. `tied_gradients` is the
+same for queries that are the keys (NT-Xent): there P' is Pᵀ, and the gradient (G + Gᵀ)·Q takes 1 + 1 units
+instead of 1 + 2.
 """
 
 from __future__ import annotations
@@ -50,8 +52,18 @@ def _exp(values: Tensor) -> Tensor:
     return values.mul_(LOG2_E).exp2_()
 
 
-def gradients(weights: Rows, image: Tensor, text: Tensor, scale: Tensor, lse: Tensor, column_lse: Tensor, needs: tuple[bool, ...]) -> Parts:
-    """Gradients to image, text and scale. `weights` holds w, p and v, as lse, positive and divergence, w and v corrected."""
+def gradients(
+    weights: Rows,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    column_lse: Tensor,
+    needs: tuple[bool, ...],
+) -> Parts:
+    """Gradients to image, text and scale. `weights` holds w, p and v, as lse, positive and divergence, w and
+    v corrected.
+    """
     wide = accumulation_dtype(image.dtype)
     query, key = image.to(wide), text.to(wide)
     out_image = torch.empty_like(query) if needs[0] else None
@@ -76,9 +88,16 @@ def gradients(weights: Rows, image: Tensor, text: Tensor, scale: Tensor, lse: Te
 
 
 def tied_gradients(
-    weights: Rows, query: Tensor, scale: Tensor, positives: Tensor | None, exclude: Tensor | None, lse: Tensor, needs: tuple[bool, ...]
+    weights: Rows,
+    query: Tensor,
+    scale: Tensor,
+    positives: Tensor | None,
+    exclude: Tensor | None,
+    lse: Tensor,
+    needs: tuple[bool, ...],
 ) -> Parts:
-    """Gradients to queries that are their own keys, and to the scale, of weighted lse and positives. Indices as in `similarity.chunked`.
+    """Gradients to queries that are their own keys, and to the scale, of weighted lse and positives. Indices
+    as in `similarity.chunked`.
 
     Weights are corrected.
     """
@@ -102,7 +121,9 @@ def tied_gradients(
 
 
 def _fill_pairs(gradient: Tensor, exclude: Tensor, rows: slice, mirrored: Tensor) -> None:
-    """0 where a row of the block excludes a column, and, in `mirrored`, where a column excludes a row of the block."""
+    """0 where a row of the block excludes a column, and, in `mirrored`, where a column excludes a row of the
+    block.
+    """
     fill_excluded(gradient, exclude[rows], 0.0)
     for excluded in exclude.unbind(1):
         index, inside = _in_block(excluded, rows)
@@ -110,7 +131,9 @@ def _fill_pairs(gradient: Tensor, exclude: Tensor, rows: slice, mirrored: Tensor
 
 
 def _add_pairs(gradient: Tensor, positives: Tensor, weight: Tensor, rows: slice) -> None:
-    """Add the weight of each row's positive at (row, positive), and of each column's at (positive, column), where they lie in the block."""
+    """Add the weight of each row's positive at (row, positive), and of each column's at (positive, column),
+    where they lie in the block.
+    """
     inside = positives[rows]
     gradient.scatter_add_(1, inside.clamp(min=0)[:, None], weight[rows].masked_fill(inside < 0, 0.0)[:, None])
     index, present = _in_block(positives, rows)
@@ -118,5 +141,9 @@ def _add_pairs(gradient: Tensor, positives: Tensor, weight: Tensor, rows: slice)
 
 
 def _in_block(numbers: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Row numbers (N,) as those of a block, and which of them lie in it, (1, N) each. Their places would have to be waited for on a GPU."""
-    return (numbers - rows.start).clamp(0, rows.stop - rows.start - 1)[None], ((numbers >= rows.start) & (numbers < rows.stop))[None]
+    """Row numbers (N,) as those of a block, and which of them lie in it, (1, N) each. Their places would have
+    to be waited for on a GPU.
+    """
+    return (numbers - rows.start).clamp(0, rows.stop - rows.start - 1)[None], (
+        (numbers >= rows.start) & (numbers < rows.stop)
+    )[None]

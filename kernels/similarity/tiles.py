@@ -1,9 +1,9 @@
 """The launch table: one tile by kernel, generation of card, number of features and teacher.
 
-Every entry compiles ahead of time without a stack frame (no spilled register) and within the shared memory of its cards, under Triton 3.6
-and 3.9; the test that says so prints the table. Tiles near 255 registers spill under one of the two and not the other. Which entries are
-fastest has not been measured yet: each is among the largest that fit. A table that was measured on a device (`autotune`) comes before it
-there.
+Every entry compiles ahead of time without a stack frame (no spilled register) and within the shared memory of
+its cards, under Triton 3.6 and 3.9; the test that says so prints the table. Tiles near 255 registers spill
+under one of the two and not the other. Which entries are fastest has not been measured yet: each is among the
+largest that fit. A table that was measured on a device (`autotune`) comes before it there.
 """
 
 from __future__ import annotations
@@ -164,11 +164,14 @@ FLOAT32: dict[tuple[str, int], tuple[Tile, Tile]] = {
     ("curvature_rows_kernel", 100): (Tile(16, 32, 4, 1, 32), Tile(16, 32, 4, 1, 32)),
     ("curvature_columns_kernel", 100): (Tile(32, 16, 4, 1, 32), Tile(32, 16, 4, 1, 32)),
 }
-"""float32 operands, whose tiles take twice the memory and three products of tf32 each: in narrow chunks for every width."""
+"""float32 operands, whose tiles take twice the memory and three products of tf32 each: in narrow chunks for
+every width."""
 
 
 def generation(architecture: int) -> int:
-    """Whose column of the table serves an architecture: 80 (A100), 86 (consumer cards, 99 KiB of shared memory), 90 (H100), 100 (B200)."""
+    """Whose column of the table serves an architecture: 80 (A100), 86 (consumer cards, 99 KiB of shared
+    memory), 90 (H100), 100 (B200).
+    """
     if architecture >= 120:
         return 86
     return max(known for known in (80, 86, 90, 100) if known <= architecture)

@@ -1,11 +1,14 @@
-"""Triton kernels of the softmax over similarities: statistics, and their gradients by rows (queries) and by columns (keys).
+"""Triton kernels of the softmax over similarities: statistics, and their gradients by rows (queries) and by
+columns (keys).
 
-The mathematics and its notation stand in `similarity.chunked`. Every matrix is contiguous; statistics are float32, natural logarithms
-outside and base 2 inside. Features are contracted in chunks of CHUNK, and the output's chunk is the second grid axis, so that any width
-fits. No kernel accumulates into memory: results are deterministic.
+The mathematics and its notation stand in `similarity.chunked`. Every matrix is contiguous; statistics are
+float32, natural logarithms outside and base 2 inside. Features are contracted in chunks of CHUNK, and the
+output's chunk is the second grid axis, so that any width fits. No kernel accumulates into memory: results are
+deterministic.
 
-Prefixes: p_ pointer, o_ offsets, m_ mask, b_ block in registers, i_ program index. Flags: POSITIVES, EXCLUDE (number of excluded columns
-a row), BIAS, TEACHER, TEACHER_BIAS, ENTROPY (a of the notation), OF_TEACHER (the gradient goes to the teacher's side).
+Prefixes: p_ pointer, o_ offsets, m_ mask, b_ block in registers, i_ program index. Flags: POSITIVES, EXCLUDE
+(number of excluded columns a row), BIAS, TEACHER, TEACHER_BIAS, ENTROPY (a of the notation), OF_TEACHER (the
+gradient goes to the teacher's side).
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
     if INTERPRETED:
-        # The interpreter multiplies bfloat16 as raw 16-bit integers (3.6 to 3.9), silently wrong. The products are exact in float32.
+        # The interpreter multiplies bfloat16 as raw 16-bit integers (3.6 to 3.9), silently wrong. The
+        # products are exact in float32.
         return tl.dot(b_left.to(tl.float32), b_right.to(tl.float32), b_sum, input_precision=PRECISION)
     else:
         return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
@@ -36,7 +40,9 @@ def load_matrix(p_matrix, o_rows, rows, first, WIDTH: tl.constexpr, CHUNK: tl.co
     m_inside = (o_rows < rows)[:, None]
     if WIDTH % CHUNK != 0:
         m_inside = m_inside & (o_features < WIDTH)[None, :]
-    return tl.load(p_matrix + o_rows.to(tl.int64)[:, None] * WIDTH + o_features[None, :], mask=m_inside, other=0.0)
+    return tl.load(
+        p_matrix + o_rows.to(tl.int64)[:, None] * WIDTH + o_features[None, :], mask=m_inside, other=0.0
+    )
 
 
 @triton.jit
@@ -53,12 +59,15 @@ def products(
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum + left·rightᵀ over all features; the first chunks come loaded."""
-    # A tile is loaded once an iteration: each textual load gets buffers of its own (131,072 bytes of shared memory against 81,920).
+    # A tile is loaded once an iteration: each textual load gets buffers of its own (131,072 bytes of shared
+    # memory against 81,920).
     b_sum = dot(b_left, tl.trans(b_right), b_sum, PRECISION)
     if CHUNK < WIDTH:
         for first in range(CHUNK, WIDTH, CHUNK):
             b_more = load_matrix(p_left, o_left, lefts, first, WIDTH, CHUNK)
-            b_sum = dot(b_more, tl.trans(load_matrix(p_right, o_right, rights, first, WIDTH, CHUNK)), b_sum, PRECISION)
+            b_sum = dot(
+                b_more, tl.trans(load_matrix(p_right, o_right, rights, first, WIDTH, CHUNK)), b_sum, PRECISION
+            )
     return b_sum
 
 
@@ -81,7 +90,9 @@ def columns_open(o_columns, N, p_exclude, o_rows, M, EXCLUDE: tl.constexpr, BY_R
 
 @triton.jit
 def store_logsumexp(p_lse, p_correction, o_rows, rows, b_max, b_sum):
-    """lse, and what exp(S - lse) is to be multiplied by to give P: 1 up to the rounding of what `load_log2` will read."""
+    """lse, and what exp(S - lse) is to be multiplied by to give P: 1 up to the rounding of what `load_log2`
+    will read.
+    """
     # "== 0", not "> 0": a NaN must come out as NaN.
     m_empty = b_sum == 0
     b_lse = tl.where(m_empty, -float("inf"), (b_max + tl.log2(b_sum)) * LN_2)
@@ -98,7 +109,8 @@ def statistics_kernel(
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lse, the logit at the positive, the teacher's lse and x, streaming over keys. Work: 1 matmul unit and 1 pass of exp a softmax."""
+    """lse, the logit at the positive, the teacher's lse and x, streaming over keys. Work: 1 matmul unit and 1
+    pass of exp a softmax."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     scale = tl.load(p_scale) * LOG2_E
     b_query = load_matrix(p_query, o_m, M, 0, D, CHUNK)
@@ -117,7 +129,9 @@ def statistics_kernel(
         o_n = i_n + tl.arange(0, BLOCK_N)
         b_zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         b_key = load_matrix(p_key, o_n, N, 0, D, CHUNK)
-        b_logits = products(b_query, p_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION) * scale
+        b_logits = (
+            products(b_query, p_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION) * scale
+        )
         if BIAS:
             b_logits += tl.load(p_bias + o_n, mask=o_n < N, other=0.0)[None, :] * LOG2_E
         m_open = columns_open(o_n, N, p_exclude, o_m, M, EXCLUDE, True)
@@ -160,10 +174,12 @@ def symmetric_statistics_kernel(
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lse of the rows, the diagonal, and what the columns' lse comes from, in one sweep. Work: 1 matmul unit and 2 passes of exp.
+    """lse of the rows, the diagonal, and what the columns' lse comes from, in one sweep. Work: 1 matmul unit
+    and 2 passes of exp.
 
-    A program takes every so many-th block of rows and keeps the maximum and sum (base 2) of each column over them in a row of its own of
-    p_column_max and p_column_sum, (programs, N), which begin as -inf and 0. `merge_strips_kernel` makes the columns' lse of them.
+    A program takes every so many-th block of rows and keeps the maximum and sum (base 2) of each column over
+    them in a row of its own of p_column_max and p_column_sum, (programs, N), which begin as -inf and 0.
+    `merge_strips_kernel` makes the columns' lse of them.
     """
     i_strip = tl.program_id(0)
     scale = tl.load(p_scale) * LOG2_E
@@ -179,7 +195,9 @@ def symmetric_statistics_kernel(
             o_n = i_n + tl.arange(0, BLOCK_N)
             b_zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             b_key = load_matrix(p_key, o_n, N, 0, D, CHUNK)
-            b_logits = products(b_query, p_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION) * scale
+            b_logits = (
+                products(b_query, p_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION) * scale
+            )
             b_diagonal += tl.sum(tl.where(o_n[None, :] == o_m[:, None], b_logits, 0.0), 1)
             b_open = tl.where(o_n[None, :] < N, b_logits, -float("inf"))
             b_new = tl.maximum(b_max, tl.max(b_open, 1))
@@ -190,7 +208,9 @@ def symmetric_statistics_kernel(
             b_highest = tl.maximum(b_top, tl.max(b_open, 0))
             b_total = tl.load(p_column_sum + o_n, mask=o_n < N, other=0.0) * tl.exp2(b_top - b_highest)
             tl.store(p_column_max + o_n, b_highest, mask=o_n < N)
-            tl.store(p_column_sum + o_n, b_total + tl.sum(tl.exp2(b_open - b_highest[None, :]), 0), mask=o_n < N)
+            tl.store(
+                p_column_sum + o_n, b_total + tl.sum(tl.exp2(b_open - b_highest[None, :]), 0), mask=o_n < N
+            )
         store_logsumexp(p_lse, p_correction, o_m, M, b_max, b_sum)
         tl.store(p_diagonal + o_m, b_diagonal * LN_2, mask=o_m < M)
         # The next block of rows reads the columns' sums that other threads of this program have written.
@@ -198,8 +218,12 @@ def symmetric_statistics_kernel(
 
 
 @triton.jit
-def merge_strips_kernel(p_column_max, p_column_sum, p_lse, p_correction, N, STRIPS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """lse of the columns and its correction from the strips' maxima and sums. A strip that no program took has -inf and 0."""
+def merge_strips_kernel(
+    p_column_max, p_column_sum, p_lse, p_correction, N, STRIPS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """lse of the columns and its correction from the strips' maxima and sums. A strip that no program took
+    has -inf and 0.
+    """
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_strips = tl.arange(0, STRIPS)[:, None].to(tl.int64) * N + o_n[None, :]
     b_top = tl.load(p_column_max + o_strips, mask=(o_n < N)[None, :], other=0.0)
@@ -227,7 +251,8 @@ def softmax_tile(b_products, scale, p_bias, o_n, N, b_lse, m_open, BIAS: tl.cons
 
 @triton.jit
 def add_positive(b_gradient, p_positives, p_weight_positive, o_m, M, o_n, BY_ROWS: tl.constexpr):
-    # Inside the tile, before it is rounded: adding the positive afterwards loses about 3 digits in bfloat16 when P is nearly 1 there.
+    # Inside the tile, before it is rounded: adding the positive afterwards loses about 3 digits in bfloat16
+    # when P is nearly 1 there.
     b_target = tl.load(p_positives + o_m, mask=o_m < M, other=-1)
     b_weight = load_weights(p_weight_positive, o_m, M, BY_ROWS)
     m_target = o_n[None, :] == b_target[:, None] if BY_ROWS else o_n[:, None] == b_target[None, :]
@@ -245,8 +270,9 @@ def gradient_rows_kernel(
 ):  # fmt: skip
     """dQ = factor·G·K, and Σ_j G∘C of each row for the scale. Work: 2 matmul units, one more with a teacher.
 
-    MIRROR adds the gradient of the columns' softmax in the same 2 units, as C serves both; without teacher and bias. 1: queries are the
-    keys, the result is factor·(G + Gᵀ)·Q. 2: symmetric InfoNCE, whose columns have an lse and weights of their own.
+    MIRROR adds the gradient of the columns' softmax in the same 2 units, as C serves both; without teacher
+    and bias. 1: queries are the keys, the result is factor·(G + Gᵀ)·Q. 2: symmetric InfoNCE, whose columns
+    have an lse and weights of their own.
     """
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_chunk = tl.program_id(1)
@@ -322,7 +348,8 @@ def gradient_columns_kernel(
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr, OF_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK = factor·Gᵀ·Q, and Σ_i G of each column for the bias; tiles are (columns, rows). Work: 2 matmul units, one more with a teacher."""
+    """dK = factor·Gᵀ·Q, and Σ_i G of each column for the bias; tiles are (columns, rows). Work: 2 matmul
+    units, one more with a teacher."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_chunk = tl.program_id(1)
     scale = tl.load(p_scale) * LOG2_E
@@ -355,14 +382,18 @@ def gradient_columns_kernel(
                 b_teacher_products, teacher_scale, p_teacher_bias, o_n, N, b_teacher_lse, m_open, TEACHER_BIAS, False
             )  # fmt: skip
             if OF_TEACHER:
-                b_ratio = (b_teacher - b_logits if ENTROPY else -b_logits) * LN_2 - load_weights(p_mean, o_m, M, False)
+                b_ratio = (b_teacher - b_logits if ENTROPY else -b_logits) * LN_2 - load_weights(
+                    p_mean, o_m, M, False
+                )
                 b_gradient = b_divergence * b_teacher_softmax * b_ratio
             else:
                 b_gradient -= b_divergence * b_teacher_softmax
         b_out_bias += tl.sum(b_gradient, 1)
         if OF_TEACHER:
             if TEACHER_CHUNK < E:
-                b_teacher_query = load_matrix(p_teacher_query, o_m, M, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK)
+                b_teacher_query = load_matrix(
+                    p_teacher_query, o_m, M, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK
+                )
             b_out = dot(b_gradient.to(b_teacher_query.dtype), b_teacher_query, b_out, PRECISION)
         else:
             if CHUNK < D:

@@ -1,12 +1,13 @@
 """Triton kernels of the double backward: row moments, then the gradients by rows and by columns.
 
-With tangents (ggQ, ggK, ggs, ggbias) of the student's operands, B = s·A + ggs·C + ggbias is the change of the logits, A = ggQ·Kᵀ +
-Q·ggKᵀ, and
+With tangents (ggQ, ggK, ggs, ggbias) of the student's operands, B = s·A + ggs·C + ggbias is the change of the
+logits, A = ggQ·Kᵀ + Q·ggKᵀ, and
 
     H = w·P∘(B − b)          gQ = (s·H + ggs·G)K + s·G·ggK          gK = (s·H + ggs·G)ᵀQ + s·Gᵀ·ggQ          gs = Σ H∘C + Σ G∘A
     H_t = −t·P_t∘(B − b_t)   to the teacher's operands (OF_TEACHER)
 
-The teacher's own tangents are left to `similarity.chunked`. Conventions and flags are those of `similarity.triton_first`; BIAS includes ggbias.
+The teacher's own tangents are left to `similarity.chunked`. Conventions and flags are those of
+`similarity.triton_first`; BIAS includes ggbias.
 """
 
 from __future__ import annotations
@@ -29,7 +30,17 @@ from fastgessl.kernels.similarity.triton_first import (
 
 
 @triton.jit
-def along(b_change, b_products, scale, tangent_scale, p_tangent_bias, o_n, N, BIAS: tl.constexpr, BY_ROWS: tl.constexpr):
+def along(
+    b_change,
+    b_products,
+    scale,
+    tangent_scale,
+    p_tangent_bias,
+    o_n,
+    N,
+    BIAS: tl.constexpr,
+    BY_ROWS: tl.constexpr,
+):
     """B of a tile, from A and C."""
     b_along = scale * b_change + tangent_scale * b_products
     if BIAS:
@@ -47,7 +58,8 @@ def moments_kernel(
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """b = E_P[B], B at the positive, b_t = E_{P_t}[B]: also the forward-mode derivative. Work: 3 matmul units, one more with a teacher."""
+    """b = E_P[B], B at the positive, b_t = E_{P_t}[B]: also the forward-mode derivative. Work: 3 matmul
+    units, one more with a teacher."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     scale, tangent_scale = tl.load(p_scale), tl.load(p_tangent_scale)
     b_query = load_matrix(p_query, o_m, M, 0, D, CHUNK)
@@ -69,8 +81,12 @@ def moments_kernel(
         b_key = load_matrix(p_key, o_n, N, 0, D, CHUNK)
         b_tangent = load_matrix(p_tangent_key, o_n, N, 0, D, CHUNK)
         b_products = products(b_query, p_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION)
-        b_change = products(b_moved, p_tangent_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION)
-        b_change = products(b_query, p_query, o_m, M, b_tangent, p_tangent_key, o_n, N, b_change, D, CHUNK, PRECISION)
+        b_change = products(
+            b_moved, p_tangent_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION
+        )
+        b_change = products(
+            b_query, p_query, o_m, M, b_tangent, p_tangent_key, o_n, N, b_change, D, CHUNK, PRECISION
+        )
         b_along = along(b_change, b_products, scale, tangent_scale, p_tangent_bias, o_n, N, BIAS, True)
         _, b_softmax = softmax_tile(b_products, scale * LOG2_E, p_bias, o_n, N, b_lse, m_open, BIAS, True)
         b_mean += tl.sum(b_softmax * b_along, 1)
@@ -82,7 +98,15 @@ def moments_kernel(
                 b_teacher_query, p_teacher_query, o_m, M, b_teacher_key, p_teacher_key, o_n, N, b_zero, E, TEACHER_CHUNK, PRECISION
             )  # fmt: skip
             _, b_softmax = softmax_tile(
-                b_teacher_products, teacher_scale, p_teacher_bias, o_n, N, b_teacher_lse, m_open, TEACHER_BIAS, True
+                b_teacher_products,
+                teacher_scale,
+                p_teacher_bias,
+                o_n,
+                N,
+                b_teacher_lse,
+                m_open,
+                TEACHER_BIAS,
+                True,
             )
             b_teacher_mean += tl.sum(b_softmax * b_along, 1)
     tl.store(p_mean + o_m, b_mean, mask=o_m < M)
@@ -101,7 +125,8 @@ def curvature_rows_kernel(
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     OF_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """factor·gQ (factor·H_t·K_t), and the scale's gradient row by row. Work: 5 matmul units, one more with a teacher."""
+    """factor·gQ (factor·H_t·K_t), and the scale's gradient row by row. Work: 5 matmul units, one more with a
+    teacher."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_chunk = tl.program_id(1)
     scale, tangent_scale = tl.load(p_scale), tl.load(p_tangent_scale)
@@ -127,8 +152,12 @@ def curvature_rows_kernel(
         b_key = load_matrix(p_key, o_n, N, 0, D, CHUNK)
         b_tangent = load_matrix(p_tangent_key, o_n, N, 0, D, CHUNK)
         b_products = products(b_query, p_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION)
-        b_change = products(b_moved, p_tangent_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION)
-        b_change = products(b_query, p_query, o_m, M, b_tangent, p_tangent_key, o_n, N, b_change, D, CHUNK, PRECISION)
+        b_change = products(
+            b_moved, p_tangent_query, o_m, M, b_key, p_key, o_n, N, b_zero, D, CHUNK, PRECISION
+        )
+        b_change = products(
+            b_query, p_query, o_m, M, b_tangent, p_tangent_key, o_n, N, b_change, D, CHUNK, PRECISION
+        )
         b_along = along(b_change, b_products, scale, tangent_scale, p_tangent_bias, o_n, N, BIAS, True)
         if TEACHER:
             b_teacher_key = load_matrix(p_teacher_key, o_n, N, 0, E, TEACHER_CHUNK)
@@ -136,7 +165,15 @@ def curvature_rows_kernel(
                 b_teacher_query, p_teacher_query, o_m, M, b_teacher_key, p_teacher_key, o_n, N, b_zero, E, TEACHER_CHUNK, PRECISION
             )  # fmt: skip
             _, b_teacher = softmax_tile(
-                b_teacher_products, teacher_scale, p_teacher_bias, o_n, N, b_teacher_lse, m_open, TEACHER_BIAS, True
+                b_teacher_products,
+                teacher_scale,
+                p_teacher_bias,
+                o_n,
+                N,
+                b_teacher_lse,
+                m_open,
+                TEACHER_BIAS,
+                True,
             )
         if OF_TEACHER:
             b_bend = b_divergence * b_teacher * (b_teacher_mean - b_along)
@@ -156,7 +193,9 @@ def curvature_rows_kernel(
             if CHUNK < D:
                 b_key = load_matrix(p_key, o_n, N, i_chunk * CHUNK, D, CHUNK)
                 b_tangent = load_matrix(p_tangent_key, o_n, N, i_chunk * CHUNK, D, CHUNK)
-            b_out = dot((scale * b_bend + tangent_scale * b_gradient).to(b_key.dtype), b_key, b_out, PRECISION)
+            b_out = dot(
+                (scale * b_bend + tangent_scale * b_gradient).to(b_key.dtype), b_key, b_out, PRECISION
+            )
             b_out = dot((scale * b_gradient).to(b_key.dtype), b_tangent, b_out, PRECISION)
     b_out *= tl.load(p_factor)
     if OF_TEACHER:
@@ -176,7 +215,8 @@ def curvature_columns_kernel(
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     OF_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """factor·gK (factor·H_tᵀ·Q_t), and the bias's gradient; tiles are (columns, rows). Work: 5 matmul units, one more with a teacher."""
+    """factor·gK (factor·H_tᵀ·Q_t), and the bias's gradient; tiles are (columns, rows). Work: 5 matmul units,
+    one more with a teacher."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_chunk = tl.program_id(1)
     scale, tangent_scale = tl.load(p_scale), tl.load(p_tangent_scale)
@@ -194,8 +234,12 @@ def curvature_columns_kernel(
         b_query = load_matrix(p_query, o_m, M, 0, D, CHUNK)
         b_moved = load_matrix(p_tangent_query, o_m, M, 0, D, CHUNK)
         b_products = products(b_key, p_key, o_n, N, b_query, p_query, o_m, M, b_zero, D, CHUNK, PRECISION)
-        b_change = products(b_key, p_key, o_n, N, b_moved, p_tangent_query, o_m, M, b_zero, D, CHUNK, PRECISION)
-        b_change = products(b_tangent, p_tangent_key, o_n, N, b_query, p_query, o_m, M, b_change, D, CHUNK, PRECISION)
+        b_change = products(
+            b_key, p_key, o_n, N, b_moved, p_tangent_query, o_m, M, b_zero, D, CHUNK, PRECISION
+        )
+        b_change = products(
+            b_tangent, p_tangent_key, o_n, N, b_query, p_query, o_m, M, b_change, D, CHUNK, PRECISION
+        )
         b_along = along(b_change, b_products, scale, tangent_scale, p_tangent_bias, o_n, N, BIAS, False)
         if TEACHER:
             b_divergence = load_weights(p_weight_divergence, o_m, M, False)
@@ -205,16 +249,28 @@ def curvature_columns_kernel(
             )  # fmt: skip
             b_teacher_lse = load_log2(p_teacher_lse, o_m, M)[None, :]
             _, b_teacher = softmax_tile(
-                b_teacher_products, teacher_scale, p_teacher_bias, o_n, N, b_teacher_lse, m_open, TEACHER_BIAS, False
+                b_teacher_products,
+                teacher_scale,
+                p_teacher_bias,
+                o_n,
+                N,
+                b_teacher_lse,
+                m_open,
+                TEACHER_BIAS,
+                False,
             )
         if OF_TEACHER:
             b_bend = b_divergence * b_teacher * (load_weights(p_teacher_mean, o_m, M, False) - b_along)
             if TEACHER_CHUNK < E:
-                b_teacher_query = load_matrix(p_teacher_query, o_m, M, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK)
+                b_teacher_query = load_matrix(
+                    p_teacher_query, o_m, M, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK
+                )
             b_out = dot(b_bend.to(b_teacher_query.dtype), b_teacher_query, b_out, PRECISION)
         else:
             b_lse = load_log2(p_lse, o_m, M)[None, :]
-            _, b_softmax = softmax_tile(b_products, scale * LOG2_E, p_bias, o_n, N, b_lse, m_open, BIAS, False)
+            _, b_softmax = softmax_tile(
+                b_products, scale * LOG2_E, p_bias, o_n, N, b_lse, m_open, BIAS, False
+            )
             b_gradient = load_weights(p_weight_lse, o_m, M, False) * b_softmax
             b_bend = b_gradient * (b_along - load_weights(p_mean, o_m, M, False))
             if POSITIVES:
@@ -224,7 +280,9 @@ def curvature_columns_kernel(
             if CHUNK < D:
                 b_query = load_matrix(p_query, o_m, M, i_chunk * CHUNK, D, CHUNK)
                 b_moved = load_matrix(p_tangent_query, o_m, M, i_chunk * CHUNK, D, CHUNK)
-            b_out = dot((scale * b_bend + tangent_scale * b_gradient).to(b_query.dtype), b_query, b_out, PRECISION)
+            b_out = dot(
+                (scale * b_bend + tangent_scale * b_gradient).to(b_query.dtype), b_query, b_out, PRECISION
+            )
             b_out = dot((scale * b_gradient).to(b_query.dtype), b_moved, b_out, PRECISION)
         b_out_bias += tl.sum(b_bend, 1)
     b_out *= tl.load(p_factor)

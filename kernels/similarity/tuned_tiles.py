@@ -1,8 +1,8 @@
 """Which tile a launch takes: that of a table measured on this device, if there is one, else the shipped one.
 
-A measured table is a JSON file that `python -m fastgessl.kernels.similarity.autotune` writes. It is looked for where the environment variable
-FASTGESSL_TILES says, else in the user's cache folder, under the names of device and Triton version, so that another card or compiler never
-reads it.
+A measured table is a JSON file that `python -m fastgessl.kernels.similarity.autotune` writes. It is looked
+for where the environment variable FASTGESSL_TILES says, else in the user's cache folder, under the names of
+device and Triton version, so that another card or compiler never reads it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def table_path(device: torch.device) -> Path:
 
 
 def tile_for(kernel: str, query: Tensor, features: int, teacher: bool) -> Tile:
-    """The tile of a launch on the query's device. Raises ValueError if the device's measured table cannot be read."""
+    """The tile of a launch on the query's device. Raises ValueError if the device's measured table cannot be
+    read.
+    """
     entry = Entry(kernel, width_of(features), teacher, query.dtype == torch.float32)
     return tuned_tiles(query.device).get(entry) or shipped_tile(entry, query.device)
 
@@ -67,15 +69,19 @@ _in_use: dict[torch.device, dict[Entry, Tile]] = {}
 
 
 def tuned_tiles(device: torch.device) -> dict[Entry, Tile]:
-    """The measured tiles of a device, read once a process; none without a file. Raises ValueError as `read` does."""
+    """The measured tiles of a device, read once a process; none without a file. Raises ValueError as `read`
+    does.
+    """
     if device not in _in_use:
         path = table_path(device)
-        # os.path's, because Path.is_file raises PermissionError where the home folder belongs to someone else (docker run --user).
+        # os.path's, because Path.is_file raises PermissionError where the home folder belongs to someone else
+        # (docker run --user).
         if os.path.isfile(path):
             use(device, {entry: measured.tile for entry, measured in read(path, device_name(device)).items()})
         elif os.environ.get(ENVIRONMENT):
             raise ValueError(
-                f"{ENVIRONMENT} names {path}, which is no file to be seen. Unset it, or let python -m fastgessl.kernels.similarity.autotune write it."
+                f"{ENVIRONMENT} names {path}, which is no file to be seen. Unset it, or let python -m "
+                "fastgessl.kernels.similarity.autotune write it."
             )
         else:
             use(device, {})
@@ -88,7 +94,9 @@ def use(device: torch.device, tiles: dict[Entry, Tile]) -> None:
 
 
 def read(path: Path, device: str) -> dict[Entry, Measured]:
-    """The tiles in a file, checked. Raises ValueError that names the file, the entry and what is wrong with it."""
+    """The tiles in a file, checked. Raises ValueError that names the file, the entry and what is wrong with
+    it.
+    """
     try:
         table = json.loads(path.read_text())
         if not isinstance(table, Mapping) or table.get("format") != FORMAT:
@@ -100,16 +108,31 @@ def read(path: Path, device: str) -> dict[Entry, Measured]:
         return dict(_entry(f"tiles[{number}]", part) for number, part in enumerate(table["tiles"]))
     except (OSError, ValueError) as problem:
         raise ValueError(
-            f"tile table {path}: {problem}. Delete it, and measure anew with python -m fastgessl.kernels.similarity.autotune."
+            f"tile table {path}: {problem}. Delete it, and measure anew with python -m "
+            "fastgessl.kernels.similarity.autotune."
         ) from problem
 
 
 def _entry(where: str, part: Any) -> tuple[Entry, Measured]:
-    if not isinstance(part, Mapping) or not isinstance(part.get("tile"), Mapping) or set(part["tile"]) != set(Tile._fields):
-        raise ValueError(f"{where} must have kernel, features, teacher, dtype, and a tile of {', '.join(Tile._fields)}; found {part}")
-    for name, allowed in (("kernel", KERNELS), ("features", WIDTHS), ("teacher", (False, True)), ("dtype", tuple(KINDS))):
+    if (
+        not isinstance(part, Mapping)
+        or not isinstance(part.get("tile"), Mapping)
+        or set(part["tile"]) != set(Tile._fields)
+    ):
+        raise ValueError(
+            f"{where} must have kernel, features, teacher, dtype, and a tile of {', '.join(Tile._fields)}; "
+            f"found {part}"
+        )
+    for name, allowed in (
+        ("kernel", KERNELS),
+        ("features", WIDTHS),
+        ("teacher", (False, True)),
+        ("dtype", tuple(KINDS)),
+    ):
         if part.get(name) not in allowed:
-            raise ValueError(f"{where}: {name} must be one of {', '.join(map(str, allowed))}, found {part.get(name)!r}")
+            raise ValueError(
+                f"{where}: {name} must be one of {', '.join(map(str, allowed))}, found {part.get(name)!r}"
+            )
     for name, value in part["tile"].items():
         low, high = POWERS.get(name, STAGES)
         whole = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -127,11 +150,25 @@ def write(path: Path, device: str, measured: Mapping[Entry, Measured]) -> None:
     """Store a table; readers see the old file or the new one, never half of it."""
     kinds = {float32: name for name, float32 in KINDS.items()}
     tiles = [
-        {"kernel": entry.kernel, "features": entry.width, "teacher": entry.teacher, "dtype": kinds[entry.float32]}
-        | {name: value._asdict() if isinstance(value, Tile) else value for name, value in found._asdict().items()}
+        {
+            "kernel": entry.kernel,
+            "features": entry.width,
+            "teacher": entry.teacher,
+            "dtype": kinds[entry.float32],
+        }
+        | {
+            name: value._asdict() if isinstance(value, Tile) else value
+            for name, value in found._asdict().items()
+        }
         for entry, found in measured.items()
     ]
-    table = {"format": FORMAT, "device": device, "torch": torch.__version__, "triton": triton_version(), "tiles": tiles}
+    table = {
+        "format": FORMAT,
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "tiles": tiles,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(table, indent=1) + "\n")

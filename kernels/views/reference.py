@@ -1,7 +1,7 @@
 """What `augment_views` must equal, one image and one operation at a time.
 
-The operations are those of torchvision's transforms on float images: crop and antialiased resize (the filter widens with the
-reduction, as in Pillow), ColorJitter, grayscale, GaussianBlur, solarize, Normalize.
+The operations are those of torchvision's transforms on float images: crop and antialiased resize (the filter
+widens with the reduction, as in Pillow), ColorJitter, grayscale, GaussianBlur, solarize, Normalize.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def augment_view_reference(
     blur_kernel: int = 23,
     solarize_threshold: float = 128.0,
 ) -> Tensor:
-    """One image (H, W, 3) uint8 and a draw of one row -> (3, size, size) float64. Slow: loops over the output pixels of an axis.
+    """One image (H, W, 3) uint8 and a draw of one row -> (3, size, size) float64. Slow: loops over the output
+    pixels of an axis.
 
     >>> image = torch.full((4, 6, 3), 51, dtype=torch.uint8)
     >>> view = augment_view_reference(image, ViewParameters.unchanged(1, 4, 6), size=2, mean=(0, 0, 0), std=(1, 1, 1))
@@ -53,9 +54,17 @@ def augment_view_reference(
 
 
 def resize_axis(
-    pixels: Tensor, start: float, length: float, reach_start: float, reach_length: float, size: int, interpolation: str
+    pixels: Tensor,
+    start: float,
+    length: float,
+    reach_start: float,
+    reach_length: float,
+    size: int,
+    interpolation: str,
 ) -> Tensor:
-    """(..., W) -> (..., size): the pixels between `start` and `start + length`, filtered from those within the reach."""
+    """(..., W) -> (..., size): the pixels between `start` and `start + length`, filtered from those within
+    the reach.
+    """
     scale = length / size
     taps = torch.arange(int(reach_start), int(reach_start + reach_length))
     columns = []

@@ -1,8 +1,9 @@
 """Views of images in batch: crop, resize, flip, colour jitter, grayscale, blur, solarize, normalise.
 
-What is drawn for an image stands in `ViewParameters`; what is done with it follows torchvision's transforms on float tensors, in the
-order of the published recipes. Crop + resize + flip, and the blur, are linear along each axis: two small matrices a sample, so a
-batch of them is four batched matrix products. `views_reference.py` holds the definition, one image at a time.
+What is drawn for an image stands in `ViewParameters`; what is done with it follows torchvision's transforms
+on float tensors, in the order of the published recipes. Crop + resize + flip, and the blur, are linear along
+each axis: two small matrices a sample, so a batch of them is four batched matrix products.
+`views_reference.py` holds the definition, one image at a time.
 """
 
 from __future__ import annotations
@@ -35,16 +36,19 @@ def augment_views(
     solarize_threshold: float = 128.0,
     implementation: str | None = None,
 ) -> Tensor:
-    """One view of every image, as torchvision's v2 transforms make it from float tensors with the same parameters.
+    """One view of every image, as torchvision's v2 transforms make it from float tensors with the same
+    parameters.
 
-    Crop, resize (antialiased, `interpolation` "bilinear" or "bicubic"; bicubic overshoot is clipped) and flip; brightness, contrast
-    about the image's own mean luma, saturation and HSV hue in each sample's own order, clipped to [0, 1] after each; grayscale;
-    Gaussian blur of `blur_kernel` taps with reflected borders; solarize at `solarize_threshold` (0 to 255); (x - mean) / std.
+    Crop, resize (antialiased, `interpolation` "bilinear" or "bicubic"; bicubic overshoot is clipped) and
+    flip; brightness, contrast about the image's own mean luma, saturation and HSV hue in each sample's own
+    order, clipped to [0, 1] after each; grayscale; Gaussian blur of `blur_kernel` taps with reflected
+    borders; solarize at `solarize_threshold` (0 to 255); (x - mean) / std.
 
-    images: (B, H, W, 3) uint8 on any device. Returns (B, 3, size, size) float32, channels_last, on the same device. A CUDA device that can
-    run them takes the Triton kernels, everything else batched PyTorch; `implementation` "triton" or "chunked" says otherwise.
-    Raises ValueError if shapes or dtypes do not fit, for a crop or reach outside the image, and for a blur kernel that is even or does not
-    fit a view of this size.
+    images: (B, H, W, 3) uint8 on any device. Returns (B, 3, size, size) float32, channels_last, on the same
+    device. A CUDA device that can run them takes the Triton kernels, everything else batched PyTorch;
+    `implementation` "triton" or "chunked" says otherwise. Raises ValueError if shapes or dtypes do not fit,
+    for a crop or reach outside the image, and for a blur kernel that is even or does not fit a view of this
+    size.
 
     >>> images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
     >>> views = augment_views(images, ViewParameters.unchanged(2, 8, 8), size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -62,7 +66,12 @@ def augment_views(
             solarize_threshold=solarize_threshold, resize=True,
         )  # fmt: skip
     with _exact(images.device):
-        out = torch.empty((len(images), 3, size, size), dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
+        out = torch.empty(
+            (len(images), 3, size, size),
+            dtype=torch.float32,
+            device=images.device,
+            memory_format=torch.channels_last,
+        )
         for rows in _chunks(images, max(size * size, images.shape[1] * images.shape[2])):
             drawn = parameters[rows]
             pixels = _crop_resize_flip(images[rows], drawn, size, interpolation)
@@ -83,8 +92,8 @@ def colour_views(
 ) -> Tensor:
     """The part of `augment_views` after the flip, for images that are cropped, resized and flipped already.
 
-    images: (B, S, S, 3) uint8; crop, reach and flip are not read. Returns (B, 3, S, S) float32, channels_last, on the same device. Raises
-    ValueError as `augment_views`.
+    images: (B, S, S, 3) uint8; crop, reach and flip are not read. Returns (B, 3, S, S) float32,
+    channels_last, on the same device. Raises ValueError as `augment_views`.
 
     >>> images = torch.full((1, 4, 4, 3), 255, dtype=torch.uint8)
     >>> colour_views(images, ViewParameters.unchanged(1, 4, 4), mean=(0, 0, 0), std=(1, 1, 1), blur_kernel=3).unique()
@@ -93,7 +102,10 @@ def colour_views(
     _check_images(images)
     _check(images, parameters, images.shape[1], "bilinear", blur_kernel, implementation)
     if images.shape[1] != images.shape[2]:
-        raise ValueError(f"images must be square views (B, S, S, 3), found {tuple(images.shape)}. Crop and resize them first.")
+        raise ValueError(
+            f"images must be square views (B, S, S, 3), found {tuple(images.shape)}. Crop and resize them "
+            "first."
+        )
     if implementation_for(images, implementation)[0] == "triton":
         from fastgessl.kernels.views.triton import augment
 
@@ -103,10 +115,18 @@ def colour_views(
         )  # fmt: skip
     with _exact(images.device):
         out = torch.empty(
-            (len(images), 3, *images.shape[1:3]), dtype=torch.float32, device=images.device, memory_format=torch.channels_last
+            (len(images), 3, *images.shape[1:3]),
+            dtype=torch.float32,
+            device=images.device,
+            memory_format=torch.channels_last,
         )
         for rows in _chunks(images, images.shape[1] * images.shape[2]):
-            pixels = images[rows].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+            pixels = (
+                images[rows]
+                .permute(0, 3, 1, 2)
+                .to(torch.float32, memory_format=torch.contiguous_format)
+                .mul_(1 / 255)
+            )
             _colour(pixels, parameters[rows], blur_kernel, solarize_threshold / 255)
             _normalise(pixels, mean, std, out[rows])
     return out
@@ -114,21 +134,42 @@ def colour_views(
 
 def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
-        raise ValueError(f"images must be (B, H, W, 3) uint8, found {tuple(images.shape)} {images.dtype}. Convert them first.")
+        raise ValueError(
+            f"images must be (B, H, W, 3) uint8, found {tuple(images.shape)} {images.dtype}. Convert them "
+            "first."
+        )
 
 
-def _check(images: Tensor, parameters: ViewParameters, size: int, interpolation: str, blur_kernel: int, implementation: str | None) -> None:
+def _check(
+    images: Tensor,
+    parameters: ViewParameters,
+    size: int,
+    interpolation: str,
+    blur_kernel: int,
+    implementation: str | None,
+) -> None:
     if implementation == "reference":
-        raise ValueError("views have no implementation='reference' in batch. Choose chunked or triton, or call views_reference yourself.")
+        raise ValueError(
+            "views have no implementation='reference' in batch. Choose chunked or triton, or call "
+            "views_reference yourself."
+        )
     if len(parameters) != len(images):
-        raise ValueError(f"parameters describe {len(parameters)} images, but {len(images)} were given. Draw one row an image.")
+        raise ValueError(
+            f"parameters describe {len(parameters)} images, but {len(images)} were given. Draw one row an "
+            "image."
+        )
     unknown = (parameters.order < 0) | (parameters.order >= len(NEUTRAL_FACTOR))
     if unknown.any():
-        raise ValueError(f"order must hold columns of factors, 0 to 3, found {int(parameters.order[unknown][0])}.")
+        raise ValueError(
+            f"order must hold columns of factors, 0 to 3, found {int(parameters.order[unknown][0])}."
+        )
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', found {interpolation!r}.")
     if bool((parameters.blur_sigma > 0).any()) and (blur_kernel % 2 == 0 or blur_kernel // 2 >= size):
-        raise ValueError(f"blur_kernel must be odd and at most {2 * size - 1} for views of {size} pixels, found {blur_kernel}.")
+        raise ValueError(
+            f"blur_kernel must be odd and at most {2 * size - 1} for views of {size} pixels, found "
+            f"{blur_kernel}."
+        )
 
 
 @contextmanager
@@ -136,8 +177,9 @@ def _exact(device: torch.device) -> Iterator[None]:
     """No gradient, no autocast (its matrix products have 8 bits of mantissa), and one thread on a CPU."""
     threads = torch.get_num_threads()
     try:
-        # Operations on a chunk last some 20 µs: a second OpenMP thread gains a quarter on an idle machine, and where decoders or other
-        # processes want the cores its spinning costs 10 times the work (170 against 12 ms for 2 x 256 views of 16 pixels on two cores).
+        # Operations on a chunk last some 20 µs: a second OpenMP thread gains a quarter on an idle machine,
+        # and where decoders or other processes want the cores its spinning costs 10 times the work (170
+        # against 12 ms for 2 x 256 views of 16 pixels on two cores).
         if device.type == "cpu":
             torch.set_num_threads(1)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -157,17 +199,30 @@ def _crop_resize_flip(images: Tensor, drawn: ViewParameters, size: int, interpol
     """(B, H, W, 3) uint8 -> (B, 3, size, size) float32 in [0, 1], contiguous."""
     count, height, width, _ = images.shape
     crop, reach, flip = (part.to(images.device) for part in (drawn.crop, drawn.reach, drawn.flip))
-    rows = _resize_matrix(crop[:, 0], crop[:, 2], reach[:, 0], reach[:, 2], torch.zeros_like(flip), size, height, interpolation)
-    columns = _resize_matrix(crop[:, 1], crop[:, 3], reach[:, 1], reach[:, 3], flip, size, width, interpolation)
+    rows = _resize_matrix(
+        crop[:, 0], crop[:, 2], reach[:, 0], reach[:, 2], torch.zeros_like(flip), size, height, interpolation
+    )
+    columns = _resize_matrix(
+        crop[:, 1], crop[:, 3], reach[:, 1], reach[:, 3], flip, size, width, interpolation
+    )
     narrowed = torch.bmm(rows, images.reshape(count, height, width * 3).to(torch.float32))
     planes = narrowed.view(count, size, width, 3).permute(0, 3, 1, 2).reshape(count, 3 * size, width)
     return torch.bmm(planes, columns.mT).view(count, 3, size, size).mul_(1 / 255).clamp_(0, 1)
 
 
 def _resize_matrix(
-    start: Tensor, length: Tensor, reach_start: Tensor, reach_length: Tensor, flip: Tensor, size: int, extent: int, interpolation: str
+    start: Tensor,
+    length: Tensor,
+    reach_start: Tensor,
+    reach_length: Tensor,
+    flip: Tensor,
+    size: int,
+    extent: int,
+    interpolation: str,
 ) -> Tensor:
-    """(B, size, extent): row i weighs the pixels of one axis that make output pixel i. The filter widens with the reduction (antialias)."""
+    """(B, size, extent): row i weighs the pixels of one axis that make output pixel i. The filter widens with
+    the reduction (antialias).
+    """
     scale = (length / size)[:, None, None]
     position = torch.arange(size, dtype=start.dtype, device=start.device).expand(len(start), size)
     position = torch.where(flip[:, None], size - 1 - position, position)[:, :, None]
@@ -186,18 +241,34 @@ def _resize_matrix(
 
 
 def _colour(pixels: Tensor, drawn: ViewParameters, blur_kernel: int, solarize_threshold: float) -> None:
-    """Jitter, grayscale, blur and solarize (B, 3, S, S) in place; each operation touches the samples that were chosen for it."""
+    """Jitter, grayscale, blur and solarize (B, 3, S, S) in place; each operation touches the samples that
+    were chosen for it.
+    """
     for position in range(4):
         for operation, adjust in enumerate((_brightness, _contrast, _saturation, _hue)):
             factor = drawn.factors[:, operation]
-            chosen = drawn.jitter & (drawn.order[:, position] == operation) & (factor != NEUTRAL_FACTOR[operation])
+            chosen = (
+                drawn.jitter & (drawn.order[:, position] == operation) & (factor != NEUTRAL_FACTOR[operation])
+            )
             _replace(pixels, chosen, adjust, factor)
     _replace(pixels, drawn.grayscale, lambda images, _: _luma(images).expand_as(images), drawn.factors[:, 0])
-    _replace(pixels, drawn.blur_sigma > 0, lambda images, sigma: _blur(images, sigma, blur_kernel), drawn.blur_sigma)
-    _replace(pixels, drawn.solarize, lambda images, _: torch.where(images >= solarize_threshold, 1 - images, images), drawn.factors[:, 0])
+    _replace(
+        pixels,
+        drawn.blur_sigma > 0,
+        lambda images, sigma: _blur(images, sigma, blur_kernel),
+        drawn.blur_sigma,
+    )
+    _replace(
+        pixels,
+        drawn.solarize,
+        lambda images, _: torch.where(images >= solarize_threshold, 1 - images, images),
+        drawn.factors[:, 0],
+    )
 
 
-def _replace(pixels: Tensor, chosen: Tensor, adjust: Callable[[Tensor, Tensor], Tensor], factor: Tensor) -> None:
+def _replace(
+    pixels: Tensor, chosen: Tensor, adjust: Callable[[Tensor, Tensor], Tensor], factor: Tensor
+) -> None:
     rows = chosen.nonzero().flatten()
     if len(rows) == 0:
         return
@@ -223,13 +294,17 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV: each channel is max - chroma * clip(min(k, 4 - k), 0, 1), k its distance from the hue in sextants."""
+    """Rotate the hue of HSV: each channel is max - chroma * clip(min(k, 4 - k), 0, 1), k its distance from
+    the hue in sextants.
+    """
     red, green, blue = images.unbind(1)
     highest = images.amax(1)
     chroma = highest - images.amin(1)
     divisor = torch.where(chroma == 0, 1.0, chroma)
     sextant = torch.where(
-        highest == red, (green - blue) / divisor, torch.where(highest == green, (blue - red) / divisor + 2, (red - green) / divisor + 4)
+        highest == red,
+        (green - blue) / divisor,
+        torch.where(highest == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
     )
     sextant = sextant.add_(6 * turns[:, 0])
     channel = images.new_tensor([5.0, 3.0, 1.0])[:, None, None]
@@ -245,7 +320,9 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Gaussian of `kernel` taps along both axes, borders reflected. One (S, S) matrix a sample serves both axes."""
+    """Gaussian of `kernel` taps along both axes, borders reflected. One (S, S) matrix a sample serves both
+    axes.
+    """
     count, _, size, _ = images.shape
     matrix = _blur_matrix(sigma.view(count), kernel, size).mT
     rows = torch.bmm(images.reshape(count, 3 * size, size), matrix).view_as(images).mT
@@ -259,7 +336,9 @@ def _blur_matrix(sigma: Tensor, kernel: int, size: int) -> Tensor:
     source = torch.arange(size, device=sigma.device)[:, None] + offset
     source = (size - 1) - ((size - 1) - source.abs()).abs()
     matrix = sigma.new_zeros(len(sigma), size, size)
-    return matrix.scatter_add_(2, source.expand(len(sigma), size, kernel), weight[:, None].expand(len(sigma), size, kernel))
+    return matrix.scatter_add_(
+        2, source.expand(len(sigma), size, kernel), weight[:, None].expand(len(sigma), size, kernel)
+    )
 
 
 def _normalise(pixels: Tensor, mean: Colour, std: Colour, out: Tensor) -> None:

@@ -1,9 +1,11 @@
-"""Views in Triton: what `views.py` does with PyTorch, in one pass over a small view and three over a large one.
+"""Views in Triton: what `views.py` does with PyTorch, in one pass over a small view and three over a large
+one.
 
-A view of up to WHOLE_PIXELS stays in one program's registers from the crop to the normalisation, the mean for its contrast included. A
-larger one takes a pass that crops, resizes, flips and sums the brightness that contrast needs, and a pass for the colours. Blur
-is two further passes, over the samples that were chosen for it and no others. Parameters come as one row of floats a sample. Nothing is
-added atomically, so that results are deterministic.
+A view of up to WHOLE_PIXELS stays in one program's registers from the crop to the normalisation, the mean for
+its contrast included. A larger one takes a pass that crops, resizes, flips and sums the brightness that
+contrast needs, and a pass for the colours. Blur is two further passes, over the samples that were chosen for
+it and no others. Parameters come as one row of floats a sample. Nothing is added atomically, so that results
+are deterministic.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fastgessl.kernels.views.torch import NEUTRAL_FACTOR, Colour, ViewParameters
 
 WHOLE_PIXELS = 4096
 BLOCK_PIXELS = 1024
-# With 128 or more a warp, views of 16 and 32 pixels and the bicubic crop spill 8 or 16 bytes, on sm_80 or sm_90, under Triton 3.6 or 3.9.
+# With 128 or more a warp, views of 16 and 32 pixels and the bicubic crop spill 8 or 16 bytes, on sm_80 or
+# sm_90, under Triton 3.6 or 3.9.
 PIXELS_PER_WARP = 64
 
 # Columns of a sample's row of parameters.
@@ -63,7 +66,10 @@ def _resized(p_image, p_row, b_y, b_x, m_pixel, H, W, S, BICUBIC: tl.constexpr):
     b_x = tl.where(tl.load(p_row + FLIP) > 0, S - 1 - b_x, b_x)
     b_centre_y = tl.load(p_row + CROP) + scale_y * (b_y.to(tl.float32) + 0.5)
     b_centre_x = tl.load(p_row + CROP + 1) + scale_x * (b_x.to(tl.float32) + 0.5)
-    b_first_y, b_first_x = tl.floor(b_centre_y - support * spread_y), tl.floor(b_centre_x - support * spread_x)
+    b_first_y, b_first_x = (
+        tl.floor(b_centre_y - support * spread_y),
+        tl.floor(b_centre_x - support * spread_x),
+    )
     taps_y, taps_x = (2 * support * spread_y).to(tl.int32) + 2, (2 * support * spread_x).to(tl.int32) + 2
     b_red, b_green, b_blue, b_total = b_centre_y * 0, b_centre_y * 0, b_centre_y * 0, b_centre_y * 0
     for i_y in range(0, taps_y):
@@ -106,7 +112,11 @@ def _hue(b_red, b_green, b_blue, turns):
     b_chroma = b_highest - tl.minimum(tl.minimum(b_red, b_green), b_blue)
     b_divisor = tl.where(b_chroma == 0, 1.0, b_chroma)
     b_of_green, b_of_blue = (b_blue - b_red) / b_divisor + 2, (b_red - b_green) / b_divisor + 4
-    b_sextant = tl.where(b_highest == b_red, (b_green - b_blue) / b_divisor, tl.where(b_highest == b_green, b_of_green, b_of_blue))
+    b_sextant = tl.where(
+        b_highest == b_red,
+        (b_green - b_blue) / b_divisor,
+        tl.where(b_highest == b_green, b_of_green, b_of_blue),
+    )
     b_sextant += 6 * turns
     return (
         _hue_channel(b_sextant, b_highest, b_chroma, 5),
@@ -116,8 +126,11 @@ def _hue(b_red, b_green, b_blue, turns):
 
 
 @triton.jit
-def _jittered(b_red, b_green, b_blue, p_row, mean, m_pixel, pixels, UNTIL_CONTRAST: tl.constexpr, OWN_MEAN: tl.constexpr):
-    """Brightness, contrast, saturation and hue in the sample's own order; only those before contrast with UNTIL_CONTRAST.
+def _jittered(
+    b_red, b_green, b_blue, p_row, mean, m_pixel, pixels, UNTIL_CONTRAST: tl.constexpr, OWN_MEAN: tl.constexpr
+):
+    """Brightness, contrast, saturation and hue in the sample's own order; only those before contrast with
+    UNTIL_CONTRAST.
 
     OWN_MEAN: contrast's mean is that of these pixels, as they are when its turn comes; else it is `mean`.
     """
@@ -128,11 +141,21 @@ def _jittered(b_red, b_green, b_blue, p_row, mean, m_pixel, pixels, UNTIL_CONTRA
         if UNTIL_CONTRAST:
             going = going & (operation != 1)
         if going & (operation == 0) & (factor != 1):
-            b_red, b_green, b_blue = _clipped(b_red * factor), _clipped(b_green * factor), _clipped(b_blue * factor)
+            b_red, b_green, b_blue = (
+                _clipped(b_red * factor),
+                _clipped(b_green * factor),
+                _clipped(b_blue * factor),
+            )
         if going & (operation == 1) & (factor != 1):
-            centre = tl.sum(tl.where(m_pixel, _luma(b_red, b_green, b_blue), 0.0)) / pixels if OWN_MEAN else mean
+            centre = (
+                tl.sum(tl.where(m_pixel, _luma(b_red, b_green, b_blue), 0.0)) / pixels if OWN_MEAN else mean
+            )
             shift = (1 - factor) * centre
-            b_red, b_green, b_blue = _clipped(b_red * factor + shift), _clipped(b_green * factor + shift), _clipped(b_blue * factor + shift)
+            b_red, b_green, b_blue = (
+                _clipped(b_red * factor + shift),
+                _clipped(b_green * factor + shift),
+                _clipped(b_blue * factor + shift),
+            )
         if going & (operation == 2) & (factor != 1):
             b_shift = (1 - factor) * _luma(b_red, b_green, b_blue)
             b_red, b_green = _clipped(b_red * factor + b_shift), _clipped(b_green * factor + b_shift)
@@ -145,7 +168,9 @@ def _jittered(b_red, b_green, b_blue, p_row, mean, m_pixel, pixels, UNTIL_CONTRA
 @triton.jit
 def _finished(b_value, p_row, threshold, mean, inverse_std):
     """Solarize and normalise one channel; no value reaches the threshold of a sample that is not solarized."""
-    b_value = tl.where(b_value >= tl.where(tl.load(p_row + SOLARIZE) > 0, threshold, 2.0), 1 - b_value, b_value)
+    b_value = tl.where(
+        b_value >= tl.where(tl.load(p_row + SOLARIZE) > 0, threshold, 2.0), 1 - b_value, b_value
+    )
     return (b_value - mean) * inverse_std
 
 
@@ -172,7 +197,10 @@ def _grey(b_red, b_green, b_blue, p_row):
 @triton.jit
 def _read(p_pixel, m_pixel, BYTES: tl.constexpr):
     """Three channels in [0, 1] of bytes or floats."""
-    b_red, b_green = tl.load(p_pixel, mask=m_pixel, other=0).to(tl.float32), tl.load(p_pixel + 1, mask=m_pixel, other=0).to(tl.float32)
+    b_red, b_green = (
+        tl.load(p_pixel, mask=m_pixel, other=0).to(tl.float32),
+        tl.load(p_pixel + 1, mask=m_pixel, other=0).to(tl.float32),
+    )
     b_blue = tl.load(p_pixel + 2, mask=m_pixel, other=0).to(tl.float32)
     if BYTES:
         b_red, b_green, b_blue = b_red * (1 / 255), b_green * (1 / 255), b_blue * (1 / 255)
@@ -181,7 +209,17 @@ def _read(p_pixel, m_pixel, BYTES: tl.constexpr):
 
 @triton.jit
 def whole_view_kernel(
-    p_images, p_rows, p_colours, p_out, H, W, S, threshold, RESIZE: tl.constexpr, BICUBIC: tl.constexpr, BLOCK: tl.constexpr
+    p_images,
+    p_rows,
+    p_colours,
+    p_out,
+    H,
+    W,
+    S,
+    threshold,
+    RESIZE: tl.constexpr,
+    BICUBIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program a sample: crop to normalisation, all but the blur.  Work: taps² loads a pixel, one store."""
     i_sample = tl.program_id(0).to(tl.int64)
@@ -189,35 +227,88 @@ def whole_view_kernel(
     o_pixel = tl.arange(0, BLOCK)
     m_pixel = o_pixel < S * S
     if RESIZE:
-        b_red, b_green, b_blue = _resized(p_images + i_sample * H * W * 3, p_row, o_pixel // S, o_pixel % S, m_pixel, H, W, S, BICUBIC)
+        b_red, b_green, b_blue = _resized(
+            p_images + i_sample * H * W * 3, p_row, o_pixel // S, o_pixel % S, m_pixel, H, W, S, BICUBIC
+        )
     else:
         b_red, b_green, b_blue = _read(p_images + i_sample * S * S * 3 + o_pixel * 3, m_pixel, True)
     b_red, b_green, b_blue = _jittered(b_red, b_green, b_blue, p_row, 0.0, m_pixel, S * S, False, True)
     b_red, b_green, b_blue = _grey(b_red, b_green, b_blue, p_row)
-    _store(p_out + i_sample * S * S * 3 + o_pixel * 3, b_red, b_green, b_blue, p_row, p_colours, threshold, m_pixel, True)
+    _store(
+        p_out + i_sample * S * S * 3 + o_pixel * 3,
+        b_red,
+        b_green,
+        b_blue,
+        p_row,
+        p_colours,
+        threshold,
+        m_pixel,
+        True,
+    )
 
 
 @triton.jit
 def crop_kernel(
-    p_images, p_rows, p_colours, p_out, p_sums, H, W, S, threshold, RESIZE: tl.constexpr, BICUBIC: tl.constexpr, BLOCK: tl.constexpr
+    p_images,
+    p_rows,
+    p_colours,
+    p_out,
+    p_sums,
+    H,
+    W,
+    S,
+    threshold,
+    RESIZE: tl.constexpr,
+    BICUBIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A block of a large view: crop, resize and flip to floats, and the sum of the luma that contrast will see, (B, blocks)."""
+    """A block of a large view: crop, resize and flip to floats, and the sum of the luma that contrast will
+    see, (B, blocks).
+    """
     i_sample, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p_row = p_rows + i_sample * COLUMNS
     o_pixel = i_block * BLOCK + tl.arange(0, BLOCK)
     m_pixel = o_pixel < S * S
     if RESIZE:
-        b_red, b_green, b_blue = _resized(p_images + i_sample * H * W * 3, p_row, o_pixel // S, o_pixel % S, m_pixel, H, W, S, BICUBIC)
-        _store(p_out + i_sample * S * S * 3 + o_pixel * 3, b_red, b_green, b_blue, p_row, p_colours, threshold, m_pixel, False)
+        b_red, b_green, b_blue = _resized(
+            p_images + i_sample * H * W * 3, p_row, o_pixel // S, o_pixel % S, m_pixel, H, W, S, BICUBIC
+        )
+        _store(
+            p_out + i_sample * S * S * 3 + o_pixel * 3,
+            b_red,
+            b_green,
+            b_blue,
+            p_row,
+            p_colours,
+            threshold,
+            m_pixel,
+            False,
+        )
     else:
         b_red, b_green, b_blue = _read(p_images + i_sample * S * S * 3 + o_pixel * 3, m_pixel, True)
     b_red, b_green, b_blue = _jittered(b_red, b_green, b_blue, p_row, 0.0, m_pixel, S * S, True, False)
-    tl.store(p_sums + i_sample * tl.num_programs(1) + i_block, tl.sum(tl.where(m_pixel, _luma(b_red, b_green, b_blue), 0.0)))
+    tl.store(
+        p_sums + i_sample * tl.num_programs(1) + i_block,
+        tl.sum(tl.where(m_pixel, _luma(b_red, b_green, b_blue), 0.0)),
+    )
 
 
 @triton.jit
-def colour_kernel(p_images, p_rows, p_colours, p_out, p_sums, S, threshold, BYTES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """A block of a large view: jitter, grayscale, and what follows unless blur comes first.  Reads bytes, or the crop's floats."""
+def colour_kernel(
+    p_images,
+    p_rows,
+    p_colours,
+    p_out,
+    p_sums,
+    S,
+    threshold,
+    BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """A block of a large view: jitter, grayscale, and what follows unless blur comes first.  Reads bytes, or
+    the crop's floats.
+    """
     i_sample, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p_row = p_rows + i_sample * COLUMNS
     o_pixel = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -233,8 +324,21 @@ def colour_kernel(p_images, p_rows, p_colours, p_out, p_sums, S, threshold, BYTE
 
 
 @triton.jit
-def blur_kernel(p_in, p_chosen, p_rows, p_colours, p_out, S, threshold, ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of a chosen view: a Gaussian along its rows into a buffer, or along the buffer's columns back, then the rest."""
+def blur_kernel(
+    p_in,
+    p_chosen,
+    p_rows,
+    p_colours,
+    p_out,
+    S,
+    threshold,
+    ROWS: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of a chosen view: a Gaussian along its rows into a buffer, or along the buffer's columns back,
+    then the rest.
+    """
     i_chosen, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_sample = tl.load(p_chosen + i_chosen)
     p_row = p_rows + i_sample * COLUMNS
@@ -254,7 +358,11 @@ def blur_kernel(p_in, p_chosen, p_rows, p_colours, p_out, S, threshold, ROWS: tl
         b_source = (S - 1) - tl.abs((S - 1) - b_source)
         o_source = (b_y * S + b_source if ROWS else b_source * S + b_x) * 3
         b_tap_red, b_tap_green, b_tap_blue = _read(p_view + o_source, m_pixel, False)
-        b_red, b_green, b_blue = b_red + weight * b_tap_red, b_green + weight * b_tap_green, b_blue + weight * b_tap_blue
+        b_red, b_green, b_blue = (
+            b_red + weight * b_tap_red,
+            b_green + weight * b_tap_green,
+            b_blue + weight * b_tap_blue,
+        )
         total += weight
     b_red, b_green, b_blue = b_red / total, b_green / total, b_blue / total
     if not ROWS:
@@ -283,7 +391,9 @@ def parameter_rows(drawn: ViewParameters) -> Tensor:
 
 @cache
 def colour_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """Means and inverse standard deviations, (6,) float32, sent to a device once: a run has one or two pairs of them."""
+    """Means and inverse standard deviations, (6,) float32, sent to a device once: a run has one or two pairs
+    of them.
+    """
     return torch.tensor([*mean, *(1 / value for value in std)], dtype=torch.float32, device=device)
 
 
@@ -300,26 +410,54 @@ def augment(
     solarize_threshold: float,
     resize: bool,
 ) -> Tensor:
-    """The views of (B, H, W, 3) uint8 images: (B, 3, size, size) float32, channels_last. Without `resize` the images are views already."""
+    """The views of (B, H, W, 3) uint8 images: (B, 3, size, size) float32, channels_last. Without `resize` the
+    images are views already.
+    """
     device, count, pixels = images.device, len(images), size * size
-    out = torch.empty((count, 3, size, size), dtype=torch.float32, device=device, memory_format=torch.channels_last)
+    out = torch.empty(
+        (count, 3, size, size), dtype=torch.float32, device=device, memory_format=torch.channels_last
+    )
     if count == 0:
         return out
     images, threshold = images.contiguous(), solarize_threshold / 255
-    rows, colours = to_device(parameter_rows(drawn), device), colour_constants(tuple(map(float, mean)), tuple(map(float, std)), device)
+    rows, colours = (
+        to_device(parameter_rows(drawn), device),
+        colour_constants(tuple(map(float, mean)), tuple(map(float, std)), device),
+    )
     height, width = images.shape[1:3]
     flags = {"RESIZE": resize, "BICUBIC": interpolation == "bicubic"}
     with torch.cuda.device(device) if images.is_cuda else nullcontext():
         if pixels <= WHOLE_PIXELS:
             block = triton.next_power_of_2(pixels)
             whole_view_kernel[(count,)](
-                images, rows, colours, out, height, width, size, threshold, **flags, BLOCK=block, num_warps=warps_for(block)
+                images,
+                rows,
+                colours,
+                out,
+                height,
+                width,
+                size,
+                threshold,
+                **flags,
+                BLOCK=block,
+                num_warps=warps_for(block),
             )
         else:
             blocks, warps = triton.cdiv(pixels, BLOCK_PIXELS), warps_for(BLOCK_PIXELS)
             sums = torch.empty((count, blocks), dtype=torch.float32, device=device)
             crop_kernel[(count, blocks)](
-                images, rows, colours, out, sums, height, width, size, threshold, **flags, BLOCK=BLOCK_PIXELS, num_warps=warps
+                images,
+                rows,
+                colours,
+                out,
+                sums,
+                height,
+                width,
+                size,
+                threshold,
+                **flags,
+                BLOCK=BLOCK_PIXELS,
+                num_warps=warps,
             )
             colour_kernel[(count, blocks)](
                 images, rows, colours, out, sums, size, threshold,
@@ -329,7 +467,9 @@ def augment(
     return out
 
 
-def _blur(out: Tensor, drawn: ViewParameters, rows: Tensor, colours: Tensor, threshold: float, taps: int) -> None:
+def _blur(
+    out: Tensor, drawn: ViewParameters, rows: Tensor, colours: Tensor, threshold: float, taps: int
+) -> None:
     """Blur and finish the samples that were chosen for it, in place."""
     chosen = (drawn.blur_sigma > 0).nonzero().flatten()
     if len(chosen) == 0:

@@ -1,4 +1,5 @@
-"""The DALI engine: read, decode, crop, resize and flip in one graph (`dali_graph.py`); colour by `colour_views` on its bytes.
+"""The DALI engine: read, decode, crop, resize and flip in one graph (`dali_graph.py`); colour by
+`colour_views` on its bytes.
 
 The graph is told what was drawn, so that it shows the same views as the other engines.
 """
@@ -43,12 +44,20 @@ class _Fed:
 class DaliEngine:
     """One DALI pipeline for each stream of requests."""
 
-    def __init__(self, images: Images, draws: Draws, bad_files: BadFiles, batch_size: int, device: torch.device, workers: int) -> None:
+    def __init__(
+        self,
+        images: Images,
+        draws: Draws,
+        bad_files: BadFiles,
+        batch_size: int,
+        device: torch.device,
+        workers: int,
+    ) -> None:
         self._images, self._draws, self._bad_files, self._device = images, draws, bad_files, device
         self._batch_size, self._workers = batch_size, workers
         self._sizes = np.zeros((len(images), 2), dtype=np.int64)
-        # Images that DALI cannot read but Pillow can: PNGs without their end, for instance; and those whose header says another size than
-        # their picture has. The graph is fed Pillow's picture of them.
+        # Images that DALI cannot read but Pillow can: PNGs without their end, for instance; and those whose
+        # header says another size than their picture has. The graph is fed Pillow's picture of them.
         self._by_pillow: set[int] = set()
         self._requests: Iterator[Request] = iter(())
         self._in_flight: deque[_Fed] = deque()
@@ -73,7 +82,10 @@ class DaliEngine:
                 pipeline = self._restart()
                 continue
             self._in_flight.popleft()
-            yield Shown([self._colour(view, number, fed.drawn[number]) for number, view in enumerate(views)], fed.index)
+            yield Shown(
+                [self._colour(view, number, fed.drawn[number]) for number, view in enumerate(views)],
+                fed.index,
+            )
         yield from self._left_out()
 
     def close(self) -> None:
@@ -95,13 +107,17 @@ class DaliEngine:
         return pipeline
 
     def _restart(self) -> Any:
-        """A failure takes the whole pipeline with it: a new one begins with the batches that were on their way."""
+        """A failure takes the whole pipeline with it: a new one begins with the batches that were on their
+        way.
+        """
         self._requests = chain([fed.request for fed in self._in_flight], self._requests)
         self._in_flight.clear()
         return self._build()
 
     def _feed(self) -> tuple[Any, ...]:
-        """The next batch for the graph: pixels or encoded bytes, then `view_arguments` of each view. StopIteration ends the epoch."""
+        """The next batch for the graph: pixels or encoded bytes, then `view_arguments` of each view.
+        StopIteration ends the epoch.
+        """
         while True:
             request = next(self._requests)
             obtained = self._bad_files.obtain(request.index, self._source)
@@ -109,7 +125,10 @@ class DaliEngine:
             drawn = self._draws(obtained.asked, height, width, request.epoch)
             self._in_flight.append(_Fed(request, obtained.images, drawn))
             if obtained.contents:
-                fed = (view_arguments(spec, parameters) for spec, parameters in zip(self._draws.specs, drawn, strict=True))
+                fed = (
+                    view_arguments(spec, parameters)
+                    for spec, parameters in zip(self._draws.specs, drawn, strict=True)
+                )
                 return obtained.contents, *chain.from_iterable(fed)
 
     def _left_out(self) -> Generator[Shown]:
@@ -131,7 +150,9 @@ class DaliEngine:
         return encoded
 
     def _misread(self, fed: _Fed, shapes: Any) -> set[int]:
-        """Images that DALI decoded to another size than their header says: a crop drawn for the one would be wrong in the other."""
+        """Images that DALI decoded to another size than their header says: a crop drawn for the one would be
+        wrong in the other.
+        """
         decoded = np.asarray(shapes.as_tensor())[:, :2]
         misread = set(fed.index[(decoded != self._sizes[fed.index]).any(axis=1)].tolist())
         # A bitmap has the size of Pillow's picture; to ask for it again would never end.
@@ -153,7 +174,9 @@ class DaliEngine:
         )
 
     def _find_culprit(self, failure: RuntimeError) -> None:
-        """DALI names no file, and fails batches ahead of the one that is waited for: look for it among all that are on their way."""
+        """DALI names no file, and fails batches ahead of the one that is waited for: look for it among all
+        that are on their way.
+        """
         if isinstance(self._images, ArrayImages):
             raise failure
         images = sorted({int(image) for fed in self._in_flight for image in fed.index} - self._by_pillow)
@@ -182,6 +205,8 @@ def _as_bitmap(picture: Image.Image) -> NDArray[np.uint8]:
     return np.frombuffer(out.getvalue(), dtype=np.uint8)
 
 
-def make_engine(images: Images, draws: Draws, bad_files: BadFiles, *, batch_size: int, device: torch.device, workers: int) -> DaliEngine:
+def make_engine(
+    images: Images, draws: Draws, bad_files: BadFiles, *, batch_size: int, device: torch.device, workers: int
+) -> DaliEngine:
     """Batches of at most `batch_size` images, decoded by `workers` threads."""
     return DaliEngine(images, draws, bad_files, batch_size, device, workers)

@@ -1,4 +1,6 @@
-"""What an engine is: it makes the views of the images it is asked for. Engines differ in where and how, never in what was drawn."""
+"""What an engine is: it makes the views of the images it is asked for. Engines differ in where and how, never
+in what was drawn.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Shown(NamedTuple):
 
 
 class Engine(Protocol):
-    """Each engine's module has `make_engine(images, draws, bad_files, *, batch_size, device, workers) -> Engine`."""
+    """Each engine's module has `make_engine(images, draws, bad_files, *, batch_size, device, workers) ->
+    Engine`.
+    """
 
     def views(self, requests: Iterator[Request]) -> Generator[Shown]:
         """What each request gets, in order. May read ahead."""

@@ -47,7 +47,8 @@ class ResidentEngine:
 
     def _gather(self, index: NDArray[np.int64]) -> Tensor:
         if self._images.device.type == "cpu":
-            # On one thread: torch's gather wakes a second one, which costs up to 16 ms on a busy two-core machine for 3 µs of work.
+            # On one thread: torch's gather wakes a second one, which costs up to 16 ms on a busy two-core
+            # machine for 3 µs of work.
             return torch.from_numpy(self._images.numpy()[index])
         return self._images.index_select(0, to_device(torch.from_numpy(index.copy()), self._images.device))
 
@@ -56,7 +57,13 @@ class ResidentEngine:
 
 
 def make_engine(
-    images: ArrayImages, draws: Draws, bad_files: BadFiles, *, batch_size: int, device: torch.device, workers: int
+    images: ArrayImages,
+    draws: Draws,
+    bad_files: BadFiles,
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int,
 ) -> ResidentEngine:
     """`bad_files`, `batch_size` and `workers` play no part: there is nothing to decode."""
     return ResidentEngine(images, draws, device)

@@ -1,4 +1,5 @@
-"""The torchvision engine: torchvision's own functions in a DataLoader's processes. The way out where DALI does not install.
+"""The torchvision engine: torchvision's own functions in a DataLoader's processes. The way out where DALI
+does not install.
 
 It is shown the same draws as the other engines, so that it is also what they are compared with.
 """
@@ -25,18 +26,27 @@ from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.sources.images import ArrayImages, Images
 from fastgessl.pipelines.specs import ViewSpec
 
-_ADJUST = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, functional.adjust_hue)
+_ADJUST = (
+    functional.adjust_brightness,
+    functional.adjust_contrast,
+    functional.adjust_saturation,
+    functional.adjust_hue,
+)
 
 
 def torchvision_view(picture: Tensor, spec: ViewSpec, drawn: ViewParameters) -> Tensor:
-    """One view of one picture: (3, H, W) uint8 and a draw of one row -> (3, S, S) float32. Colour in float, as torchvision has it there."""
+    """One view of one picture: (3, H, W) uint8 and a draw of one row -> (3, S, S) float32. Colour in float,
+    as torchvision has it there.
+    """
     interpolation = functional.InterpolationMode(spec.interpolation)
     if spec.resize_short:
         picture = functional.resize(picture, [spec.resize_short], interpolation=interpolation)
         picture = functional.center_crop(picture, [spec.size])
     else:
         top, left, height, width = (int(value) for value in drawn.crop[0])
-        picture = functional.resized_crop(picture, top, left, height, width, [spec.size, spec.size], interpolation=interpolation)
+        picture = functional.resized_crop(
+            picture, top, left, height, width, [spec.size, spec.size], interpolation=interpolation
+        )
     view = functional.to_dtype(picture, torch.float32, scale=True)
     if drawn.flip[0]:
         view = functional.horizontal_flip(view)
@@ -46,14 +56,18 @@ def torchvision_view(picture: Tensor, spec: ViewSpec, drawn: ViewParameters) -> 
     if drawn.grayscale[0]:
         view = functional.rgb_to_grayscale(view, num_output_channels=3)
     if drawn.blur_sigma[0] > 0:
-        view = functional.gaussian_blur(view, [spec.blur_kernel, spec.blur_kernel], [drawn.blur_sigma[0].item()])
+        view = functional.gaussian_blur(
+            view, [spec.blur_kernel, spec.blur_kernel], [drawn.blur_sigma[0].item()]
+        )
     if drawn.solarize[0]:
         view = functional.solarize(view, spec.solarize_threshold / 255)
     return functional.normalize(view, list(spec.mean), list(spec.std))
 
 
 class _Answer(NamedTuple):
-    """What a DataLoader's worker made of a request. A tuple, because the DataLoader pins the memory of tuples only."""
+    """What a DataLoader's worker made of a request. A tuple, because the DataLoader pins the memory of tuples
+    only.
+    """
 
     shown: Shown
     bad: dict[int, str]
@@ -62,7 +76,8 @@ class _Answer(NamedTuple):
 class _Views(Dataset[_Answer | DataError]):
     """Answers whole requests: what a DataLoader's worker does for one batch.
 
-    A mistake in the data is answered too: raised in a worker, it would reach the user wrapped in the worker's traceback.
+    A mistake in the data is answered too: raised in a worker, it would reach the user wrapped in the worker's
+    traceback.
     """
 
     def __init__(self, images: Images, draws: Draws, bad_files: BadFiles) -> None:
@@ -81,7 +96,10 @@ class _Views(Dataset[_Answer | DataError]):
         height, width = np.array([picture.shape[1:] for picture in pictures]).T
         views = []
         for spec, parameters in zip(self._draws.specs, self._draws(index, height, width, epoch), strict=True):
-            made = [torchvision_view(picture, spec, parameters[row : row + 1]) for row, picture in enumerate(pictures)]
+            made = [
+                torchvision_view(picture, spec, parameters[row : row + 1])
+                for row, picture in enumerate(pictures)
+            ]
             views.append(torch.stack(made).contiguous(memory_format=torch.channels_last))
         return views
 
@@ -95,8 +113,15 @@ class _Views(Dataset[_Answer | DataError]):
 class TorchvisionEngine:
     """A DataLoader with `workers` processes for each stream of requests."""
 
-    def __init__(self, images: Images, draws: Draws, bad_files: BadFiles, device: torch.device, workers: int) -> None:
-        self._views, self._bad_files, self._device, self._workers = _Views(images, draws, bad_files), bad_files, device, workers
+    def __init__(
+        self, images: Images, draws: Draws, bad_files: BadFiles, device: torch.device, workers: int
+    ) -> None:
+        self._views, self._bad_files, self._device, self._workers = (
+            _Views(images, draws, bad_files),
+            bad_files,
+            device,
+            workers,
+        )
 
     def views(self, requests: Iterator[Request]) -> Generator[Shown]:
         on_gpu = self._device.type == "cuda"
@@ -109,7 +134,8 @@ class TorchvisionEngine:
             num_workers=self._workers,
             pin_memory=on_gpu,
         )
-        # A forked worker that collected garbage of its parent, such as a DALI pipeline, would wait for threads that it does not have.
+        # A forked worker that collected garbage of its parent, such as a DALI pipeline, would wait for
+        # threads that it does not have.
         gc.freeze()
         try:
             answers = iter(loader)
@@ -120,9 +146,13 @@ class TorchvisionEngine:
                 if isinstance(answer, DataError):
                     raise answer
                 self._bad_files.found.update(answer.bad)
-                yield Shown([view.to(self._device, non_blocking=on_gpu) for view in answer.shown.views], answer.shown.images)
+                yield Shown(
+                    [view.to(self._device, non_blocking=on_gpu) for view in answer.shown.views],
+                    answer.shown.images,
+                )
         finally:
-            # Workers that wait for the garbage collection of an error's traceback are not told to stop, and torch waits 5 s for each.
+            # Workers that wait for the garbage collection of an error's traceback are not told to stop, and
+            # torch waits 5 s for each.
             del answers
 
     def close(self) -> None:

@@ -1,4 +1,6 @@
-"""Data sets that may be fetched by name: downloaded where the network allows, unpacked where the archive already lies there."""
+"""Data sets that may be fetched by name: downloaded where the network allows, unpacked where the archive
+already lies there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ FETCHABLE = (*SETS, "tinyimagenet")
 
 
 def fetch(name: str, root: Path) -> None:
-    """Put the data set `name` under `root`, in the layout that `open_images` reads. Raises DataError where that does not succeed."""
+    """Put the data set `name` under `root`, in the layout that `open_images` reads. Raises DataError where
+    that does not succeed.
+    """
     root.mkdir(parents=True, exist_ok=True)
     if name != "tinyimagenet":
         fetch_torchvision(name, root)
@@ -26,10 +30,14 @@ def _fetch_tiny(root: Path) -> None:
     try:
         from torchvision.datasets.utils import download_and_extract_archive
     except ImportError as error:
-        raise DataError(f"tinyimagenet is fetched with torchvision, which does not import ({error}). Install fastgessl[train].") from error
+        raise DataError(
+            f"tinyimagenet is fetched with torchvision, which does not import ({error}). Install "
+            "fastgessl[train]."
+        ) from error
     try:
         download_and_extract_archive(_TINY_URL, str(root), md5=_TINY_MD5)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"tinyimagenet could not be downloaded ({error}). Put {_TINY_URL} into {str(root)!r} and run this again."
+            f"tinyimagenet could not be downloaded ({error}). Put {_TINY_URL} into {str(root)!r} and run "
+            "this again."
         ) from error

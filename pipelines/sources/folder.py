@@ -21,13 +21,16 @@ _ENDINGS = tuple("." + ending for ending in (*EXTENSIONS, *CONVERTIBLE))
 def read_folder(root: Path, split: str, endings: tuple[str, ...] = EXTENSIONS) -> FileImages | None:
     """The `split` ("train" or "test") of a folder; None without test images.
 
-    Training images are those under root/train, or under root itself if there is no such folder; test images those under root/val or
-    root/test beside root/train. Files of other `endings` are no images; a warning names those that could be converted. Raises
-    DataError if the folder is missing, unreadable or holds no images.
+    Training images are those under root/train, or under root itself if there is no such folder; test images
+    those under root/val or root/test beside root/train. Files of other `endings` are no images; a warning
+    names those that could be converted. Raises DataError if the folder is missing, unreadable or holds no
+    images.
     """
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        raise DataError(f"data.root {str(root)!r} {what}. Point --data.root at the folder that holds the images.")
+        raise DataError(
+            f"data.root {str(root)!r} {what}. Point --data.root at the folder that holds the images."
+        )
     if not (root / "train").is_dir():
         return _read(root, endings) if split == "train" else None
     train = _read(root / "train", endings)
@@ -38,13 +41,16 @@ def read_folder(root: Path, split: str, endings: tuple[str, ...] = EXTENSIONS) -
 
 
 def _read(root: Path, endings: tuple[str, ...], classes: tuple[str, ...] | None = None) -> FileImages:
-    """Every image under `root`; labels are the first-level folders, numbered by `classes` (their sorted names if None)."""
+    """Every image under `root`; labels are the first-level folders, numbered by `classes` (their sorted names
+    if None).
+    """
     files, searched = _find(root)
     paths = [path for path in files if path.suffix[1:].lower() in endings]
     convert = _other_formats([path for path in files if path.suffix[1:].lower() not in endings], root)
     if not paths:
         raise DataError(
-            f"data.root {str(root)!r} holds no images (searched {searched} folders for {', '.join(endings)}). "
+            f"data.root {str(root)!r} holds no images (searched {searched} folders for "
+            f"{', '.join(endings)}). "
             f"{convert or 'Put images there or point --data.root at the folder that has them.'}"
         )
     if convert:
@@ -54,7 +60,8 @@ def _read(root: Path, endings: tuple[str, ...], classes: tuple[str, ...] | None 
     loose = sum(len(part) == 1 for part in parts)
     if loose and names:
         warnings.warn(
-            f"{root}: {loose} images lie beside {len(names)} folders of images, so folders are not classes and no image has a label. "
+            f"{root}: {loose} images lie beside {len(names)} folders of images, so folders are not classes "
+            "and no image has a label. "
             "Move the loose images away to train with labels.",
             stacklevel=2,
         )
@@ -62,7 +69,10 @@ def _read(root: Path, endings: tuple[str, ...], classes: tuple[str, ...] | None 
         return FileImages(tuple(paths))
     classes = names if classes is None else classes
     if unknown := sorted(set(names) - set(classes)):
-        raise DataError(f"{root}: the folders {', '.join(unknown[:5])} name classes that the training images do not have. Rename them.")
+        raise DataError(
+            f"{root}: the folders {', '.join(unknown[:5])} name classes that the training images do not "
+            "have. Rename them."
+        )
     number = {name: label for label, name in enumerate(classes)}
     return FileImages(tuple(paths), np.array([number[part[0]] for part in parts], dtype=np.int64), classes)
 
@@ -77,10 +87,14 @@ def _other_formats(paths: list[Path], root: Path) -> str:
 
 
 def _find(root: Path) -> tuple[list[Path], int]:
-    """Sorted files under `root` that end like pictures, links followed but no folder entered twice, and the number of folders searched."""
+    """Sorted files under `root` that end like pictures, links followed but no folder entered twice, and the
+    number of folders searched.
+    """
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"data.root: {error.filename!r} cannot be read ({error.strerror}). Check its permissions.") from error
+        raise DataError(
+            f"data.root: {error.filename!r} cannot be read ({error.strerror}). Check its permissions."
+        ) from error
 
     paths: list[Path] = []
     seen: set[str] = set()

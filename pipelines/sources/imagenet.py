@@ -1,4 +1,6 @@
-"""ImageNet, its subset of 100 classes, and TinyImageNet: folders of photos in the layouts in which they are handed out."""
+"""ImageNet, its subset of 100 classes, and TinyImageNet: folders of photos in the layouts in which they are
+handed out.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,13 @@ IMAGENET100 = frozenset(_IMAGENET100_NAMES.split())
 
 
 def read_imagenet(root: Path, split: str) -> FileImages | None:
-    """train/<class>/*.JPEG and val/<class>/*.JPEG under `root`; None without val. Raises DataError if there is no train."""
+    """train/<class>/*.JPEG and val/<class>/*.JPEG under `root`; None without val. Raises DataError if there
+    is no train.
+    """
     if not (root / "train").is_dir():
         raise DataError(
-            f"data.root {str(root)!r} has no folder 'train'. Put the photos at train/<class>/*.JPEG and val/<class>/*.JPEG under it, "
+            f"data.root {str(root)!r} has no folder 'train'. Put the photos at train/<class>/*.JPEG and "
+            "val/<class>/*.JPEG under it, "
             "unpacked from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of https://image-net.org."
         )
     return read_folder(root, split)
@@ -47,7 +52,8 @@ def read_imagenet100(root: Path, split: str) -> FileImages | None:
         return images
     if missing := sorted(IMAGENET100 - set(images.classes)):
         raise DataError(
-            f"data.root {str(root)!r} has {len(images.classes)} classes, but {len(missing)} of ImageNet-100's are missing, such as "
+            f"data.root {str(root)!r} has {len(images.classes)} classes, but {len(missing)} of "
+            "ImageNet-100's are missing, such as "
             f"{missing[0]}. Put the whole ImageNet there, or a folder with the 100 classes alone."
         )
     assert images.labels is not None  # a folder of more than 100 classes has labels
@@ -59,16 +65,20 @@ def read_imagenet100(root: Path, split: str) -> FileImages | None:
 
 
 def read_tinyimagenet(root: Path, split: str) -> FileImages:
-    """`root` or `root`/tiny-imagenet-200 as it is handed out: train/<class>/images/*.JPEG, val/images/*.JPEG, val/val_annotations.txt.
+    """`root` or `root`/tiny-imagenet-200 as it is handed out: train/<class>/images/*.JPEG, val/images/*.JPEG,
+    val/val_annotations.txt.
 
-    The 10,000 images of val are the test; those of test have no public labels. Raises DataError if a part is missing.
+    The 10,000 images of val are the test; those of test have no public labels. Raises DataError if a part is
+    missing.
     """
     base = root / TINY if (root / TINY).is_dir() else root
     annotations = base / "val" / "val_annotations.txt"
     if not (base / "train").is_dir() or not annotations.is_file():
         raise DataError(
-            f"data.root {str(root)!r} holds no whole {TINY} (wanted train/<class>/images/*.JPEG and val/val_annotations.txt). Put the "
-            f"folder {TINY} there, unpacked from http://cs231n.stanford.edu/{TINY}.zip, or run `fastgessl prepare tinyimagenet {root}`."
+            f"data.root {str(root)!r} holds no whole {TINY} (wanted train/<class>/images/*.JPEG and "
+            "val/val_annotations.txt). Put the "
+            f"folder {TINY} there, unpacked from http://cs231n.stanford.edu/{TINY}.zip, or run `fastgessl "
+            f"prepare tinyimagenet {root}`."
         )
     train = read_folder(base, "train")
     assert train is not None
@@ -79,5 +89,8 @@ def read_tinyimagenet(root: Path, split: str) -> FileImages:
     try:
         labels = np.array([number[name] for _, name in rows], dtype=np.int64)
     except (KeyError, ValueError) as error:
-        raise DataError(f"{annotations} does not hold lines of <file> <class> with classes of train ({error}). Unpack it again.") from error
+        raise DataError(
+            f"{annotations} does not hold lines of <file> <class> with classes of train ({error}). Unpack "
+            "it again."
+        ) from error
     return FileImages(tuple(base / "val" / "images" / file for file, _ in rows), labels, train.classes)

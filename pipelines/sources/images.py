@@ -1,4 +1,6 @@
-"""A data set as the engines see it: arrays in memory, or encoded images to decode, each in a file of its own or in tar shards."""
+"""A data set as the engines see it: arrays in memory, or encoded images to decode, each in a file of its own
+or in tar shards.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ class ShardImages:
 
     def read(self, image: int) -> NDArray[np.uint8]:
         """The bytes of an image: (n,) uint8. Raises DataError if they cannot be read or there are none."""
-        return _read(self.shards[self.shard[image]], int(self.offset[image]), int(self.length[image]), self.name(image))
+        return _read(
+            self.shards[self.shard[image]], int(self.offset[image]), int(self.length[image]), self.name(image)
+        )
 
 
 EncodedImages = FileImages | ShardImages
@@ -95,9 +99,13 @@ def _read(path: Path, offset: int, length: int, name: str) -> NDArray[np.uint8]:
                 raise DataError(f"image {name!r} is no regular file. Remove it from the data set.")
             encoded = np.fromfile(file, dtype=np.uint8, count=length, offset=offset)
     except OSError as error:
-        raise DataError(f"image {name!r} cannot be read ({error.strerror}). Remove it from the data set, or restore it.") from error
+        raise DataError(
+            f"image {name!r} cannot be read ({error.strerror}). Remove it from the data set, or restore it."
+        ) from error
     if len(encoded) == 0:
         raise DataError(f"image {name!r} is an empty file. Remove it from the data set, or restore it.")
     if len(encoded) < length:
-        raise DataError(f"image {name!r} has {len(encoded)} of its {length} bytes: the shard was cut. Make it again.")
+        raise DataError(
+            f"image {name!r} has {len(encoded)} of its {length} bytes: the shard was cut. Make it again."
+        )
     return encoded

@@ -14,9 +14,10 @@ from fastgessl.pipelines.sources.images import FileImages
 def read_list(root: Path, split: str) -> FileImages | None:
     """The `split` ("train" or "test") of a list; None without test images.
 
-    `root` is the list itself, or a folder with train.txt and perhaps val.txt or test.txt. A line is a path, relative to the list, and a
-    label after a tab: a number from 0, or a name. A number after a space is taken for a label too. Raises DataError if the list is
-    missing or empty, or if some lines have a label and others have none.
+    `root` is the list itself, or a folder with train.txt and perhaps val.txt or test.txt. A line is a path,
+    relative to the list, and a label after a tab: a number from 0, or a name. A number after a space is taken
+    for a label too. Raises DataError if the list is missing or empty, or if some lines have a label and
+    others have none.
     """
     if root.is_dir():
         train = root / "train.txt"
@@ -35,7 +36,8 @@ def _lines(path: Path) -> list[tuple[str, str]]:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise DataError(
-            f"data.root: the list {str(path)!r} cannot be read ({error.strerror}). Point --data.root at a list of images."
+            f"data.root: the list {str(path)!r} cannot be read ({error.strerror}). Point --data.root at a "
+            "list of images."
         ) from error
     lines = [_parts(line) for line in text.splitlines() if line.strip()]
     if not lines:
@@ -43,7 +45,10 @@ def _lines(path: Path) -> list[tuple[str, str]]:
     bare = sum(not label for _, label in lines)
     if bare not in (0, len(lines)):
         first = next(image for image, label in lines if not label)
-        raise DataError(f"the list {str(path)!r}: {bare} of {len(lines)} lines have no label (first: {first!r}). Label all, or none.")
+        raise DataError(
+            f"the list {str(path)!r}: {bare} of {len(lines)} lines have no label (first: {first!r}). Label "
+            "all, or none."
+        )
     return lines
 
 
@@ -78,6 +83,7 @@ def _images(path: Path, lines: list[tuple[str, str]], classes: tuple[str, ...]) 
     labels = [str(_number(label)) if label.isdecimal() else label for _, label in lines]
     if unknown := sorted(set(labels) - set(classes)):
         raise DataError(
-            f"the list {str(path)!r} has the classes {', '.join(unknown[:5])}, which the training images do not have. Rename them."
+            f"the list {str(path)!r} has the classes {', '.join(unknown[:5])}, which the training images do "
+            "not have. Rename them."
         )
     return FileImages(paths, np.array([number[label] for label in labels], dtype=np.int64), classes)

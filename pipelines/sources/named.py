@@ -35,10 +35,11 @@ NAMES = ("digits", *_READERS, *SETS)
 def open_images(name: str, root: str | Path | None = None, split: str = "train") -> Images | None:
     """The images of `split` ("train" or "test") of a data set.
 
-    Your own: npz, folder, list, shards. By name: digits, cifar10, cifar100, stl10 (5,000 labelled images), stl10_unlabeled (those and
-    100,000 more, without labels), tinyimagenet, imagenet100, imagenet, flowers102, food101, aircraft. None if the data set has no test
-    images. Grey images come as RGB. Nothing is downloaded. Raises DataError if something is missing, empty or of the wrong kind; the
-    message says which file belongs where.
+    Your own: npz, folder, list, shards. By name: digits, cifar10, cifar100, stl10 (5,000 labelled images),
+    stl10_unlabeled (those and 100,000 more, without labels), tinyimagenet, imagenet100, imagenet, flowers102,
+    food101, aircraft. None if the data set has no test images. Grey images come as RGB. Nothing is
+    downloaded. Raises DataError if something is missing, empty or of the wrong kind; the message says which
+    file belongs where.
 
     >>> test = open_images("digits", split="test")
     >>> test.images.shape, len(test.classes)
@@ -57,16 +58,27 @@ def open_images(name: str, root: str | Path | None = None, split: str = "train")
 
 
 def _digits(split: str) -> ArrayImages:
-    """scikit-learn's bundled digits, 1,797 real handwritten ones of 8 x 8 pixels in 17 grey levels; a stratified third is the test."""
+    """scikit-learn's bundled digits, 1,797 real handwritten ones of 8 x 8 pixels in 17 grey levels; a
+    stratified third is the test.
+    """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise DataError(f"data.name digits comes with scikit-learn, which does not import ({error}). Install fastgessl[train].") from error
+        raise DataError(
+            f"data.name digits comes with scikit-learn, which does not import ({error}). Install "
+            "fastgessl[train]."
+        ) from error
 
     digits = load_digits()
     places = np.arange(len(digits.target))
-    train, test = train_test_split(places, test_size=_DIGITS_TEST, stratify=digits.target, random_state=_DIGITS_SPLIT_SEED)
+    train, test = train_test_split(
+        places, test_size=_DIGITS_TEST, stratify=digits.target, random_state=_DIGITS_SPLIT_SEED
+    )
     rows = np.sort(train if split == "train" else test)
     grey = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
-    return ArrayImages(np.repeat(grey[..., None], 3, axis=3), digits.target[rows].astype(np.int64), tuple(map(str, digits.target_names)))
+    return ArrayImages(
+        np.repeat(grey[..., None], 3, axis=3),
+        digits.target[rows].astype(np.int64),
+        tuple(map(str, digits.target_names)),
+    )

@@ -1,7 +1,8 @@
-"""Images from tar shards in WebDataset's layout: `key.jpg`, and `key.cls` with the number of its class if there are labels.
+"""Images from tar shards in WebDataset's layout: `key.jpg`, and `key.cls` with the number of its class if
+there are labels.
 
-The shards are read at random places, not streamed, so that the order of an epoch, its split over ranks and its resumption are the same
-as for files.
+The shards are read at random places, not streamed, so that the order of an epoch, its split over ranks and
+its resumption are the same as for files.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ Sample = tuple[str, int, int, int]
 def read_shards(root: Path, split: str) -> ShardImages | None:
     """The `split` ("train" or "test") of a folder of shards, or of one shard; None without test images.
 
-    Training shards are root/train/*.tar, root/train-*.tar, or every *.tar of root if there are neither; test shards are those of val or
-    test in their place. A file classes.txt beside the shards names the classes, one a line. Raises DataError if there is no shard, or
-    one is broken.
+    Training shards are root/train/*.tar, root/train-*.tar, or every *.tar of root if there are neither; test
+    shards are those of val or test in their place. A file classes.txt beside the shards names the classes,
+    one a line. Raises DataError if there is no shard, or one is broken.
     """
     shards = _shards(root, split)
     if not shards:
         if split == "test":
             return None
         raise DataError(
-            f"data.root {str(root)!r} holds no tar shards (wanted train/*.tar, train-*.tar or *.tar). Point --data.root at them."
+            f"data.root {str(root)!r} holds no tar shards (wanted train/*.tar, train-*.tar or *.tar). Point "
+            "--data.root at them."
         )
     return _index(shards, _class_names(root))
 
@@ -50,7 +52,11 @@ def _shards(root: Path, split: str) -> list[Path]:
 
 def _class_names(root: Path) -> tuple[str, ...]:
     path = (root.parent if root.is_file() else root) / CLASS_NAMES
-    return tuple(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()) if path.is_file() else ()
+    return (
+        tuple(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        if path.is_file()
+        else ()
+    )
 
 
 def _index(shards: list[Path], classes: tuple[str, ...]) -> ShardImages:
@@ -63,11 +69,15 @@ def _index(shards: list[Path], classes: tuple[str, ...]) -> ShardImages:
             places.append((number, offset, length))
             labels.append(label)
     if not names:
-        raise DataError(f"{shards[0]} and {len(shards) - 1} further shards hold no {', '.join(EXTENSIONS)} files. Make them again.")
+        raise DataError(
+            f"{shards[0]} and {len(shards) - 1} further shards hold no {', '.join(EXTENSIONS)} files. Make "
+            "them again."
+        )
     if (unlabelled := labels.count(-1)) not in (0, len(labels)):
         first = names[labels.index(-1)]
         raise DataError(
-            f"{unlabelled} of {len(labels)} images in the shards have no .cls beside them (first: {first}). Label all, or none."
+            f"{unlabelled} of {len(labels)} images in the shards have no .cls beside them (first: {first}). "
+            "Label all, or none."
         )
     shard, offset, length = np.array(places, dtype=np.int64).T
     if unlabelled:
@@ -76,8 +86,13 @@ def _index(shards: list[Path], classes: tuple[str, ...]) -> ShardImages:
     if not classes:
         classes = numbered_classes(largest, f"shard {str(shards[shard[labels.index(largest)]])!r}")
     elif largest >= len(classes):
-        raise DataError(f"the shards have the class {largest}, but {CLASS_NAMES} names {len(classes)} classes. Name every class.")
-    return ShardImages(tuple(shards), tuple(names), shard, offset, length, np.array(labels, dtype=np.int64), classes)
+        raise DataError(
+            f"the shards have the class {largest}, but {CLASS_NAMES} names {len(classes)} classes. Name "
+            "every class."
+        )
+    return ShardImages(
+        tuple(shards), tuple(names), shard, offset, length, np.array(labels, dtype=np.int64), classes
+    )
 
 
 def _samples(shard: Path) -> list[Sample]:
@@ -92,7 +107,9 @@ def _samples(shard: Path) -> list[Sample]:
                 key, _, ending = file.partition(".")
                 key = f"{folder}/{key}"
                 if member.isreg() and member.offset_data + member.size > size:
-                    raise DataError(f"shard {str(shard)!r} ends within {member.name}. It was cut; make it again.")
+                    raise DataError(
+                        f"shard {str(shard)!r} ends within {member.name}. It was cut; make it again."
+                    )
                 if member.isreg() and ending.lower() in EXTENSIONS:
                     images[key] = (member.name, member.offset_data, member.size, -1)
                 elif member.isreg() and ending == "cls":
@@ -102,9 +119,15 @@ def _samples(shard: Path) -> list[Sample]:
     except DataError:
         raise
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"shard {str(shard)!r} cannot be read ({error}). Make it again, or remove it.") from error
+        raise DataError(
+            f"shard {str(shard)!r} cannot be read ({error}). Make it again, or remove it."
+        ) from error
     except ValueError as error:
-        raise DataError(f"shard {str(shard)!r}: {key}.cls holds no number ({error}). Write the class's number there.") from error
+        raise DataError(
+            f"shard {str(shard)!r}: {key}.cls holds no number ({error}). Write the class's number there."
+        ) from error
     if labels and min(labels.values()) < 0:
-        raise DataError(f"shard {str(shard)!r} has the class {min(labels.values())}. Number the classes from 0.")
+        raise DataError(
+            f"shard {str(shard)!r} has the class {min(labels.values())}. Number the classes from 0."
+        )
     return [(name, offset, length, labels.get(key, -1)) for key, (name, offset, length, _) in images.items()]

@@ -36,10 +36,16 @@ _CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _STL10 = ("STL10", "stl10_binary", "stl10_binary.tar.gz", "http://ai.stanford.edu/~acoates/stl10")
 
 SETS = {
-    "cifar10": TorchvisionSet("CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz", _CIFAR_PAGE, *_CIFAR),
-    "cifar100": TorchvisionSet("CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz", _CIFAR_PAGE, *_CIFAR),
+    "cifar10": TorchvisionSet(
+        "CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz", _CIFAR_PAGE, *_CIFAR
+    ),
+    "cifar100": TorchvisionSet(
+        "CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz", _CIFAR_PAGE, *_CIFAR
+    ),
     "stl10": TorchvisionSet(*_STL10, *_SPLITS),
-    "stl10_unlabeled": TorchvisionSet(*_STL10, ({"split": "train+unlabeled"},), ({"split": "test"},), labelled=False),
+    "stl10_unlabeled": TorchvisionSet(
+        *_STL10, ({"split": "train+unlabeled"},), ({"split": "test"},), labelled=False
+    ),
     "flowers102": TorchvisionSet(
         "Flowers102",
         "flowers-102",
@@ -48,7 +54,13 @@ SETS = {
         ({"split": "train"}, {"split": "val"}),
         ({"split": "test"},),
     ),
-    "food101": TorchvisionSet("Food101", "food-101", "food-101.tar.gz", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", *_SPLITS),
+    "food101": TorchvisionSet(
+        "Food101",
+        "food-101",
+        "food-101.tar.gz",
+        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+        *_SPLITS,
+    ),
     "aircraft": TorchvisionSet(
         "FGVCAircraft",
         "fgvc-aircraft-2013b",
@@ -61,7 +73,9 @@ SETS = {
 
 
 def read_torchvision(name: str, root: Path, split: str) -> ArrayImages | FileImages:
-    """The `split` of SETS[name] under `root`. Nothing is downloaded or unpacked; raises DataError that says what belongs where."""
+    """The `split` of SETS[name] under `root`. Nothing is downloaded or unpacked; raises DataError that says
+    what belongs where.
+    """
     wanted = SETS[name]
     parts = wanted.train if split == "train" else wanted.test
     try:
@@ -69,15 +83,19 @@ def read_torchvision(name: str, root: Path, split: str) -> ArrayImages | FileIma
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". You can")[0].rstrip(".")
         raise DataError(
-            f"data.root {str(root)!r} holds no whole {wanted.class_name} ({reason}). Put the unpacked folder {wanted.folder} there; or put "
-            f"{wanted.archives} of {wanted.page} there and run `fastgessl prepare {name} {root}`, which also downloads where it can."
+            f"data.root {str(root)!r} holds no whole {wanted.class_name} ({reason}). Put the unpacked "
+            f"folder {wanted.folder} there; or put "
+            f"{wanted.archives} of {wanted.page} there and run `fastgessl prepare {name} {root}`, which "
+            "also downloads where it can."
         ) from error
     labelled = wanted.labelled or split == "test"
     return _arrays(opened[0], labelled) if hasattr(opened[0], "data") else _files(opened)
 
 
 def fetch_torchvision(name: str, root: Path) -> None:
-    """Download what is not there yet and unpack it, by torchvision. Raises DataError where that does not succeed."""
+    """Download what is not there yet and unpack it, by torchvision. Raises DataError where that does not
+    succeed.
+    """
     wanted = SETS[name]
     try:
         for part in (*wanted.train, *wanted.test):
@@ -85,7 +103,8 @@ def fetch_torchvision(name: str, root: Path) -> None:
     except (RuntimeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{name} could not be downloaded ({reason}). Put {wanted.archives} of {wanted.page} into {str(root)!r} and run this again."
+            f"{name} could not be downloaded ({reason}). Put {wanted.archives} of {wanted.page} into "
+            f"{str(root)!r} and run this again."
         ) from error
 
 
@@ -94,7 +113,8 @@ def _opened(wanted: TorchvisionSet, root: Path, part: dict[str, Any], download: 
         import torchvision.datasets
     except ImportError as error:
         raise DataError(
-            f"{wanted.class_name} is read with torchvision, which does not import ({error}). Install fastgessl[train]."
+            f"{wanted.class_name} is read with torchvision, which does not import ({error}). Install "
+            "fastgessl[train]."
         ) from error
     return getattr(torchvision.datasets, wanted.class_name)(str(root), **part, download=download)
 
@@ -104,7 +124,11 @@ def _arrays(data: Any, labelled: bool) -> ArrayImages:
     pixels = data.data if data.data.shape[-1] == 3 else data.data.transpose(0, 2, 3, 1)
     labels = data.targets if hasattr(data, "targets") else data.labels
     classes = tuple(getattr(data, "classes", ()))
-    return ArrayImages(np.ascontiguousarray(pixels), np.asarray(labels, dtype=np.int64) if labelled else None, classes if labelled else ())
+    return ArrayImages(
+        np.ascontiguousarray(pixels),
+        np.asarray(labels, dtype=np.int64) if labelled else None,
+        classes if labelled else (),
+    )
 
 
 def _files(parts: Sequence[Any]) -> FileImages:

@@ -46,7 +46,11 @@ def test_a_failed_contender_s_tensors_are_gone_before_the_next_one_starts():
 
 def test_a_device_that_answers_no_more_ends_the_stage_and_names_who_did_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", raising(RuntimeError("CUDA error: an illegal memory access was encountered")))
+    monkeypatch.setattr(
+        torch.cuda,
+        "synchronize",
+        raising(RuntimeError("CUDA error: an illegal memory access was encountered")),
+    )
     with pytest.raises(RuntimeError, match=r"answers no more after .*the kernel of a peer"):
         attempt(raising(ValueError("the kernel of a peer")), ANYTHING)
 
@@ -54,7 +58,13 @@ def test_a_device_that_answers_no_more_ends_the_stage_and_names_who_did_it(monke
 def test_errors_and_exit_codes_count_as_failures_and_absent_rows_do_not():
     rows = {
         "rates": {"matmul": 790.0},
-        "case": {"rows": {"ours": {"seconds": 1.0}, "GeSSL": {"error": "Traceback"}, "peer": {"absent": "not installed"}}},
+        "case": {
+            "rows": {
+                "ours": {"seconds": 1.0},
+                "GeSSL": {"error": "Traceback"},
+                "peer": {"absent": "not installed"},
+            }
+        },
         "pytest": {"exit_code": 1, "said": {}},
         "cut": {"exit_code": None},
         "well": {"exit_code": 0, "error": "a warning on stderr"},

@@ -21,7 +21,9 @@ def test_noise_is_no_change():
 
 
 def test_a_slower_line_is_named_with_its_ratio():
-    ((place, before, after, ratio, low, high),) = compare.changes(record(*NOISY), record(*(1.5 * value for value in NOISY)), 0.03)
+    ((place, before, after, ratio, low, high),) = compare.changes(
+        record(*NOISY), record(*(1.5 * value for value in NOISY)), 0.03
+    )
     assert place == "rows / nt_xent 256" and (before, after) == (1.0, 1.5)
     assert low <= ratio <= high and ratio == pytest.approx(1.5)
 

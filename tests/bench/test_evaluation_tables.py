@@ -45,14 +45,21 @@ def commands(monkeypatch) -> list[list[str]]:
 def test_the_page_names_the_commands_that_are_run(commands, tmp_path):
     page = (ROOT / "docs" / "evaluation.md").read_text()
     np.savez(tmp_path / "further.npz", train_x=np.zeros((2, 4, 4, 1), np.uint8))
-    evaluation_tables.main(["--few-shot", str(tmp_path / "further.npz"), "--work", str(tmp_path), "--out", str(tmp_path)])
+    evaluation_tables.main(
+        ["--few-shot", str(tmp_path / "further.npz"), "--work", str(tmp_path), "--out", str(tmp_path)]
+    )
 
     assert [words[0] for words in commands] == ["train", "train", "evaluate", "evaluate"]
     assert " ".join(commands[1][4:]) in page and " ".join(commands[2][2:]) in page
     config = load(evaluation_tables.RECIPE).config
     for _, _, *options in commands:
         _override(
-            config, [{"--tasks": "--evaluate.tasks", "--transfer": "--evaluate.transfer"}.get(word, word) for word in options], "test"
+            config,
+            [
+                {"--tasks": "--evaluate.tasks", "--transfer": "--evaluate.transfer"}.get(word, word)
+                for word in options
+            ],
+            "test",
         )
 
 

@@ -23,8 +23,12 @@ def test_outliers_are_the_share_that_is_asked_for_and_show_no_character():
         added = mixed["train_x"][len(arrays["train_x"]) :]
         assert len(added) / len(mixed["train_x"]) == pytest.approx(share, abs=1e-3)
         assert np.array_equal(mixed["train_x"][: len(arrays["train_x"])], arrays["train_x"])
-        assert np.array_equal(mixed["test_x"], arrays["test_x"]) and len(mixed["train_y"]) == len(mixed["train_x"])
-    histograms = {image.tobytes() for image in np.sort(arrays["train_x"].reshape(len(arrays["train_x"]), -1), axis=1)}
+        assert np.array_equal(mixed["test_x"], arrays["test_x"]) and len(mixed["train_y"]) == len(
+            mixed["train_x"]
+        )
+    histograms = {
+        image.tobytes() for image in np.sort(arrays["train_x"].reshape(len(arrays["train_x"]), -1), axis=1)
+    }
     assert all(image.tobytes() in histograms for image in np.sort(added.reshape(len(added), -1), axis=1))
     assert not {image.tobytes() for image in added} & {image.tobytes() for image in arrays["train_x"]}
 
@@ -34,10 +38,15 @@ def test_the_tables_are_made_of_recipes_that_exist(tmp_path, monkeypatch):
     rows = methods.dsa_rows() | methods.ladder_rows(tmp_path)
     for row in rows.values():
         studies.with_options(row.recipe, row.options)
-    assert load(rows["byol, DSA, 20% outliers"].recipe).config.dsa.weight > 0 and rows["byol, DSA, 20% outliers"].outliers == 0.2
+    assert (
+        load(rows["byol, DSA, 20% outliers"].recipe).config.dsa.weight > 0
+        and rows["byol, DSA, 20% outliers"].outliers == 0.2
+    )
 
 
-def test_equal_compute_gives_the_cheaper_method_more_epochs_and_the_same_whenever_it_goes_on(tmp_path, monkeypatch):
+def test_equal_compute_gives_the_cheaper_method_more_epochs_and_the_same_whenever_it_goes_on(
+    tmp_path, monkeypatch
+):
     ratios = {"dissl": iter((0.5, 0.7)), "swav": iter((2.0, 1.5))}
     monkeypatch.setattr(studies, "step_time_ratio", lambda one, other: next(ratios[one.method.name]))
     rows = methods.ladder_rows(tmp_path, {"train.epochs": 10})
@@ -67,8 +76,15 @@ def test_a_table_that_is_cut_has_what_was_done(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "evaluation", evaluation)
     runner = methods.Runner(tmp_path, ("knn",), deadline=0)
     seeds, complete = runner.table(methods.all_methods(["barlow", "byol"]), 2)
-    assert ran == [("barlow-seed0", 0, "digits-0.npz"), ("byol-seed0", 0, "digits-0.npz"), ("barlow-seed1", 1, "digits-0.npz")]
-    assert not complete and [list(seed) for seed in seeds] == [["raw pixels", "barlow", "byol"], ["raw pixels", "barlow"]]
+    assert ran == [
+        ("barlow-seed0", 0, "digits-0.npz"),
+        ("byol-seed0", 0, "digits-0.npz"),
+        ("barlow-seed1", 1, "digits-0.npz"),
+    ]
+    assert not complete and [list(seed) for seed in seeds] == [
+        ["raw pixels", "barlow", "byol"],
+        ["raw pixels", "barlow"],
+    ]
     assert methods.means(seeds)["barlow"]["knn"] == {"mean": 0.5, "deviation": 0.0}
 
 
@@ -77,12 +93,18 @@ def test_a_table_of_real_runs_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "SHARES", (0.2,))
     rows = methods.dsa_rows()
     tiny = {"train.epochs": 1, "model.width": 0.0625, "views.size": 8}
-    rows = {name: methods.replace(rows[name], options=tiny) for name in ("simclr, plain, 20% outliers", "simclr, DSA, 20% outliers")}
+    rows = {
+        name: methods.replace(rows[name], options=tiny)
+        for name in ("simclr, plain, 20% outliers", "simclr, DSA, 20% outliers")
+    }
     runner = methods.Runner(tmp_path, ("linear", "geometry"), deadline=1e12)
     first = dict(list(rows.items())[:1])
     seeds, complete = runner.table(first, 1)
     assert complete and set(seeds[0]) == {"raw pixels", "untrained encoder", *first}
     clean = json.loads((tmp_path / "simclr-plain-20-outliers-seed0" / "clean.json").read_text())
-    assert seeds[0]["simclr, plain, 20% outliers"]["crowding"] == clean["rows"]["this run"]["geometry"]["crowding"]
+    assert (
+        seeds[0]["simclr, plain, 20% outliers"]["crowding"]
+        == clean["rows"]["this run"]["geometry"]["crowding"]
+    )
     cut = methods.Runner(tmp_path, ("linear", "geometry"), deadline=0)
     assert cut.table(rows, 1) == (seeds, False)

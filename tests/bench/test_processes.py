@@ -29,7 +29,9 @@ def test_nothing_that_a_program_started_outlives_it(tmp_path, tail):
 def test_what_ignores_sigterm_is_killed_and_its_last_words_are_kept(monkeypatch):
     monkeypatch.setattr(processes, "LAST_WORDS", 0.5)
     started = time.monotonic()
-    ended = processes.run(["bash", "-c", "trap 'echo asked' TERM; echo first; while true; do sleep 0.1; done"], 3.0)
+    ended = processes.run(
+        ["bash", "-c", "trap 'echo asked' TERM; echo first; while true; do sleep 0.1; done"], 3.0
+    )
     assert ended.exit_code is None and ended.out.split() == ["first", "asked"]
     assert time.monotonic() - started < 15
 

@@ -34,7 +34,14 @@ def page(tmp_path):
 
 def test_rows_become_a_table_under_their_origin(page):
     text = page(
-        {"cpu/2026-01-02-kernels": {"rows": [{"loss": "clip", "seconds": 0.25, "samples": [1, 2]}, {"loss": "sigma", "absent": "no GPU"}]}}
+        {
+            "cpu/2026-01-02-kernels": {
+                "rows": [
+                    {"loss": "clip", "seconds": 0.25, "samples": [1, 2]},
+                    {"loss": "sigma", "absent": "no GPU"},
+                ]
+            }
+        }
     )
 
     assert "2026-01-02, commit abc1234, torch 9.9, a processor, 1 threads" in text
@@ -52,12 +59,17 @@ def test_statistics_over_seeds_become_one_cell_each(page):
     text = page({"cpu/2026-01-02-study": {"answers": {"simclr": answer}}})
 
     assert "**answers, simclr, mean**\n\n|  | linear |\n|---|---|\n| plain | 0.900 ± 0.013 |" in text
-    assert "**answers, simclr, paired, GeSSL**\n\n|  | linear |\n|---|---|\n| plain | -0.010 [-0.020, +0.004] |" in text
+    assert (
+        "**answers, simclr, paired, GeSSL**\n\n|  | linear |\n|---|---|\n| plain | -0.010 [-0.020, +0.004] |"
+        in text
+    )
     assert "**answers, simclr, curves, plain**\n\n| step | sigma |\n|---|---|\n| 0 | 0.5 |" in text
 
 
 def test_a_file_of_single_numbers_is_a_list_of_them(page):
-    assert "|  | value |\n|---|---|\n| probe_seconds | 34 |" in page({"cpu/2026-01-02-evaluate": {"probe_seconds": 34.0}})
+    assert "|  | value |\n|---|---|\n| probe_seconds | 34 |" in page(
+        {"cpu/2026-01-02-evaluate": {"probe_seconds": 34.0}}
+    )
 
 
 def test_the_newest_file_of_a_name_is_shown_and_no_dry_run(page):
@@ -74,4 +86,6 @@ def test_a_cut_run_says_so_and_a_page_without_a_gpu_too(page):
     text = page({"cpu/2026-01-02-steps": {"complete": False, "rows": [{"case": "a", "seconds": 1.0}]}})
 
     assert "**Cut**" in text and "Nothing here was measured on a GPU" in text
-    assert "Nothing here was measured on a GPU" not in page({"h200/2026-01-02-steps": {"rows": [{"case": "a", "seconds": 1.0}]}})
+    assert "Nothing here was measured on a GPU" not in page(
+        {"h200/2026-01-02-steps": {"rows": [{"case": "a", "seconds": 1.0}]}}
+    )

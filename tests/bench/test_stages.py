@@ -41,13 +41,21 @@ def folder(tmp_path):
         (tmp_path / "t").mkdir()
         (tmp_path / "t" / "pytest.ini").write_text("[pytest]\n")
         (tmp_path / "t" / "test_it.py").write_text(source)
-        return ["-c", str(tmp_path / "t" / "pytest.ini"), "--rootdir", str(tmp_path / "t"), str(tmp_path / "t")]
+        return [
+            "-c",
+            str(tmp_path / "t" / "pytest.ini"),
+            "--rootdir",
+            str(tmp_path / "t"),
+            str(tmp_path / "t"),
+        ]
 
     return make
 
 
 def log_of(conditions):
-    return [json.loads(line) for line in results.place("gpu-tests.jsonl", conditions.out).read_text().splitlines()]
+    return [
+        json.loads(line) for line in results.place("gpu-tests.jsonl", conditions.out).read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -59,7 +67,10 @@ def test_every_outcome_is_named_with_what_failed_tests_said(conditions, folder, 
     assert row["exit_code"] == 1
     assert (row["passed"], row["failed"], row["skipped"], row["not_reached"]) == (4, 1, 1, 0)
     assert row["outcomes"]["test_it.py::test_many[1]"] == "passed"
-    assert "assert (1 + 1) == 3" in row["said"]["test_it.py::test_wrong"] and "no such card" in row["said"]["test_it.py::test_skipped"]
+    assert (
+        "assert (1 + 1) == 3" in row["said"]["test_it.py::test_wrong"]
+        and "no such card" in row["said"]["test_it.py::test_skipped"]
+    )
     assert row["measured"] == {"test_it.py::test_right": {"share": 0.25}}
 
 
@@ -71,10 +82,15 @@ def test_tests_that_stand_alone_run_before_those_with_many_cases(conditions, fol
 
 
 def test_a_cut_run_names_what_passed_failed_was_cut_and_was_not_reached(conditions, folder):
-    row = stages.run_tests(folder(TESTS.replace("(case): pass", "(case): time.sleep(60 * case)")), 1, conditions(25))
+    row = stages.run_tests(
+        folder(TESTS.replace("(case): pass", "(case): time.sleep(60 * case)")), 1, conditions(25)
+    )
     assert row["exit_code"] is None
     assert row["outcomes"]["test_it.py::test_right"] == "passed" and "test_it.py::test_wrong" in row["said"]
-    assert row["outcomes"]["test_it.py::test_many[1]"] == "cut" and row["outcomes"]["test_it.py::test_many[2]"] == "not reached"
+    assert (
+        row["outcomes"]["test_it.py::test_many[1]"] == "cut"
+        and row["outcomes"]["test_it.py::test_many[2]"] == "not reached"
+    )
     assert (row["passed"], row["failed"], row["skipped"], row["cut"], row["not_reached"]) == (2, 1, 1, 1, 1)
 
 
@@ -105,7 +121,9 @@ def test_after(case): torch.cuda.synchronize()
 def test_a_kernel_that_ends_the_device_s_answers_fails_its_own_test_and_no_other(conditions, folder):
     pytest.importorskip("xdist")
     row = stages.run_tests([*folder(POISONED), "-n", "2", "--maxschedchunk", "1"], 1, conditions(600))
-    assert {name for name, outcome in row["outcomes"].items() if outcome != "passed"} == {"test_it.py::test_illegal"}
+    assert {name for name, outcome in row["outcomes"].items() if outcome != "passed"} == {
+        "test_it.py::test_illegal"
+    }
     assert row["passed"] == 9 and "illegal memory access" in row["said"]["test_it.py::test_illegal"]
 
 
@@ -126,7 +144,9 @@ def test_the_long_run_starts_only_if_ten_times_the_short_one_s_training_fits(mon
     rows = quality(monkeypatch, conditions(400, dry_run=False), **short)
     assert rows["cifar10-simclr, 20 epochs"] == short
     assert rows["cifar10-simclr, 200 epochs"]["absent"].startswith("about 420 s")
-    assert quality(monkeypatch, conditions(440, dry_run=False), **short)["cifar10-simclr, 200 epochs"] == short
+    assert (
+        quality(monkeypatch, conditions(440, dry_run=False), **short)["cifar10-simclr, 200 epochs"] == short
+    )
 
 
 def test_without_a_short_run_no_long_one_is_begun(monkeypatch, conditions):
@@ -151,15 +171,22 @@ def test_a_cut_run_keeps_what_it_logged_until_then(monkeypatch, conditions):
 
 def test_ranks_that_do_not_end_are_a_row_and_not_the_end_of_the_stage(monkeypatch, conditions):
     monkeypatch.setattr(stages.processes, "run", lambda *_: Ended(None, "", "waiting"))
-    assert dict(stages.scaling(conditions(60)))["1 ranks"] == {"absent": "not done in the time that was left", "output": "waiting"}
+    assert dict(stages.scaling(conditions(60)))["1 ranks"] == {
+        "absent": "not done in the time that was left",
+        "output": "waiting",
+    }
 
 
 def test_training_steps_without_time_say_so(conditions):
-    assert dict(stages.steps(conditions(0.0))) == {name: {"absent": "no time was left"} for name in steps.TINY_CASES}
+    assert dict(stages.steps(conditions(0.0))) == {
+        name: {"absent": "no time was left"} for name in steps.TINY_CASES
+    }
 
 
 def test_a_mode_that_finds_no_room_costs_no_other_mode_its_row(monkeypatch, conditions):
-    monkeypatch.setattr(gessl, "CONTENDERS", {name: gessl.CONTENDERS[name] for name in ("plain", "exact", "fast")})
+    monkeypatch.setattr(
+        gessl, "CONTENDERS", {name: gessl.CONTENDERS[name] for name in ("plain", "exact", "fast")}
+    )
     take = gessl._steps
 
     def steps_without_room(objective, views):
@@ -169,6 +196,10 @@ def test_a_mode_that_finds_no_room_costs_no_other_mode_its_row(monkeypatch, cond
 
     monkeypatch.setattr(gessl, "_steps", steps_without_room)
     found = list(stages.gessl(conditions(600)))
-    assert [list(row["rows"]) for _, row in found] == [["plain"], ["plain", "exact"], ["plain", "exact", "fast"]]
+    assert [list(row["rows"]) for _, row in found] == [
+        ["plain"],
+        ["plain", "exact"],
+        ["plain", "exact", "fast"],
+    ]
     rows = found[-1][1]["rows"]
     assert "20 GiB" in rows["exact"]["absent"] and rows["fast"]["seconds"] > 0

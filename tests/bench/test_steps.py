@@ -30,10 +30,14 @@ def test_a_step_moves_the_weights_of_our_own_trainer():
     step = step_of(steps.ours(CASE, GesslConfig()))
     before = [parameter.clone() for parameter in step.trainer.module.parameters()]
     step.group()
-    assert any(not torch.equal(old, new) for old, new in zip(before, step.trainer.module.parameters(), strict=True))
+    assert any(
+        not torch.equal(old, new) for old, new in zip(before, step.trainer.module.parameters(), strict=True)
+    )
 
 
-@pytest.mark.parametrize(("method", "peer"), [(method, peer) for method, made in peers.PEERS.items() for peer in made])
+@pytest.mark.parametrize(
+    ("method", "peer"), [(method, peer) for method, made in peers.PEERS.items() for peer in made]
+)
 def test_another_trainer_s_step_trains_the_same_kind_of_backbone(method, peer):
     if not peers.installed(peer):
         pytest.skip(f"{peer} is not installed")
@@ -62,13 +66,21 @@ def contenders_with(monkeypatch, **made):
 
     def contenders(case):
         extra = {name.replace("_", " "): lambda error=error: broken(error) for name, error in made.items()}
-        return {steps.PLAIN: lambda: steps.ours(case, GesslConfig()), **extra, "GeSSL, last": lambda: steps.ours(case, GesslConfig())}
+        return {
+            steps.PLAIN: lambda: steps.ours(case, GesslConfig()),
+            **extra,
+            "GeSSL, last": lambda: steps.ours(case, GesslConfig()),
+        }
 
     monkeypatch.setattr(steps, "contenders", contenders)
 
 
 def test_neither_a_peer_that_fails_nor_a_step_without_room_takes_the_others_along(monkeypatch):
-    contenders_with(monkeypatch, lightly=AssertionError, **{"GeSSL,_exact": torch.OutOfMemoryError, "ours,_compiled": RuntimeError})
+    contenders_with(
+        monkeypatch,
+        lightly=AssertionError,
+        **{"GeSSL,_exact": torch.OutOfMemoryError, "ours,_compiled": RuntimeError},
+    )
     so_far = list(steps.measurements(CASE, rounds=3, seconds=600.0))
     assert [len(record["rows"]) for record in so_far] == [1, 2, 3, 4, 5]
     rows = so_far[-1]["rows"]
@@ -89,4 +101,7 @@ def test_without_our_own_step_the_case_is_an_error(monkeypatch):
 def test_contenders_without_time_say_so_and_ours_is_measured_all_the_same():
     rows = steps.measure(CASE, rounds=3, seconds=0.0)["rows"]
     assert rows["ours"]["seconds"] > 0
-    assert {row["absent"] for name, row in rows.items() if name != "ours"} <= {"no time was left", "not installed"}
+    assert {row["absent"] for name, row in rows.items() if name != "ours"} <= {
+        "no time was left",
+        "not installed",
+    }

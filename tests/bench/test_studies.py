@@ -21,8 +21,12 @@ def test_choices_are_made_on_training_images_alone(tmp_path):
         image.tobytes() for image in whole["train_x"]
     )
     assert {image.tobytes() for image in whole["train_x"]} <= {image.tobytes() for image in arrays["train_x"]}
-    assert len(whole["train_x"]) == round(len(arrays["train_x"]) / 2) and len(choice["test_x"]) == round(0.2 * len(whole["train_x"]))
-    assert np.array_equal(whole["test_x"], arrays["test_x"]) and np.array_equal(whole["test_y"], arrays["test_y"])
+    assert len(whole["train_x"]) == round(len(arrays["train_x"]) / 2) and len(choice["test_x"]) == round(
+        0.2 * len(whole["train_x"])
+    )
+    assert np.array_equal(whole["test_x"], arrays["test_x"]) and np.array_equal(
+        whole["test_y"], arrays["test_y"]
+    )
 
 
 def test_paired_differences_have_students_interval():
@@ -48,16 +52,29 @@ def test_every_measure_of_an_evaluation_is_taken():
 
 
 def test_each_encoder_s_universality_and_transfer_are_taken(tmp_path):
-    arrays = {"x": np.random.default_rng(0).integers(256, size=(60, 8, 8), dtype=np.uint8), "y": np.arange(60) % 3}
-    np.savez(tmp_path / "other.npz", train_x=arrays["x"], train_y=arrays["y"], test_x=arrays["x"], test_y=arrays["y"])
+    arrays = {
+        "x": np.random.default_rng(0).integers(256, size=(60, 8, 8), dtype=np.uint8),
+        "y": np.arange(60) % 3,
+    }
+    np.savez(
+        tmp_path / "other.npz",
+        train_x=arrays["x"],
+        train_y=arrays["y"],
+        test_x=arrays["x"],
+        test_y=arrays["y"],
+    )
     tiny = {"train.epochs": 1, "train.batch_size": 20, "model.width": 0.0625, "views.size": 8}
-    np.savez(tmp_path / "own.npz", train_x=arrays["x"], train_y=arrays["y"], test_x=arrays["x"], test_y=arrays["y"])
+    np.savez(
+        tmp_path / "own.npz", train_x=arrays["x"], train_y=arrays["y"], test_x=arrays["x"], test_y=arrays["y"]
+    )
     cell = studies.Cell(tmp_path / "cell", "digits-simclr", tmp_path / "own.npz", 0, tiny)
     asked = ("--evaluate.tasks", "knn", "universality", "--evaluate.transfer", str(tmp_path / "other.npz"))
     found = studies.rows_of(studies.evaluation(cell, asked, time.monotonic() + 600))
     for row in ("raw pixels", "untrained encoder", "this run"):
         measures = studies.leaves(found[row])
-        groups = {f"universality.{group}" for group in ("discriminability", "generalisation", "transferability")}
+        groups = {
+            f"universality.{group}" for group in ("discriminability", "generalisation", "transferability")
+        }
         assert measures.keys() == {"knn.accuracy", "transfer.other.knn.accuracy", *groups}
 
 
@@ -69,7 +86,9 @@ def untrained(monkeypatch):
     def train(cell, common, deadline):
         trained.append(cell)
         cell.folder.mkdir()
-        (cell.folder / "evaluation.json").write_text(json.dumps({"rows": {"this run": {"knn": {"accuracy": 0.75}}}}))
+        (cell.folder / "evaluation.json").write_text(
+            json.dumps({"rows": {"this run": {"knn": {"accuracy": 0.75}}}})
+        )
 
     monkeypatch.setattr(studies, "_train", train)
     return trained
@@ -116,14 +135,22 @@ def test_a_longer_gessl_step_gives_plain_training_more_epochs_at_equal_seconds(t
     def evaluation(cell, judging, deadline):
         trained[cell.folder.name] = dict(cell.options)
         accuracy = 0.5 + 0.1 * ("gessl" in cell.folder.name) + 0.01 * cell.seed
-        return {"rows": {"this run": {"linear": {"accuracy": accuracy}}, "raw pixels": {"linear": {"accuracy": 0.25}}}}
+        return {
+            "rows": {
+                "this run": {"linear": {"accuracy": accuracy}},
+                "raw pixels": {"linear": {"accuracy": 0.25}},
+            }
+        }
 
     monkeypatch.setattr(studies, "evaluation", evaluation)
     ratios = iter((1.5, 1.1, "measured again"))
     monkeypatch.setattr(studies, "step_time_ratio", lambda one, other: next(ratios))
     asker = does_gessl_help.Asker(does_gessl_help.STUDIES["digits"], tmp_path, (), time.monotonic() + 1)
     answer = asker.answer("simclr", 1.0, tmp_path / "all.npz", tmp_path / "choice.npz")
-    epochs = {name: trained[f"{name}-seed0"]["train.epochs"] for name in ("plain", "plain-as-long-as-fast", "plain-as-long-as-head")}
+    epochs = {
+        name: trained[f"{name}-seed0"]["train.epochs"]
+        for name in ("plain", "plain-as-long-as-fast", "plain-as-long-as-head")
+    }
     assert epochs == {"plain": 50, "plain-as-long-as-fast": 75, "plain-as-long-as-head": 55}
     assert answer["paired"]["GeSSL, fast"]["plain"]["linear.accuracy"]["mean"] == pytest.approx(0.1)
     assert answer["paired"]["GeSSL, head"].keys() == {"plain", "plain, as long as head"}

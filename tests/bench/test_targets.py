@@ -42,7 +42,9 @@ def test_a_peer_that_fails_is_absent_and_the_others_are_measured():
 
 
 def test_our_own_failure_is_an_error_after_which_other_targets_go_on(monkeypatch):
-    monkeypatch.setattr(targets, "TARGETS", (target("bad", ours=failing, dense=list), target("good", ours=list)))
+    monkeypatch.setattr(
+        targets, "TARGETS", (target("bad", ours=failing, dense=list), target("good", ours=list))
+    )
     rows = dict(targets.rows(dry_run()))
     assert "TypeError" in rows["bad"]["contenders"]["ours"]["error"] and rows["bad"]["seconds"] is None
     assert "absent" in rows["bad"]["contenders"]["dense"]
@@ -51,7 +53,9 @@ def test_our_own_failure_is_an_error_after_which_other_targets_go_on(monkeypatch
 
 
 def test_our_row_is_there_before_a_peer_runs():
-    first = next(iter(targets._measurements(target(ours=list, peer=lambda: pytest.fail("ran")), 8, RATES, 0.0)))
+    first = next(
+        iter(targets._measurements(target(ours=list, peer=lambda: pytest.fail("ran")), 8, RATES, 0.0))
+    )
     assert list(first["contenders"]) == ["ours"] and first["seconds"] > 0
 
 
@@ -62,7 +66,9 @@ def test_targets_without_time_say_so(monkeypatch):
 
 
 def test_inf_cl_gets_the_width_of_its_operands_and_is_compared_with_ours_in_float32(monkeypatch):
-    """Inf-CL's function as version 1.2.1 has it: it views operands as heads of `head_dim`, 256 if nothing is said, and wants float32."""
+    """Inf-CL's function as version 1.2.1 has it: it views operands as heads of `head_dim`, 256 if nothing is
+    said, and wants float32.
+    """
     dtypes = []
 
     def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):

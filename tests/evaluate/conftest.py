@@ -21,10 +21,15 @@ class Batch:
     label: Tensor | None
 
 
-def batches(views: list[Tensor], labels: Tensor | None, batch_size: int = 8, order: Tensor | None = None) -> list[Batch]:
+def batches(
+    views: list[Tensor], labels: Tensor | None, batch_size: int = 8, order: Tensor | None = None
+) -> list[Batch]:
     """Every image once, in `order`; each view is (N, 3, S, S)."""
     order = torch.arange(len(views[0])) if order is None else order
-    return [Batch([view[rows] for view in views], rows, None if labels is None else labels[rows]) for rows in order.split(batch_size)]
+    return [
+        Batch([view[rows] for view in views], rows, None if labels is None else labels[rows])
+        for rows in order.split(batch_size)
+    ]
 
 
 @pytest.fixture
@@ -33,7 +38,9 @@ def loader() -> Callable[..., list[Batch]]:
 
 
 def clusters(count: int, width: int, classes: int, seed: int, spread: float = 1.0) -> Features:
-    """Gaussian clusters around class means that depend on `classes` and `width` only; columns of unequal scale and offset."""
+    """Gaussian clusters around class means that depend on `classes` and `width` only; columns of unequal
+    scale and offset.
+    """
     means = torch.randn(classes, width, generator=torch.Generator().manual_seed(1000))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes

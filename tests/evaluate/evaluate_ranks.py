@@ -1,4 +1,5 @@
-"""What each of several ranks runs: gather shards, evaluate, update the online probe, and write down what this rank saw.
+"""What each of several ranks runs: gather shards, evaluate, update the online probe, and write down what this
+rank saw.
 
 Usage: python evaluate_ranks.py FOLDER RANK WORLD_SIZE
 """
@@ -25,7 +26,9 @@ IMAGES, CLASSES = 45, 3
 def images() -> tuple[Tensor, Tensor]:
     """Images (45, 3, 4, 4) whose brightness depends on their class, and labels."""
     labels = torch.arange(IMAGES) % 7 % CLASSES
-    return labels.view(-1, 1, 1, 1) + torch.randn(IMAGES, 3, 4, 4, generator=torch.Generator().manual_seed(0)), labels
+    return labels.view(-1, 1, 1, 1) + torch.randn(
+        IMAGES, 3, 4, 4, generator=torch.Generator().manual_seed(0)
+    ), labels
 
 
 def encoder() -> nn.Module:
@@ -39,7 +42,9 @@ def shard(rows: Tensor, labelled: bool = True, views: int = 1) -> list[SimpleNam
     batch_rows = [part for part in rows.split(7) if len(part)]
     return [
         SimpleNamespace(
-            views=[pixels[part] + noise[view][part] for view in range(views)], index=part, label=labels[part] if labelled else None
+            views=[pixels[part] + noise[view][part] for view in range(views)],
+            index=part,
+            label=labels[part] if labelled else None,
         )
         for part in batch_rows
     ]
@@ -50,7 +55,10 @@ def everything(mine: Tensor, first_rank_only: Tensor) -> dict:
     net = encoder()
     settings = EvaluateConfig(knn_k=3, labels_per_class=4)
     data = EvaluationData(shard(mine), None, shard(mine, views=2))
-    plain, unlabelled = extract_features(net, shard(mine), "cpu"), extract_features(net, shard(first_rank_only, labelled=False), "cpu")
+    plain, unlabelled = (
+        extract_features(net, shard(mine), "cpu"),
+        extract_features(net, shard(first_rank_only, labelled=False), "cpu"),
+    )
     pair = extract_views(net, shard(mine, views=2), "cpu")
     probe = OnlineProbe(48, CLASSES)
     return {
@@ -60,7 +68,9 @@ def everything(mine: Tensor, first_rank_only: Tensor) -> dict:
         "unlabelled": unlabelled.features,
         "unlabelled_labels": unlabelled.labels,
         "second_view": pair[1].features,
-        "probe_losses": torch.stack([probe.update(images()[0][mine].flatten(1), images()[1][mine])["loss"] for _ in range(5)]),
+        "probe_losses": torch.stack(
+            [probe.update(images()[0][mine].flatten(1), images()[1][mine])["loss"] for _ in range(5)]
+        ),
         "probe": state_of(probe),
         "probe_of_few": state_of(probe_of_few(mine)),
         "report": evaluate({"raw pixels": "pixels", "this run": net}, data, settings, seed=3).to_json(),
@@ -105,13 +115,18 @@ def error_of_nan(mine: Tensor) -> str:
 
 if __name__ == "__main__":
     rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size
+    )
     assert dist.get_world_size() == world_size == 3
-    # Shards interleave, as a sampler's do, and are of the same length so that rank means are the means of all rows.
+    # Shards interleave, as a sampler's do, and are of the same length so that rank means are the means of all
+    # rows.
     results = everything(torch.arange(rank, IMAGES, world_size), torch.arange(10 if rank == 0 else 0))
     dist.destroy_process_group()
     store = dist.FileStore(str(folder / "impatient"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=3))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=3)
+    )
     results["waited for"] = waited_for()
     torch.save({"world_size": dist.get_world_size(), **results}, folder / f"{rank}.pt")
     dist.destroy_process_group()

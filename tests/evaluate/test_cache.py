@@ -14,7 +14,9 @@ VIEW = pipelines.evaluation_view(4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 def pictures(seed: int = 0) -> pipelines.ArrayImages:
     generator = np.random.default_rng(seed)
-    return pipelines.ArrayImages(generator.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8), np.arange(10) % 3, ("a", "b", "c"))
+    return pipelines.ArrayImages(
+        generator.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8), np.arange(10) % 3, ("a", "b", "c")
+    )
 
 
 class Extraction:
@@ -29,7 +31,9 @@ class Extraction:
             raise KeyboardInterrupt
         self.parts.append(len(part))
         first = torch.from_numpy(part.images[:, 0, 0].copy()).float()
-        return Features(first, torch.from_numpy(part.labels), torch.arange(len(part))), Features(-first, None, torch.arange(len(part)))
+        return Features(first, torch.from_numpy(part.labels), torch.arange(len(part))), Features(
+            -first, None, torch.arange(len(part))
+        )
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """The idealised-representation theorem on constructed data whose equivalence classes are known.
 
-C classes of images, each with many augmented views. An invariant task gives every class a label. A probe learns a task from one view of
-each class and is judged on other views: where the three conditions hold every task is solved, and breaking one condition alone breaks some.
+C classes of images, each with many augmented views. An invariant task gives every class a label. A probe
+learns a task from one view of each class and is judged on other views: where the three conditions hold every
+task is solved, and breaking one condition alone breaks some.
 """
 
 from __future__ import annotations
@@ -28,18 +29,26 @@ def ideal(seed: int = 0) -> torch.Tensor:
 
 
 def without_invariance() -> torch.Tensor:
-    """The same corners, with a large part of each view that augmentation draws anew: wide enough and predictable, not invariant."""
-    return torch.cat([ideal(), 6 * torch.randn(VIEWS, CLASSES, 40, generator=torch.Generator().manual_seed(0))], dim=2)
+    """The same corners, with a large part of each view that augmentation draws anew: wide enough and
+    predictable, not invariant.
+    """
+    return torch.cat(
+        [ideal(), 6 * torch.randn(VIEWS, CLASSES, 40, generator=torch.Generator().manual_seed(0))], dim=2
+    )
 
 
 def without_dimension() -> torch.Tensor:
-    """Six points on a circle: invariant, each class cut off from the rest by a line, but two dimensions instead of five."""
+    """Six points on a circle: invariant, each class cut off from the rest by a line, but two dimensions
+    instead of five.
+    """
     angles = torch.arange(CLASSES) * 2 * torch.pi / CLASSES
     return torch.stack([angles.cos(), angles.sin()], dim=1).expand(VIEWS, -1, -1)
 
 
 def without_predictability() -> torch.Tensor:
-    """Two classes in one place, in five dimensions: invariant and wide enough for five, but no probe tells these two apart."""
+    """Two classes in one place, in five dimensions: invariant and wide enough for five, but no probe tells
+    these two apart.
+    """
     merged = ideal().clone()
     merged[:, 1] = merged[:, 0]
     return merged
@@ -49,8 +58,13 @@ def accuracy(views: torch.Tensor, task: tuple[int, ...], hidden: int = 0) -> flo
     """A probe learns from the first view of each class; its accuracy on the other views."""
     labels = torch.tensor(task)
     train = Features(views[0].contiguous(), labels, torch.arange(CLASSES))
-    # An MLP is given the six points over and over: it is a question of what it can represent, not of how many steps it takes.
-    probe = fit_gradient_probe(repeated(train), hidden=hidden, epochs=60, rates=(0.1,)) if hidden else fit_probe(train, weight_decay=1e-3)
+    # An MLP is given the six points over and over: it is a question of what it can represent, not of how many
+    # steps it takes.
+    probe = (
+        fit_gradient_probe(repeated(train), hidden=hidden, epochs=60, rates=(0.1,))
+        if hidden
+        else fit_probe(train, weight_decay=1e-3)
+    )
     predicted = probe.classes[probe.log_probabilities(views[1:].flatten(0, 1).contiguous()).argmax(dim=1)]
     return (predicted == labels.repeat(VIEWS - 1)).double().mean().item()
 
@@ -72,7 +86,8 @@ def test_breaking_invariance_alone_breaks_some_task():
     measured = measure_conditions(views[0], views[1])
 
     assert measured.variation > 0.2 and measured.dimension >= measured.needed
-    # The corners are still there: a linear probe on them alone solves every task, so nothing but invariance is missing.
+    # The corners are still there: a linear probe on them alone solves every task, so nothing but invariance
+    # is missing.
     assert all(accuracy(views[:, :, :5], task) == 1 for task in TASKS)
     assert min(accuracy(views, task) for task in TASKS) < 0.75
 

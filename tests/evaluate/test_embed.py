@@ -18,7 +18,9 @@ def photos(tmp_path):
     for number in range(6):
         folder = tmp_path / "photos" / ("cat" if number < 3 else "dög & <b>")
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
     return tmp_path / "photos"
 
 
@@ -27,7 +29,9 @@ def test_embed_writes_features_with_names_labels_and_classes(finished_run, photo
 
     assert outcome.code == 0, outcome.err
     with np.load(tmp_path / "out.npz", allow_pickle=False) as written:
-        assert written["files"].tolist() == [f"cat/{n}.png" for n in range(3)] + [f"dög & <b>/{n}.png" for n in range(3, 6)]
+        assert written["files"].tolist() == [f"cat/{n}.png" for n in range(3)] + [
+            f"dög & <b>/{n}.png" for n in range(3, 6)
+        ]
         assert written["features"].dtype == np.float32 and written["labels"].tolist() == [0, 0, 0, 1, 1, 1]
         assert written["classes"].tolist() == ["cat", "dög & <b>"]
         features = torch.from_numpy(written["features"])
@@ -35,7 +39,9 @@ def test_embed_writes_features_with_names_labels_and_classes(finished_run, photo
     encoder = open_subject(str(finished_run), config).encoder
     view = pipelines.evaluation_view(config.views.size, mean=config.views.mean, std=config.views.std)
     loader = pipelines.build(pipelines.open_images("folder", photos), [view], batch_size=2, training=False)
-    torch.testing.assert_close(features, extract_features(encoder, loader, "cpu").features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features, extract_features(encoder, loader, "cpu").features, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_both_splits_of_an_npz_are_embedded(finished_run, tmp_path, fastgessl):
@@ -45,11 +51,16 @@ def test_both_splits_of_an_npz_are_embedded(finished_run, tmp_path, fastgessl):
     assert fastgessl("embed", finished_run, tmp_path / "data.npz", "--out", tmp_path / "out.npz").code == 0
 
     with np.load(tmp_path / "out.npz", allow_pickle=False) as written:
-        assert written["files"].tolist() == [*(f"train/{n}" for n in range(5)), *(f"test/{n}" for n in range(4))]
+        assert written["files"].tolist() == [
+            *(f"train/{n}" for n in range(5)),
+            *(f"test/{n}" for n in range(4)),
+        ]
         assert written["features"].shape == (9, 64) and "labels" not in written
 
 
-def test_names_and_labels_stay_with_their_features_where_a_file_is_skipped(finished_run, photos, tmp_path, fastgessl):
+def test_names_and_labels_stay_with_their_features_where_a_file_is_skipped(
+    finished_run, photos, tmp_path, fastgessl
+):
     run = shutil.copytree(finished_run, tmp_path / "run")
     assert fastgessl("embed", run, photos, "--out", tmp_path / "whole.npz").code == 0
     (photos / "cat" / "1.png").write_bytes(b"broken")
@@ -78,7 +89,9 @@ def test_a_folder_of_bad_files_alone_is_one_line_and_exit_code_2(finished_run, p
 
 
 @pytest.mark.parametrize(("path", "expected"), [("nowhere", "does not exist"), ("empty", "holds no images")])
-def test_a_folder_without_images_is_one_line_and_exit_code_2(finished_run, tmp_path, fastgessl, path, expected):
+def test_a_folder_without_images_is_one_line_and_exit_code_2(
+    finished_run, tmp_path, fastgessl, path, expected
+):
     (tmp_path / "empty").mkdir()
 
     outcome = fastgessl("embed", finished_run, tmp_path / path, "--out", tmp_path / "out.npz")

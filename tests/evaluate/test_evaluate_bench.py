@@ -1,4 +1,6 @@
-"""The measuring program compares like with like: three implementations of one k-NN, and two probes, on the same features."""
+"""The measuring program compares like with like: three implementations of one k-NN, and two probes, on the
+same features.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,11 @@ bench = pytest.importorskip("bench.evaluate", reason="lightly, a peer of the mea
 def test_three_implementations_of_k_nn_agree():
     measured = bench.neighbours(bench.clusters(400, seed=0), bench.clusters(100, seed=1))
 
-    assert measured["knn_accuracy"] == measured["knn_sklearn_accuracy"] == pytest.approx(measured["knn_lightly_accuracy"], abs=0.011)
+    assert (
+        measured["knn_accuracy"]
+        == measured["knn_sklearn_accuracy"]
+        == pytest.approx(measured["knn_lightly_accuracy"], abs=0.011)
+    )
     assert 0.15 < measured["knn_accuracy"] < 0.95
 
 

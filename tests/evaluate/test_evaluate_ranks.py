@@ -43,7 +43,9 @@ def test_a_rank_without_images_and_a_data_set_without_labels_are_gathered_too(ra
 
 
 def test_every_rank_gets_the_report_of_a_single_process(ranks, alone):
-    assert all(rank["report"] == ranks[0]["report"] and rank["monitor"] == ranks[0]["monitor"] for rank in ranks)
+    assert all(
+        rank["report"] == ranks[0]["report"] and rank["monitor"] == ranks[0]["monitor"] for rank in ranks
+    )
     together, single = ranks[0]["report"]["rows"], alone["report"]["rows"]
     for row, task in itertools.product(("raw pixels", "this run"), ("linear", "few_labels", "knn")):
         assert together[row][task]["accuracy"] == pytest.approx(single[row][task]["accuracy"], abs=1e-9)

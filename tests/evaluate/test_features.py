@@ -17,7 +17,14 @@ def pictures(count: int = 20, seed: int = 0) -> torch.Tensor:
 def encoder() -> nn.Sequential:
     """With batch norm and dropout, which behave differently in training mode."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     net[1].running_mean += torch.randn(4)
     return net
 
@@ -76,7 +83,9 @@ def test_views_are_extracted_side_by_side(loader):
 def test_raw_pixels_are_the_flattened_images(loader):
     images = pictures()
 
-    assert raw_pixels(loader([images.to(memory_format=torch.channels_last)], None)).features.equal(images.reshape(20, -1))
+    assert raw_pixels(loader([images.to(memory_format=torch.channels_last)], None)).features.equal(
+        images.reshape(20, -1)
+    )
 
 
 def test_raw_pixels_of_large_views_are_block_means(loader):
@@ -88,7 +97,9 @@ def test_raw_pixels_of_large_views_are_block_means(loader):
 
 def test_bf16_forward_gives_float32_features_of_bf16_accuracy(loader):
     images, net = pictures(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    expected = nn.functional.linear(images.flatten(1).bfloat16(), net[1].weight.bfloat16(), net[1].bias.bfloat16()).float()
+    expected = nn.functional.linear(
+        images.flatten(1).bfloat16(), net[1].weight.bfloat16(), net[1].bias.bfloat16()
+    ).float()
 
     features = extract_features(net, loader([images], None), "cpu", precision="bf16").features
 
@@ -101,8 +112,18 @@ def test_bf16_forward_gives_float32_features_of_bf16_accuracy(loader):
     ("net", "views", "order", "message"),
     [
         (nn.Flatten(), 2, None, "yields 2 views an image"),
-        (nn.Conv2d(3, 4, 3), 1, None, r"maps views \(8, 3, 8, 8\) to \(8, 4, 6, 6\); evaluation needs \(B, F\)"),
-        (nn.Flatten(), 1, torch.tensor([0, 1, 5, 2, 5]), r"yields 1 images more than once \(first: image 5\)"),
+        (
+            nn.Conv2d(3, 4, 3),
+            1,
+            None,
+            r"maps views \(8, 3, 8, 8\) to \(8, 4, 6, 6\); evaluation needs \(B, F\)",
+        ),
+        (
+            nn.Flatten(),
+            1,
+            torch.tensor([0, 1, 5, 2, 5]),
+            r"yields 1 images more than once \(first: image 5\)",
+        ),
     ],
 )
 def test_what_is_no_evaluation_loader_or_encoder_is_refused(loader, net, views, order, message):
@@ -111,9 +132,13 @@ def test_what_is_no_evaluation_loader_or_encoder_is_refused(loader, net, views, 
 
 
 def test_features_that_are_not_finite_name_their_owner_and_first_image():
-    features = Features(torch.tensor([[1.0, 2.0], [float("inf"), 0.0], [0.0, float("nan")]]), None, torch.tensor([4, 7, 9]))
+    features = Features(
+        torch.tensor([[1.0, 2.0], [float("inf"), 0.0], [0.0, float("nan")]]), None, torch.tensor([4, 7, 9])
+    )
 
-    with pytest.raises(UsageError, match=r"Row 'x': the features of 2 of 3 images are NaN or infinite \(first: image 7\)"):
+    with pytest.raises(
+        UsageError, match=r"Row 'x': the features of 2 of 3 images are NaN or infinite \(first: image 7\)"
+    ):
         features.require_finite("Row 'x'")
 
 

@@ -13,13 +13,25 @@ from fastgessl.evaluate import Features, few_shot
 def literally(pool: Features, ways: int, shots: int, queries: int, episodes: int, seed: int) -> list[float]:
     """Prototypical episodes in plain Python loops: the same draws, every distance written out."""
     generator, accuracies = torch.Generator().manual_seed(seed), []
-    members = [[i for i in range(len(pool)) if pool.labels[i] == label] for label in sorted(set(pool.labels.tolist()))]
+    members = [
+        [i for i in range(len(pool)) if pool.labels[i] == label]
+        for label in sorted(set(pool.labels.tolist()))
+    ]
     members = [rows for rows in members if len(rows) >= shots + queries]
     points = [[value / math.hypot(*row) for value in row] for row in pool.features.double().tolist()]
     for _ in range(episodes):
         chosen = torch.randperm(len(members), generator=generator)[:ways].tolist()
-        drawn = [[members[one][i] for i in torch.randperm(len(members[one]), generator=generator)[: shots + queries]] for one in chosen]
-        means = [[statistics.fmean(column) for column in zip(*(points[i] for i in rows[:shots]), strict=True)] for rows in drawn]
+        drawn = [
+            [
+                members[one][i]
+                for i in torch.randperm(len(members[one]), generator=generator)[: shots + queries]
+            ]
+            for one in chosen
+        ]
+        means = [
+            [statistics.fmean(column) for column in zip(*(points[i] for i in rows[:shots]), strict=True)]
+            for rows in drawn
+        ]
         hits = [
             min(range(ways), key=lambda way: math.dist(points[i], means[way])) == own
             for own, rows in enumerate(drawn)
@@ -42,7 +54,11 @@ def test_episodes_equal_a_literal_implementation(cluster_features, ways, shots):
 
 
 def test_random_features_are_at_chance():
-    pool = Features(torch.randn(400, 8, generator=torch.Generator().manual_seed(0)), torch.arange(400) % 20, torch.arange(400))
+    pool = Features(
+        torch.randn(400, 8, generator=torch.Generator().manual_seed(0)),
+        torch.arange(400) % 20,
+        torch.arange(400),
+    )
 
     result = few_shot(pool, ways=5, shots=1, queries=15, episodes=200)
 
@@ -63,14 +79,24 @@ def test_classes_with_too_few_images_are_left_out(cluster_features):
     labels = pool.labels.clone()
     labels[0] = 9
 
-    assert few_shot(Features(pool.features, labels, pool.index), ways=3, shots=1, queries=5, episodes=5).classes == 3
+    assert (
+        few_shot(Features(pool.features, labels, pool.index), ways=3, shots=1, queries=5, episodes=5).classes
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
-    ("ways", "labelled", "message"), [(4, True, "only 3 classes have as many"), (2, False, "the images have no labels")]
+    ("ways", "labelled", "message"),
+    [(4, True, "only 3 classes have as many"), (2, False, "the images have no labels")],
 )
 def test_impossible_episodes_are_refused(cluster_features, ways, labelled, message):
     pool = cluster_features(60, 6, 3, seed=0)
 
     with pytest.raises(UsageError, match=f"Task few_shot: .*{message}"):
-        few_shot(Features(pool.features, pool.labels if labelled else None, pool.index), ways=ways, shots=1, queries=15, episodes=2)
+        few_shot(
+            Features(pool.features, pool.labels if labelled else None, pool.index),
+            ways=ways,
+            shots=1,
+            queries=15,
+            episodes=2,
+        )

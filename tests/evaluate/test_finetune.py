@@ -51,10 +51,14 @@ def test_fine_tuning_learns_on_a_copy_and_takes_the_rate_that_validates_best():
 
 def test_no_test_label_reaches_the_choice_of_a_rate():
     test = pictures(60, 1)
-    shuffled = pipelines.ArrayImages(test.images, np.random.default_rng(0).permutation(test.labels), test.classes)
+    shuffled = pipelines.ArrayImages(
+        test.images, np.random.default_rng(0).permutation(test.labels), test.classes
+    )
     settings = SETTINGS.model_copy(update={"finetune_epochs": 2})
 
-    honest, blind = (finetune(encoder(), pictures(60, 0), part, 1.0, settings, LOADERS, CPU) for part in (test, shuffled))
+    honest, blind = (
+        finetune(encoder(), pictures(60, 0), part, 1.0, settings, LOADERS, CPU) for part in (test, shuffled)
+    )
 
     assert (blind.lr, blind.validation) == (honest.lr, honest.validation)
     assert blind.accuracy != honest.accuracy
@@ -64,9 +68,20 @@ def test_lower_layers_move_less_under_layer_decay():
     def moved(decay: float) -> tuple[float, float]:
         net = encoder()
         start = {name: value.clone() for name, value in net.named_parameters()}
-        train_classifier(Classifier(net, 3), relabelled(pictures(60, 0)), LOADERS, CPU, epochs=1, lr=1e-2, layer_decay=decay)
+        train_classifier(
+            Classifier(net, 3),
+            relabelled(pictures(60, 0)),
+            LOADERS,
+            CPU,
+            epochs=1,
+            lr=1e-2,
+            layer_decay=decay,
+        )
         end = dict(net.named_parameters())
-        return tuple((end[name] - start[name]).abs().mean().item() for name in ("conv1.weight", "layer4.1.conv2.weight"))
+        return tuple(
+            (end[name] - start[name]).abs().mean().item()
+            for name in ("conv1.weight", "layer4.1.conv2.weight")
+        )
 
     (even_first, even_last), (first, last) = moved(1.0), moved(0.5)
 
@@ -81,8 +96,19 @@ def test_layers_that_nobody_knows_cannot_decay():
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     backbone.num_features = 4
 
-    with pytest.raises(UsageError, match=r"layer_decay 0.5 needs a backbone whose layers timm knows.* Use --evaluate.layer_decay 1"):
-        train_classifier(Classifier(backbone, 3), relabelled(pictures(60, 0)), LOADERS, CPU, epochs=1, lr=1e-2, layer_decay=0.5)
+    with pytest.raises(
+        UsageError,
+        match=r"layer_decay 0.5 needs a backbone whose layers timm knows.* Use --evaluate.layer_decay 1",
+    ):
+        train_classifier(
+            Classifier(backbone, 3),
+            relabelled(pictures(60, 0)),
+            LOADERS,
+            CPU,
+            epochs=1,
+            lr=1e-2,
+            layer_decay=0.5,
+        )
 
 
 def test_images_without_labels_are_refused():

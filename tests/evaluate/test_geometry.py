@@ -25,7 +25,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40)], ids=["tall", "wide"])
 @pytest.mark.parametrize("singular", [[1.0] * 5, [4.0, 2.0, 1.0, 1.0], [3.0]])
 def test_effective_rank_is_the_perplexity_of_the_given_singular_values(shape, singular):
-    left, right = torch.linalg.qr(random(shape[0], len(singular))).Q, torch.linalg.qr(random(shape[1], len(singular), seed=1)).Q
+    left, right = (
+        torch.linalg.qr(random(shape[0], len(singular))).Q,
+        torch.linalg.qr(random(shape[1], len(singular), seed=1)).Q,
+    )
     shares = [value / sum(singular) for value in singular]
 
     measured = effective_rank(left * torch.tensor(singular) @ right.T)
@@ -62,7 +65,9 @@ def test_uniformity_equals_the_mean_over_scipys_pairs(monkeypatch):
     monkeypatch.setattr(geometry, "PAIRS_AT_ONCE", 7 * 50)
     squared = pdist(F.normalize(features.double(), dim=1).numpy(), "sqeuclidean")
 
-    assert uniformity(features) == pytest.approx(math.log(sum(math.exp(-2 * value) for value in squared) / len(squared)), rel=1e-9)
+    assert uniformity(features) == pytest.approx(
+        math.log(sum(math.exp(-2 * value) for value in squared) / len(squared)), rel=1e-9
+    )
 
 
 def test_view_retrieval_equals_a_literal_loop(monkeypatch):
@@ -71,7 +76,9 @@ def test_view_retrieval_equals_a_literal_loop(monkeypatch):
     monkeypatch.setattr(geometry, "PAIRS_AT_ONCE", 11 * 60)
     hits = 0
     for i in range(60):
-        similarities = [F.cosine_similarity(first[i].double(), second[j].double(), dim=0).item() for j in range(60)]
+        similarities = [
+            F.cosine_similarity(first[i].double(), second[j].double(), dim=0).item() for j in range(60)
+        ]
         hits += max(range(60), key=similarities.__getitem__) == i
 
     assert 5 < hits < 55
@@ -90,11 +97,16 @@ def test_geometry_averages_both_views_and_both_directions():
     assert measured.uniformity == pytest.approx((uniformity(first) + uniformity(second)) / 2)
     assert measured.retrieval == (view_retrieval(first, second) + view_retrieval(second, first)) / 2
     assert view_retrieval(first, second) != view_retrieval(second, first)
-    assert (measured.effective_rank, measured.alignment, measured.images) == (effective_rank(first), alignment(first, second), 30)
+    assert (measured.effective_rank, measured.alignment, measured.images) == (
+        effective_rank(first),
+        alignment(first, second),
+        30,
+    )
 
 
 def test_crowding_ratio_of_two_pairs_on_the_circle_has_its_closed_form():
-    # Pairs at ±a around two axes: centres cos a from the origin and √2·cos a apart, each point sin a from its own.
+    # Pairs at ±a around two axes: centres cos a from the origin and √2·cos a apart, each point sin a from its
+    # own.
     a = 0.2
     angles = torch.tensor([-a, a, math.pi / 2 - a, math.pi / 2 + a])
 
@@ -108,7 +120,9 @@ def test_crowding_ratio_takes_the_nearest_other_class():
     angles = torch.tensor([-a, a, math.pi / 2 - a, math.pi / 2 + a, math.pi - a, math.pi + a])
     near, far = math.sqrt(2) * math.cos(a), 2 * math.cos(a)
 
-    measured = crowding_ratio(torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 0, 1, 1, 2, 2]))
+    measured = crowding_ratio(
+        torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 0, 1, 1, 2, 2])
+    )
 
     assert near < far
     assert measured == pytest.approx(math.sin(a) / near, rel=1e-5)

@@ -13,10 +13,21 @@ from fastgessl.evaluate.splits import hold_out
 
 
 def as_torch_trains_it(train: Features, rate: float, epochs: int, seed: int, hidden: int) -> nn.Module:
-    """One learning rate with torch's own layers, autograd, SGD and cosine, on the batches of the same generator."""
+    """One learning rate with torch's own layers, autograd, SGD and cosine, on the batches of the same
+    generator.
+    """
     inputs = torch.from_numpy(StandardScaler().fit_transform(train.features.double().numpy())).float()
-    generator, count, width, classes = torch.Generator().manual_seed(seed), len(train), inputs.shape[1], len(train.labels.unique())
-    net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes)) if hidden else nn.Linear(width, classes)
+    generator, count, width, classes = (
+        torch.Generator().manual_seed(seed),
+        len(train),
+        inputs.shape[1],
+        len(train.labels.unique()),
+    )
+    net = (
+        nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        if hidden
+        else nn.Linear(width, classes)
+    )
     for parameter in net.parameters():
         nn.init.zeros_(parameter)
     if hidden:
@@ -24,7 +35,10 @@ def as_torch_trains_it(train: Features, rate: float, epochs: int, seed: int, hid
         net[2].weight.data.copy_((torch.randn(hidden, classes, generator=generator) * 0.01).T)
     weights = [parameter for parameter in net.parameters() if parameter.ndim > 1]
     biases = [parameter for parameter in net.parameters() if parameter.ndim == 1]
-    groups = [{"params": weights, "weight_decay": gradient_probes.WEIGHT_DECAY}, {"params": biases, "weight_decay": 0}]
+    groups = [
+        {"params": weights, "weight_decay": gradient_probes.WEIGHT_DECAY},
+        {"params": biases, "weight_decay": 0},
+    ]
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
     size = gradient_probes.batch_size(count)
     batches = max(1, count // size)
@@ -40,14 +54,23 @@ def as_torch_trains_it(train: Features, rate: float, epochs: int, seed: int, hid
 
 @pytest.mark.parametrize("hidden", [0, 12])
 def test_the_probe_is_the_one_that_torchs_layers_autograd_and_sgd_train(cluster_features, hidden):
-    train, test = cluster_features(600, 10, 4, seed=0, spread=2.0), cluster_features(50, 10, 4, seed=1, spread=2.0)
+    train, test = (
+        cluster_features(600, 10, 4, seed=0, spread=2.0),
+        cluster_features(50, 10, 4, seed=1, spread=2.0),
+    )
     net = as_torch_trains_it(train, 0.05, epochs=4, seed=3, hidden=hidden)
     scaler = StandardScaler().fit(train.features.double().numpy())
-    expected = net(torch.from_numpy(scaler.transform(test.features.double().numpy())).float()).double().log_softmax(dim=1)
+    expected = (
+        net(torch.from_numpy(scaler.transform(test.features.double().numpy())).float())
+        .double()
+        .log_softmax(dim=1)
+    )
 
     probe = fit_gradient_probe(train, hidden=hidden, epochs=4, seed=3, rates=(0.05,))
 
-    torch.testing.assert_close(probe.log_probabilities(test.features), expected.detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        probe.log_probabilities(test.features), expected.detach(), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("hidden", [0, 12])
@@ -60,7 +83,9 @@ def test_rates_side_by_side_are_the_rates_one_by_one(cluster_features, hidden):
     together = gradient_probes._descend(inputs[fitted], train.labels[fitted], rates, 3, hidden, 5, 0, False)
 
     for number, rate in enumerate(rates):
-        alone = gradient_probes._descend(inputs[fitted], train.labels[fitted], (rate,), 3, hidden, 5, 0, False)
+        alone = gradient_probes._descend(
+            inputs[fitted], train.labels[fitted], (rate,), 3, hidden, 5, 0, False
+        )
         for (weight, bias), (own_weight, own_bias) in zip(together, alone, strict=True):
             torch.testing.assert_close(weight[number], own_weight[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(bias[number], own_bias[0], rtol=1e-4, atol=1e-5)
@@ -68,21 +93,31 @@ def test_rates_side_by_side_are_the_rates_one_by_one(cluster_features, hidden):
 
 
 def test_the_rate_of_the_best_validation_accuracy_is_chosen_and_trained_again_on_all_images(cluster_features):
-    train, test = cluster_features(400, 10, 4, seed=0, spread=4.0), cluster_features(300, 10, 4, seed=1, spread=4.0)
+    train, test = (
+        cluster_features(400, 10, 4, seed=0, spread=4.0),
+        cluster_features(300, 10, 4, seed=1, spread=4.0),
+    )
 
     result = gradient_probe(train, test, epochs=3)
 
     best = max(result.validation.values())
-    assert result.learning_rate == min(rate for rate, accuracy in result.validation.items() if accuracy == best)
+    assert result.learning_rate == min(
+        rate for rate, accuracy in result.validation.items() if accuracy == best
+    )
     assert len(set(result.validation.values())) > 1
     alone = fit_gradient_probe(train, epochs=3, rates=(result.learning_rate,))
     assert result.accuracy == gradient_probes.accuracy_of(alone, test.features, test.labels)
 
 
 def test_a_linear_probe_by_sgd_reaches_what_scikit_learns_optimum_reaches(cluster_features):
-    train, test = cluster_features(1000, 12, 4, seed=0, spread=2.0), cluster_features(1000, 12, 4, seed=1, spread=2.0)
+    train, test = (
+        cluster_features(1000, 12, 4, seed=0, spread=2.0),
+        cluster_features(1000, 12, 4, seed=1, spread=2.0),
+    )
     scaler = StandardScaler().fit(train.features.numpy())
-    oracle = LogisticRegression(C=1.0, max_iter=500).fit(scaler.transform(train.features.numpy()), train.labels.numpy())
+    oracle = LogisticRegression(C=1.0, max_iter=500).fit(
+        scaler.transform(train.features.numpy()), train.labels.numpy()
+    )
 
     expected = oracle.score(scaler.transform(test.features.numpy()), test.labels.numpy())
 
@@ -100,8 +135,15 @@ def test_a_hidden_layer_solves_what_no_linear_probe_can():
 
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_no_test_label_reaches_the_choice_of_a_learning_rate(cluster_features, hidden):
-    train, test = cluster_features(300, 10, 4, seed=0, spread=2.0), cluster_features(200, 10, 4, seed=1, spread=2.0)
-    shuffled = Features(test.features, test.labels[torch.randperm(200, generator=torch.Generator().manual_seed(2))], test.index)
+    train, test = (
+        cluster_features(300, 10, 4, seed=0, spread=2.0),
+        cluster_features(200, 10, 4, seed=1, spread=2.0),
+    )
+    shuffled = Features(
+        test.features,
+        test.labels[torch.randperm(200, generator=torch.Generator().manual_seed(2))],
+        test.index,
+    )
 
     honest, blind = (gradient_probe(train, part, hidden=hidden, epochs=5) for part in (test, shuffled))
 
@@ -110,7 +152,11 @@ def test_no_test_label_reaches_the_choice_of_a_learning_rate(cluster_features, h
 
 
 def test_classes_too_small_to_validate_on_take_the_documented_rate():
-    few = Features(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2]), torch.arange(6))
+    few = Features(
+        torch.randn(6, 4, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 0, 1, 1, 2, 2]),
+        torch.arange(6),
+    )
 
     probe = fit_gradient_probe(few, epochs=2)
 

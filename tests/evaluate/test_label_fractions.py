@@ -20,7 +20,10 @@ def test_a_share_is_that_share_of_every_class_and_at_least_one_image():
 
 
 def test_the_probe_sees_nothing_outside_its_share(cluster_features):
-    train, test = cluster_features(300, 10, 4, seed=0, spread=2.0), cluster_features(200, 10, 4, seed=1, spread=2.0)
+    train, test = (
+        cluster_features(300, 10, 4, seed=0, spread=2.0),
+        cluster_features(200, 10, 4, seed=1, spread=2.0),
+    )
     rows = draw_fraction(train.labels, 0.1, torch.Generator().manual_seed(5))
     spoilt = train.features.clone()
     outside = torch.ones(300, dtype=torch.bool)
@@ -37,7 +40,10 @@ def test_the_probe_sees_nothing_outside_its_share(cluster_features):
 
 
 def test_mean_and_deviation_are_over_the_draws(cluster_features):
-    train, test = cluster_features(300, 10, 4, seed=0, spread=3.0), cluster_features(200, 10, 4, seed=1, spread=3.0)
+    train, test = (
+        cluster_features(300, 10, 4, seed=0, spread=3.0),
+        cluster_features(200, 10, 4, seed=1, spread=3.0),
+    )
 
     result = label_fraction_probe(train, test, 0.1, draws=3)
 

@@ -16,7 +16,9 @@ def method() -> nn.Module:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 8))
     backbone.num_features = 8
-    return build_method(MethodConfig(name="simclr", projector_hidden=16, projector_out=8), backbone, RunFacts())
+    return build_method(
+        MethodConfig(name="simclr", projector_hidden=16, projector_out=8), backbone, RunFacts()
+    )
 
 
 @pytest.fixture
@@ -39,13 +41,22 @@ def descended(method: nn.Module, views: list[torch.Tensor], lr: float, steps: in
 def log_rows(model: nn.Module, views: list[torch.Tensor]) -> torch.Tensor:
     """log π of the task, both directions, written out."""
     with torch.no_grad():
-        return torch.cat([(pi.query @ pi.key.T / pi.temperature).log_softmax(dim=1) for pi in model.similarity(model(views))])
+        return torch.cat(
+            [
+                (pi.query @ pi.key.T / pi.temperature).log_softmax(dim=1)
+                for pi in model.similarity(model(views))
+            ]
+        )
 
 
 @pytest.mark.parametrize("inner_steps", [0, 2])
-def test_sigma_is_the_divergence_from_the_model_after_k_steps_to_its_copy_after_more(method, views, inner_steps):
+def test_sigma_is_the_divergence_from_the_model_after_k_steps_to_its_copy_after_more(
+    method, views, inner_steps
+):
     settings = GesslConfig(inner_steps=inner_steps, inner_lr=0.05)
-    student, teacher = (log_rows(descended(method, views, 0.05, steps), views) for steps in (inner_steps, inner_steps + 20))
+    student, teacher = (
+        log_rows(descended(method, views, 0.05, steps), views) for steps in (inner_steps, inner_steps + 20)
+    )
     expected = (teacher.exp() * (teacher - student)).sum(dim=1).mean().item()
 
     found = adapt(method, settings, views, max_steps=20)
@@ -59,7 +70,11 @@ def test_swav_s_codes_are_those_of_the_model_itself():
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
     backbone.num_features = 8
-    swav = build_method(MethodConfig(name="swav", projector_hidden=16, projector_out=8, prototypes=6, queue_length=0), backbone, RunFacts())
+    swav = build_method(
+        MethodConfig(name="swav", projector_hidden=16, projector_out=8, prototypes=6, queue_length=0),
+        backbone,
+        RunFacts(),
+    )
     swav.double()
     views = list(torch.randn(2, 12, 3, 2, 2, generator=torch.Generator().manual_seed(1)).double())
     model = copy.deepcopy(swav).train()
@@ -78,7 +93,9 @@ def test_swav_s_codes_are_those_of_the_model_itself():
 def test_a_model_that_is_its_own_converged_copy_has_no_sigma(method, views):
     expert = descended(method, views, 0.5, 600)
 
-    novice, settled = (adapt(model, GesslConfig(inner_lr=0.1), views, max_steps=30) for model in (method, expert))
+    novice, settled = (
+        adapt(model, GesslConfig(inner_lr=0.1), views, max_steps=30) for model in (method, expert)
+    )
 
     assert settled.sigma < 0.02 * novice.sigma
 
@@ -101,11 +118,16 @@ def test_the_method_is_left_as_it_was(method, views):
 
 
 def test_a_loss_that_is_not_finite_is_refused(method, views):
-    with pytest.raises(UsageError, match=r"Task learning: the task-specific copy diverged .* Choose a smaller --gessl.inner_lr"):
+    with pytest.raises(
+        UsageError,
+        match=r"Task learning: the task-specific copy diverged .* Choose a smaller --gessl.inner_lr",
+    ):
         adapt(method, GesslConfig(), [view * float("nan") for view in views])
 
 
 def test_a_checkpoint_holds_the_methods_weights_under_the_objectives_names(method):
-    objective = {f"method.{name}": value for name, value in method.state_dict().items()} | {"other": torch.ones(1)}
+    objective = {f"method.{name}": value for name, value in method.state_dict().items()} | {
+        "other": torch.ones(1)
+    }
 
     method.load_state_dict(weights_of_method(objective))

@@ -15,15 +15,25 @@ from fastgessl.evaluate import Features, few_label_probe, fit_probe, linear, lin
 from fastgessl.evaluate.splits import draw_labelled, hold_out
 
 
-def optimum(inputs: torch.Tensor, labels: torch.Tensor, classes: int, weight_decay: float) -> tuple[torch.Tensor, torch.Tensor]:
+def optimum(
+    inputs: torch.Tensor, labels: torch.Tensor, classes: int, weight_decay: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and bias that minimise mean cross-entropy + λ/2·‖W‖², by torch's L-BFGS in float64."""
     weight = torch.zeros(classes, inputs.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=500,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective():
         solver.zero_grad()
-        loss = F.cross_entropy(F.linear(inputs, weight, bias), labels) + weight_decay / 2 * weight.square().sum()
+        loss = (
+            F.cross_entropy(F.linear(inputs, weight, bias), labels) + weight_decay / 2 * weight.square().sum()
+        )
         loss.backward()
         return loss
 
@@ -32,14 +42,21 @@ def optimum(inputs: torch.Tensor, labels: torch.Tensor, classes: int, weight_dec
 
 
 def standardised(features: Features, by: Features) -> torch.Tensor:
-    return torch.from_numpy(StandardScaler().fit(by.features.double().numpy()).transform(features.features.double().numpy()))
+    return torch.from_numpy(
+        StandardScaler().fit(by.features.double().numpy()).transform(features.features.double().numpy())
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize(("count", "width"), [(120, 10), (40, 90)], ids=["N>F", "F>N"])
 @pytest.mark.parametrize("weight_decay", [1.0, 0.01])
-def test_probe_minimises_mean_cross_entropy_plus_half_lambda_squared_weights(cluster_features, classes, count, width, weight_decay):
-    train, test = cluster_features(count, width, classes, seed=0, spread=2.0), cluster_features(50, width, classes, seed=1, spread=2.0)
+def test_probe_minimises_mean_cross_entropy_plus_half_lambda_squared_weights(
+    cluster_features, classes, count, width, weight_decay
+):
+    train, test = (
+        cluster_features(count, width, classes, seed=0, spread=2.0),
+        cluster_features(50, width, classes, seed=1, spread=2.0),
+    )
     weight, bias = optimum(standardised(train, by=train), train.labels, classes, weight_decay)
     expected = F.log_softmax(F.linear(standardised(test, by=train), weight, bias), dim=1)
 
@@ -50,7 +67,10 @@ def test_probe_minimises_mean_cross_entropy_plus_half_lambda_squared_weights(clu
 
 
 def test_probe_predicts_what_scikit_learns_pipeline_predicts(cluster_features):
-    train, test = cluster_features(200, 16, 6, seed=0, spread=2.0), cluster_features(200, 16, 6, seed=1, spread=2.0)
+    train, test = (
+        cluster_features(200, 16, 6, seed=0, spread=2.0),
+        cluster_features(200, 16, 6, seed=1, spread=2.0),
+    )
     oracle = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (0.1 * 200), tol=1e-8, max_iter=1000))
     oracle.fit(train.features.double().numpy(), train.labels.numpy())
 
@@ -68,7 +88,9 @@ def test_linear_probe_chooses_the_decay_of_the_lowest_validation_cross_entropy(c
         cross_entropy = {}
         for weight_decay in linear.WEIGHT_DECAYS:
             weight, bias = optimum(inputs[fitted], train.labels[fitted], 5, weight_decay)
-            cross_entropy[weight_decay] = F.cross_entropy(F.linear(inputs[held], weight, bias), train.labels[held]).item()
+            cross_entropy[weight_decay] = F.cross_entropy(
+                F.linear(inputs[held], weight, bias), train.labels[held]
+            ).item()
         best = min(cross_entropy, key=cross_entropy.__getitem__)
         chosen.add(best)
 
@@ -78,38 +100,69 @@ def test_linear_probe_chooses_the_decay_of_the_lowest_validation_cross_entropy(c
 
 
 def test_no_test_label_reaches_a_choice(cluster_features):
-    train, test = cluster_features(150, 20, 5, seed=0, spread=3.0), cluster_features(100, 20, 5, seed=1, spread=3.0)
-    shuffled = Features(test.features, test.labels[torch.randperm(100, generator=torch.Generator().manual_seed(2))], test.index)
+    train, test = (
+        cluster_features(150, 20, 5, seed=0, spread=3.0),
+        cluster_features(100, 20, 5, seed=1, spread=3.0),
+    )
+    shuffled = Features(
+        test.features,
+        test.labels[torch.randperm(100, generator=torch.Generator().manual_seed(2))],
+        test.index,
+    )
 
     for probe in (linear_probe, lambda *splits: few_label_probe(*splits, labels_per_class=5)):
         honest, blind = probe(train, test), probe(train, shuffled)
-        assert (blind.weight_decay, blind.labelled, blind.converged) == (honest.weight_decay, honest.labelled, honest.converged)
+        assert (blind.weight_decay, blind.labelled, blind.converged) == (
+            honest.weight_decay,
+            honest.labelled,
+            honest.converged,
+        )
         assert blind.accuracy < honest.accuracy - 0.1
 
 
 def test_linear_probe_refits_on_all_training_images(cluster_features):
-    train, test = cluster_features(150, 20, 5, seed=0, spread=3.0), cluster_features(100, 20, 5, seed=1, spread=3.0)
+    train, test = (
+        cluster_features(150, 20, 5, seed=0, spread=3.0),
+        cluster_features(100, 20, 5, seed=1, spread=3.0),
+    )
     result = linear_probe(train, test)
 
     probe = fit_probe(train, weight_decay=result.weight_decay)
 
     assert result.labelled == 150
-    assert result.accuracy == (probe.log_probabilities(test.features).argmax(dim=1) == test.labels).double().mean().item()
+    assert (
+        result.accuracy
+        == (probe.log_probabilities(test.features).argmax(dim=1) == test.labels).double().mean().item()
+    )
 
 
 def test_classes_too_small_to_validate_on_take_the_documented_constant():
-    two_each = Features(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2]), torch.arange(6))
+    two_each = Features(
+        torch.randn(6, 4, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 0, 1, 1, 2, 2]),
+        torch.arange(6),
+    )
 
     assert fit_probe(two_each).weight_decay == linear.FEW_LABEL_WEIGHT_DECAY
 
 
 def test_few_label_probe_equals_a_literal_loop_over_draws(cluster_features):
-    train, test = cluster_features(200, 30, 4, seed=0, spread=3.0), cluster_features(150, 30, 4, seed=1, spread=3.0)
-    inputs, test_inputs, generator, accuracies = standardised(train, train), standardised(test, train), torch.Generator().manual_seed(7), []
+    train, test = (
+        cluster_features(200, 30, 4, seed=0, spread=3.0),
+        cluster_features(150, 30, 4, seed=1, spread=3.0),
+    )
+    inputs, test_inputs, generator, accuracies = (
+        standardised(train, train),
+        standardised(test, train),
+        torch.Generator().manual_seed(7),
+        [],
+    )
     for _ in range(4):
         rows = draw_labelled(train.labels, 5, generator)
         weight, bias = optimum(inputs[rows], train.labels[rows], 4, linear.FEW_LABEL_WEIGHT_DECAY)
-        accuracies.append((F.linear(test_inputs, weight, bias).argmax(dim=1) == test.labels).double().mean().item())
+        accuracies.append(
+            (F.linear(test_inputs, weight, bias).argmax(dim=1) == test.labels).double().mean().item()
+        )
 
     result = few_label_probe(train, test, labels_per_class=5, seed=7, repeats=4)
 
@@ -122,7 +175,9 @@ def test_few_label_probe_equals_a_literal_loop_over_draws(cluster_features):
 
 def test_few_label_probe_draws_the_same_images_for_any_encoder(cluster_features, monkeypatch):
     drawn = []
-    monkeypatch.setattr(linear, "draw_labelled", lambda *arguments: drawn.append(draw_labelled(*arguments)) or drawn[-1])
+    monkeypatch.setattr(
+        linear, "draw_labelled", lambda *arguments: drawn.append(draw_labelled(*arguments)) or drawn[-1]
+    )
     train = cluster_features(60, 8, 3, seed=0)
     other = Features(train.features.square()[:, :5], train.labels, train.index)
 
@@ -143,14 +198,25 @@ def test_labels_need_be_neither_contiguous_nor_from_zero(cluster_features):
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1234.5])
 def test_a_constant_feature_changes_nothing(cluster_features, value):
-    train, test = cluster_features(90, 8, 3, seed=0, spread=2.0), cluster_features(60, 8, 3, seed=1, spread=2.0)
+    train, test = (
+        cluster_features(90, 8, 3, seed=0, spread=2.0),
+        cluster_features(60, 8, 3, seed=1, spread=2.0),
+    )
     padded = [
-        Features(torch.cat([part.features, torch.full((len(part), 3), value)], dim=1), part.labels, part.index) for part in (train, test)
+        Features(
+            torch.cat([part.features, torch.full((len(part), 3), value)], dim=1), part.labels, part.index
+        )
+        for part in (train, test)
     ]
 
     plain, wide = fit_probe(train, weight_decay=0.1), fit_probe(padded[0], weight_decay=0.1)
 
-    torch.testing.assert_close(wide.log_probabilities(padded[1].features), plain.log_probabilities(test.features), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        wide.log_probabilities(padded[1].features),
+        plain.log_probabilities(test.features),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_probe_says_when_it_did_not_converge(cluster_features, monkeypatch):
@@ -161,14 +227,19 @@ def test_probe_says_when_it_did_not_converge(cluster_features, monkeypatch):
 
 
 def test_probes_repeat_to_the_last_digit(cluster_features):
-    train, test = cluster_features(90, 100, 3, seed=0, spread=2.0), cluster_features(60, 100, 3, seed=1, spread=2.0)
+    train, test = (
+        cluster_features(90, 100, 3, seed=0, spread=2.0),
+        cluster_features(60, 100, 3, seed=1, spread=2.0),
+    )
 
     assert linear_probe(train, test) == linear_probe(train, test)
     assert few_label_probe(train, test, 5) == few_label_probe(train, test, 5)
 
 
 @pytest.mark.parametrize(
-    "probe", [linear_probe, lambda *splits: few_label_probe(*splits, labels_per_class=1)], ids=["linear", "few_labels"]
+    "probe",
+    [linear_probe, lambda *splits: few_label_probe(*splits, labels_per_class=1)],
+    ids=["linear", "few_labels"],
 )
 def test_probes_refuse_what_allows_no_classifier(cluster_features, probe):
     good = cluster_features(20, 4, 2, seed=0)

@@ -14,7 +14,9 @@ def encoder() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
 
 
-def pretrain(steps: int, probe: OnlineProbe | None) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], torch.Tensor]:
+def pretrain(
+    steps: int, probe: OnlineProbe | None
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """A few steps on a loss without labels -> weights and buffers, last gradients, random state."""
     net = encoder()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)

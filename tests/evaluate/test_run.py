@@ -54,9 +54,15 @@ def few(tmp_path) -> tuple[str, ...]:
 
 @pytest.fixture
 def noise(tmp_path) -> Path:
-    """320 images of noise with random labels of ten classes and no test split: whatever is right above 1 in 10 was looked up."""
+    """320 images of noise with random labels of ten classes and no test split: whatever is right above 1 in
+    10 was looked up.
+    """
     draw = np.random.default_rng(0)
-    np.savez(tmp_path / "noise.npz", train_x=draw.integers(0, 256, (320, 8, 8), dtype=np.uint8), train_y=draw.integers(0, 10, 320))
+    np.savez(
+        tmp_path / "noise.npz",
+        train_x=draw.integers(0, 256, (320, 8, 8), dtype=np.uint8),
+        train_y=draw.integers(0, 10, 320),
+    )
     return tmp_path / "noise.npz"
 
 
@@ -86,7 +92,10 @@ def test_features_are_extracted_once_and_a_changed_checkpoint_invalidates_them(r
 def test_cached_and_fresh_features_give_the_same_numbers(run, few, fastgessl):
     found = []
     for cached in ("True", "True", "False"):
-        assert fastgessl("evaluate", run, *few, "--tasks", "knn", "geometry", "--evaluate.cache", cached).code == 0
+        assert (
+            fastgessl("evaluate", run, *few, "--tasks", "knn", "geometry", "--evaluate.cache", cached).code
+            == 0
+        )
         found.append(measured(run)["rows"])
 
     assert found[0] == found[1] == found[2]
@@ -97,7 +106,15 @@ def test_every_task_runs_on_a_run_of_ours_and_stands_in_table_and_json(run, fast
     np.savez(tmp_path / "noise.npz", train_x=shapes, train_y=np.arange(80) % 4)
 
     outcome = fastgessl(
-        "evaluate", run, "--tasks", "all", "--transfer", tmp_path / "noise.npz", "--evaluate.queries", "10", *IMAGE_SETTINGS
+        "evaluate",
+        run,
+        "--tasks",
+        "all",
+        "--transfer",
+        tmp_path / "noise.npz",
+        "--evaluate.queries",
+        "10",
+        *IMAGE_SETTINGS,
     )
 
     assert outcome.code == 0, outcome.err
@@ -105,17 +122,41 @@ def test_every_task_runs_on_a_run_of_ours_and_stands_in_table_and_json(run, fast
     row = found["rows"]["this run"]
     assert set(row) == {"features", "linear", "few_labels", "knn", "sigma", "geometry", "linear_sgd", "mlp", "knn_protocols",
                         "label_fractions", "few_shot", "conditions"}  # fmt: skip
-    assert [entry["metric"] for entry in row["knn_protocols"]["protocols"]] == ["cosine", "cosine", "euclidean"]
+    assert [entry["metric"] for entry in row["knn_protocols"]["protocols"]] == [
+        "cosine",
+        "cosine",
+        "euclidean",
+    ]
     assert [entry["shots"] for entry in row["few_shot"]["episodes"]] == [1, 5]
     assert found["transfer"]["noise"]["rows"]["this run"]["linear"]["accuracy"] < 0.7
-    assert "takes 200 neighbours, but there are only 64" in found["transfer"]["noise"]["skipped"]["knn_protocols"]
-    assert 0 < found["finetune"]["this run"][0]["accuracy"] <= 1 and found["finetune"]["this run"][0]["labelled"] == 120
+    assert (
+        "takes 200 neighbours, but there are only 64"
+        in found["transfer"]["noise"]["skipped"]["knn_protocols"]
+    )
+    assert (
+        0 < found["finetune"]["this run"][0]["accuracy"] <= 1
+        and found["finetune"]["this run"][0]["labelled"] == 120
+    )
     sigma = found["universality"]["rows"]["this run"]
-    assert [task["group"] for task in sigma["tasks"]] == ["discriminability", "generalisation", "transferability"]
+    assert [task["group"] for task in sigma["tasks"]] == [
+        "discriminability",
+        "generalisation",
+        "transferability",
+    ]
     assert sigma["total"] == pytest.approx(sum(task["sigma"] for task in sigma["tasks"]))
     assert [point["step"] for point in found["learning"]] == [9, 18]
-    assert all(point["sigma"] > 0 and point["loss_after"] < point["loss_before"] for point in found["learning"])
-    for words in ("Fine-tuned", "Universality", "Learning universality", "euclidean", "majority", "5-way", "noise"):
+    assert all(
+        point["sigma"] > 0 and point["loss_after"] < point["loss_before"] for point in found["learning"]
+    )
+    for words in (
+        "Fine-tuned",
+        "Universality",
+        "Learning universality",
+        "euclidean",
+        "majority",
+        "5-way",
+        "noise",
+    ):
         assert words in outcome.out
     assert set(json.loads((run / "summary.json").read_text())) >= {"plan", "evaluation"}
 
@@ -125,7 +166,9 @@ def test_sigma_against_a_supervised_model_trains_it_once(run, few, fastgessl, mo
 
     trained = []
     train = supervised.train_classifier
-    monkeypatch.setattr(supervised, "train_classifier", lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs))
+    monkeypatch.setattr(
+        supervised, "train_classifier", lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)
+    )
     options = (*few, "--tasks", "universality", "--evaluate.sigma_against", "supervised", *IMAGE_SETTINGS)
 
     assert fastgessl("evaluate", run, *options).code == 0
@@ -171,11 +214,31 @@ def test_exported_weights_are_measured_as_the_run_is(run, tmp_path, fastgessl):
 
 
 def test_a_classifiers_last_layer_is_left_out(run, tmp_path, fastgessl):
-    weights = load_file(run / "encoder.safetensors") | {"fc.weight": torch.ones(10, 64), "fc.bias": torch.ones(10)}
+    weights = load_file(run / "encoder.safetensors") | {
+        "fc.weight": torch.ones(10, 64),
+        "fc.bias": torch.ones(10),
+    }
     save_file(weights, tmp_path / "classifier.safetensors")
-    model = ("--model.name", "resnet18", "--model.stem", "small", "--model.width", "0.125", "--views.size", "8")
+    model = (
+        "--model.name",
+        "resnet18",
+        "--model.stem",
+        "small",
+        "--model.width",
+        "0.125",
+        "--views.size",
+        "8",
+    )
 
-    outcome = fastgessl("evaluate", tmp_path / "classifier.safetensors", *model, "--tasks", "geometry", "--evaluate.out", tmp_path / "out")
+    outcome = fastgessl(
+        "evaluate",
+        tmp_path / "classifier.safetensors",
+        *model,
+        "--tasks",
+        "geometry",
+        "--evaluate.out",
+        tmp_path / "out",
+    )
 
     assert outcome.code == 0, outcome.err
 
@@ -186,7 +249,10 @@ def test_a_classifiers_last_layer_is_left_out(run, tmp_path, fastgessl):
         (("--tasks", "lineer"), "unknown task 'lineer'. Perhaps you meant linear"),
         (("--tasks", "knn", "--transfer", "digits"), "two data sets are called 'digits'"),
         (("--tasks", "knn", "--transfer", "no/such.npz"), "no/such.npz"),
-        (("--tasks", "few_shot", "--evaluate.queries", "500"), "Task few_shot: an episode takes 5 classes of 505 images"),
+        (
+            ("--tasks", "few_shot", "--evaluate.queries", "500"),
+            "Task few_shot: an episode takes 5 classes of 505 images",
+        ),
         (("--tasks", "knn", "--evaluate.label_fractions", "0"), "greater than 0"),
     ],
 )
@@ -212,7 +278,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, fastgessl, options, expected
          "1 classes of the test images (labels 7) have no training image"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_refused_before_any_work(tmp_path, monkeypatch, fastgessl, target, options, expected):
+def test_what_cannot_be_measured_is_refused_before_any_work(
+    tmp_path, monkeypatch, fastgessl, target, options, expected
+):
     monkeypatch.chdir(tmp_path)
     pixels, labels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8), np.arange(20) % 2
     (tmp_path / "torn.safetensors").write_bytes(b"not a header")
@@ -237,10 +305,36 @@ def test_a_run_without_weights_or_checkpoints_says_so(run, fastgessl):
 
 
 def test_a_method_that_reads_labels_does_not_see_the_images_it_will_be_judged_on(noise, tmp_path, fastgessl):
-    sizes = ("--views.size", "8", "--model.width", "0.125", "--train.batch_size", "64", "--train.max_steps", "100")
-    still = ("--views.flip_probability", "0", "--views.jitter_probability", "0", "--views.blur_probability", "0")
-    # Views that hardly change and this rate: all 320 labels are learned by heart, and 100 % were right when the fifth was among them.
-    by_heart = (*still, "--views.crop_scale", "1", "1", "--views.grayscale_probability", "0", "--optim.base_lr", "0.5")
+    sizes = (
+        "--views.size",
+        "8",
+        "--model.width",
+        "0.125",
+        "--train.batch_size",
+        "64",
+        "--train.max_steps",
+        "100",
+    )
+    still = (
+        "--views.flip_probability",
+        "0",
+        "--views.jitter_probability",
+        "0",
+        "--views.blur_probability",
+        "0",
+    )
+    # Views that hardly change and this rate: all 320 labels are learned by heart, and 100 % were right when
+    # the fifth was among them.
+    by_heart = (
+        *still,
+        "--views.crop_scale",
+        "1",
+        "1",
+        "--views.grayscale_probability",
+        "0",
+        "--optim.base_lr",
+        "0.5",
+    )
     options = (*sizes, *by_heart, "--evaluate.tasks", "linear", "--train.run_dir", tmp_path / "run")
 
     outcome = fastgessl("train", "npz-supervised", "--data.root", noise, *options)
@@ -264,7 +358,10 @@ def test_the_online_probe_learns_nothing_from_images_that_are_held_out(noise):
     from fastgessl.recipes import load
 
     config = load("npz-simclr").config
-    data, evaluate = config.data.model_copy(update={"root": noise}), config.evaluate.model_copy(update={"every_epochs": 1.0})
+    data, evaluate = (
+        config.data.model_copy(update={"root": noise}),
+        config.evaluate.model_copy(update={"every_epochs": 1.0}),
+    )
     config = config.model_copy(update={"data": data, "evaluate": evaluate})
     images = pipelines.open_images("npz", noise)
     evaluation = RunEvaluation(config, images, Accelerator(cpu=True))
@@ -286,7 +383,9 @@ def test_the_online_probe_learns_nothing_from_images_that_are_held_out(noise):
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Two classes of 30 photos; three of the first one are no pictures, and a fourth is gone, with a link that leads nowhere."""
+    """Two classes of 30 photos; three of the first one are no pictures, and a fourth is gone, with a link
+    that leads nowhere.
+    """
     draw = np.random.default_rng(0)
     for number in range(60):
         file = tmp_path / "photos" / "ab"[number // 30] / f"{number:02d}.png"
@@ -303,7 +402,17 @@ def photos(tmp_path) -> Path:
 def test_bad_files_are_left_out_and_listed_and_move_no_image_between_train_and_test(run, photos, fastgessl):
     from fastgessl import pipelines
 
-    options = ("--data.name", "folder", "--data.root", photos, "--data.bad_files", "skip", "--evaluate.ways", "2", *IMAGE_SETTINGS)
+    options = (
+        "--data.name",
+        "folder",
+        "--data.root",
+        photos,
+        "--data.bad_files",
+        "skip",
+        "--evaluate.ways",
+        "2",
+        *IMAGE_SETTINGS,
+    )
     names = [path.name for path in pipelines.open_images("folder", photos).paths]
     bad = {names.index(f"{number:02d}.png") for number in (2, 3, 11, 20)}
     held = set(held_out_test(torch.arange(60) // 30, 0)[1].tolist())
@@ -312,15 +421,24 @@ def test_bad_files_are_left_out_and_listed_and_move_no_image_between_train_and_t
 
     assert outcome.code == 0, outcome.err
     found = measured(run)
-    assert found["images"] == {"train": 60 - len(held | bad), "test": len(held - bad), "classes": 2, "held_out": 1}
+    assert found["images"] == {
+        "train": 60 - len(held | bad),
+        "test": len(held - bad),
+        "classes": 2,
+        "held_out": 1,
+    }
     sizes = {task["group"]: task["images"] for task in found["universality"]["rows"]["this run"]["tasks"]}
     assert sizes == {"discriminability": found["images"]["train"], "generalisation": found["images"]["test"]}
-    assert {Path(line).name for line in (run / "bad_files.txt").read_text().splitlines()} == {names[image] for image in bad}
+    assert {Path(line).name for line in (run / "bad_files.txt").read_text().splitlines()} == {
+        names[image] for image in bad
+    }
 
     # The supervised models' rows stand beside those of the features.
     supervised = ("--tasks", "universality", "--evaluate.sigma_against", "supervised")
     assert fastgessl("evaluate", run, *options, *supervised).code == 0
-    assert fastgessl("embed", run, photos, "--out", run / "e.npz", "--data.bad_files", "skip").out.startswith("56 images")
+    assert fastgessl("embed", run, photos, "--out", run / "e.npz", "--data.bad_files", "skip").out.startswith(
+        "56 images"
+    )
 
 
 def test_a_transfer_set_that_cannot_be_measured_is_refused_before_training(tmp_path, fastgessl):

@@ -13,9 +13,14 @@ from fastgessl.evaluate import Features, fit_probe, sigma_to_labels
 
 
 def test_sigma_is_the_divergence_of_one_hot_labels_from_the_probes_probabilities(cluster_features):
-    train, test = cluster_features(150, 6, 5, seed=0, spread=2.0), cluster_features(90, 6, 5, seed=1, spread=2.0)
+    train, test = (
+        cluster_features(150, 6, 5, seed=0, spread=2.0),
+        cluster_features(90, 6, 5, seed=1, spread=2.0),
+    )
     probe = fit_probe(train)
-    logits = ((test.features - probe.mean) / probe.scale).double().numpy() @ probe.weight.double().numpy().T + probe.bias.double().numpy()
+    logits = (
+        (test.features - probe.mean) / probe.scale
+    ).double().numpy() @ probe.weight.double().numpy().T + probe.bias.double().numpy()
     probabilities = softmax(logits, axis=1)
     one_hot = np.eye(5)[test.labels.numpy()]
 
@@ -27,11 +32,20 @@ def test_sigma_is_the_divergence_of_one_hot_labels_from_the_probes_probabilities
 
 
 def test_sigma_discriminability_is_measured_on_the_training_images(cluster_features):
-    train, test = cluster_features(150, 6, 5, seed=0, spread=2.0), cluster_features(90, 6, 5, seed=1, spread=2.0)
+    train, test = (
+        cluster_features(150, 6, 5, seed=0, spread=2.0),
+        cluster_features(90, 6, 5, seed=1, spread=2.0),
+    )
     probe = fit_probe(train)
 
-    assert sigma_to_labels(train, test, probe).discriminability == sigma_to_labels(train, train, probe).generalisation
-    assert sigma_to_labels(train, test, probe).discriminability < sigma_to_labels(train, test, probe).generalisation
+    assert (
+        sigma_to_labels(train, test, probe).discriminability
+        == sigma_to_labels(train, train, probe).generalisation
+    )
+    assert (
+        sigma_to_labels(train, test, probe).discriminability
+        < sigma_to_labels(train, test, probe).generalisation
+    )
 
 
 def test_sigma_of_features_that_say_nothing_is_the_entropy_of_the_classes():
@@ -43,7 +57,9 @@ def test_sigma_of_features_that_say_nothing_is_the_entropy_of_the_classes():
 
 
 def test_sigma_of_a_confident_mistake_is_finite():
-    train = Features(torch.tensor([[-1.0], [1.0]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20), torch.arange(40))
+    train = Features(
+        torch.tensor([[-1.0], [1.0]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20), torch.arange(40)
+    )
     far = Features(torch.tensor([[1e4]]), torch.tensor([0]), torch.arange(1))
 
     measured = sigma_to_labels(train, far).generalisation

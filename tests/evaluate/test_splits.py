@@ -46,7 +46,10 @@ def test_draw_labelled_takes_distinct_images_of_each_class_and_new_ones_the_next
 
 
 def test_draw_labelled_refuses_a_class_with_too_few_images():
-    with pytest.raises(UsageError, match=r"labels_per_class is 3, but class 7 has only 2 training images\. Choose .* 2 or less"):
+    with pytest.raises(
+        UsageError,
+        match=r"labels_per_class is 3, but class 7 has only 2 training images\. Choose .* 2 or less",
+    ):
         draw_labelled(torch.tensor([1, 1, 1, 7, 7]), 3, generator())
 
 
@@ -61,7 +64,9 @@ def test_draw_labelled_refuses_a_class_with_too_few_images():
     ],
 )
 def test_labels_that_allow_no_classifier_are_refused_with_the_task_and_the_reason(train, test, message):
-    as_tensor = [None if labels is None else torch.tensor(labels, dtype=torch.int64) for labels in (train, test)]
+    as_tensor = [
+        None if labels is None else torch.tensor(labels, dtype=torch.int64) for labels in (train, test)
+    ]
 
     with pytest.raises(UsageError, match=f"Task linear: {message}"):
         require_labels("linear", *as_tensor)

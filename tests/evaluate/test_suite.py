@@ -42,7 +42,9 @@ def pictures(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.T
     """Noise (N, 3, 6, 6) on a pattern for each class, and labels."""
     labels = torch.arange(count) % classes
     patterns = torch.randn(classes, 3, 6, 6, generator=torch.Generator().manual_seed(99))
-    return patterns[labels] + 2 * torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed)), labels
+    return patterns[labels] + 2 * torch.randn(
+        count, 3, 6, 6, generator=torch.Generator().manual_seed(seed)
+    ), labels
 
 
 def encoder() -> nn.Sequential:
@@ -53,7 +55,10 @@ def encoder() -> nn.Sequential:
 @pytest.fixture
 def data(loader):
     images, labels = pictures(90, 3, seed=0)
-    pair = [images + 0.5 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+    pair = [
+        images + 0.5 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        for seed in (5, 6)
+    ]
     test_images, test_labels = pictures(60, 3, seed=1)
     return EvaluationData(loader([images], labels), loader([test_images], test_labels), loader(pair, labels))
 
@@ -68,12 +73,23 @@ def test_the_report_holds_what_each_measurement_gives_alone(data):
     report = evaluate({"raw pixels": "pixels", "this run": encoder()}, data, SETTINGS, seed=2)
 
     assert report.tasks == DEFAULT_TASKS and not report.skipped
-    for name, take in (("raw pixels", raw_pixels), ("this run", lambda part: extract_features(encoder(), part, "cpu"))):
+    for name, take in (
+        ("raw pixels", raw_pixels),
+        ("this run", lambda part: extract_features(encoder(), part, "cpu")),
+    ):
         train, test, row = take(data.train), take(data.test), report.rows[name]
         assert row["linear"]["accuracy"] == linear_probe(train, test, seed=2).accuracy
         assert tuple(row["few_labels"]["draws"]) == few_label_probe(train, test, 4, seed=2, repeats=3).draws
-        assert row["knn"] == {"accuracy": knn_classify(train, test, 3, 0.07), "k": 3, "temperature": 0.07, "metric": "cosine"}
-        assert row["sigma"]["generalisation"] == sigma_to_labels(train, test, fit_probe(train, seed=2)).generalisation
+        assert row["knn"] == {
+            "accuracy": knn_classify(train, test, 3, 0.07),
+            "k": 3,
+            "temperature": 0.07,
+            "metric": "cosine",
+        }
+        assert (
+            row["sigma"]["generalisation"]
+            == sigma_to_labels(train, test, fit_probe(train, seed=2)).generalisation
+        )
     assert report.rows["raw pixels"]["features"] == {"width": 108}
     assert report.rows["raw pixels"]["geometry"]["images"] == 90
 
@@ -86,12 +102,18 @@ def test_geometry_is_that_of_the_two_augmented_views(data):
 
     expected = measure_geometry(first, second)
     assert measured["effective_rank"] == pytest.approx(expected.effective_rank, rel=1e-6)
-    assert (measured["alignment"], measured["retrieval"]) == (pytest.approx(expected.alignment), expected.retrieval)
+    assert (measured["alignment"], measured["retrieval"]) == (
+        pytest.approx(expected.alignment),
+        expected.retrieval,
+    )
 
 
 def test_geometry_of_many_images_is_measured_on_a_seeded_sample(data, monkeypatch):
     monkeypatch.setattr(suite, "GEOMETRY_IMAGES", 20)
-    measured = [evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("geometry",)), seed).rows["x"]["geometry"] for seed in (0, 0, 1)]
+    measured = [
+        evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("geometry",)), seed).rows["x"]["geometry"]
+        for seed in (0, 0, 1)
+    ]
 
     assert measured[0]["images"] == 20
     assert measured[0] == measured[1] != measured[2]
@@ -100,14 +122,18 @@ def test_geometry_of_many_images_is_measured_on_a_seeded_sample(data, monkeypatc
 def test_images_of_one_class_have_no_crowding_ratio(data, loader):
     images, labels = pictures(30, 3, seed=0)
 
-    report = evaluate({"x": "pixels"}, EvaluationData(loader([images], labels * 0), None, data.views), SETTINGS)
+    report = evaluate(
+        {"x": "pixels"}, EvaluationData(loader([images], labels * 0), None, data.views), SETTINGS
+    )
 
     assert report.tasks == ("geometry",)
     assert "crowding" not in report.rows["x"]["geometry"] and "crowd." not in printed(report)
 
 
 def test_json_is_plain_and_without_nan(data):
-    report = evaluate({"raw pixels": "pixels", "collapsed": nn.Sequential(nn.Flatten(), Constant())}, data, SETTINGS)
+    report = evaluate(
+        {"raw pixels": "pixels", "collapsed": nn.Sequential(nn.Flatten(), Constant())}, data, SETTINGS
+    )
 
     text = json.dumps(report.to_json(), allow_nan=False)
 
@@ -124,11 +150,22 @@ class Constant(nn.Module):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_shows_every_row_with_k_temperature_and_metric(data, width):
-    report = evaluate({"raw pixels": "pixels", "untrained encoder": encoder(), "this run": encoder()}, data, SETTINGS)
+    report = evaluate(
+        {"raw pixels": "pixels", "untrained encoder": encoder(), "this run": encoder()}, data, SETTINGS
+    )
 
     text = printed(report, width)
 
-    for piece in ("cosine", "k 3", "T 0.07", "4 labels", "raw pixels", "(108)", "this run", "90 training images, 60 test, 3 classes"):
+    for piece in (
+        "cosine",
+        "k 3",
+        "T 0.07",
+        "4 labels",
+        "raw pixels",
+        "(108)",
+        "this run",
+        "90 training images, 60 test, 3 classes",
+    ):
         assert piece in text
     row = next(line for line in text.splitlines() if line.strip().startswith("raw pixels"))
     measured = report.rows["raw pixels"]
@@ -183,13 +220,20 @@ def test_images_that_are_held_out_by_number_stay_so_where_others_are_missing(loa
 
 def test_no_test_label_reaches_a_choice_in_the_suite(data, loader):
     images, labels = pictures(60, 3, seed=1)
-    blind = EvaluationData(data.train, loader([images], labels[torch.randperm(60, generator=torch.Generator().manual_seed(0))]), data.views)
+    blind = EvaluationData(
+        data.train,
+        loader([images], labels[torch.randperm(60, generator=torch.Generator().manual_seed(0))]),
+        data.views,
+    )
 
     honest, shuffled = (evaluate({"x": "pixels"}, part, SETTINGS).rows["x"] for part in (data, blind))
 
     for task in ("linear", "few_labels"):
         assert shuffled[task]["accuracy"] < honest[task]["accuracy"]
-        assert all(shuffled[task][choice] == honest[task][choice] for choice in ("weight_decay", "labelled", "converged"))
+        assert all(
+            shuffled[task][choice] == honest[task][choice]
+            for choice in ("weight_decay", "labelled", "converged")
+        )
     assert shuffled["sigma"]["discriminability"] == honest["sigma"]["discriminability"]
     assert shuffled["geometry"] == honest["geometry"]
 
@@ -214,7 +258,10 @@ def test_tasks_restrict_what_is_measured(data):
 def test_an_unknown_task_is_refused_with_the_nearest_and_all_known_ones_before_an_image_is_read():
     unread = EvaluationData(train=(pytest.fail("an image was read") for _ in range(1)))
 
-    with pytest.raises(UsageError, match=r"unknown task 'liner'\. Perhaps you meant linear\. Known tasks: linear, few_labels, knn"):
+    with pytest.raises(
+        UsageError,
+        match=r"unknown task 'liner'\. Perhaps you meant linear\. Known tasks: linear, few_labels, knn",
+    ):
         evaluate({"x": "pixels"}, unread, EvaluateConfig(tasks=("knn", "liner")))
     with pytest.raises(UsageError, match=r"unknown task 'zzz'\. Known tasks"):
         require_known_tasks(["zzz"])
@@ -231,7 +278,9 @@ def test_an_unknown_task_is_refused_with_the_nearest_and_all_known_ones_before_a
         ("geometry", [0, 1], [0], "no loader of augmented views"),
     ],
 )
-def test_what_the_data_does_not_allow_is_an_error_if_asked_for_and_skipped_with_the_reason_if_not(task, train, test, message):
+def test_what_the_data_does_not_allow_is_an_error_if_asked_for_and_skipped_with_the_reason_if_not(
+    task, train, test, message
+):
     train, test = (None if labels is None else torch.tensor(labels) for labels in (train, test))
 
     with pytest.raises(UsageError, match=f"Task {task}: .*{message}"):
@@ -242,7 +291,8 @@ def test_what_the_data_does_not_allow_is_an_error_if_asked_for_and_skipped_with_
 
 
 @pytest.mark.parametrize(
-    ("images", "classes", "width", "slow"), [(1_281_167, 1000, 2048, {"linear", "sigma", "few_labels", "knn"}), (50_000, 10, 512, set())]
+    ("images", "classes", "width", "slow"),
+    [(1_281_167, 1000, 2048, {"linear", "sigma", "few_labels", "knn"}), (50_000, 10, 512, set())],
 )
 def test_what_would_take_hours_waits_to_be_asked_for(images, classes, width, slow):
     train, test = torch.arange(images) % classes, torch.arange(50_000) % classes
@@ -266,7 +316,9 @@ def test_features_that_are_nan_are_refused_with_the_rows_name(data):
     broken = encoder()
     nn.init.constant_(broken[1].bias, float("nan"))
 
-    with pytest.raises(UsageError, match="Row 'this run': the features of 90 of 90 images are NaN or infinite"):
+    with pytest.raises(
+        UsageError, match="Row 'this run': the features of 90 of 90 images are NaN or infinite"
+    ):
         evaluate({"raw pixels": "pixels", "this run": broken}, data, SETTINGS)
 
 
@@ -293,21 +345,39 @@ def test_monitor_is_k_nn_and_the_online_probe_on_the_same_images(data):
     measured = monitor(net, data, SETTINGS, probe=probe)
 
     rank = effective_rank(train.features)
-    assert measured == {"effective_rank": rank, "knn": knn_classify(train, test, 3, 0.07), "online_probe": probe.accuracy(test)}
+    assert measured == {
+        "effective_rank": rank,
+        "knn": knn_classify(train, test, 3, 0.07),
+        "online_probe": probe.accuracy(test),
+    }
     assert set(monitor(net, data, EvaluateConfig(knn_k=91))) == {"effective_rank"}
 
 
 def test_the_pipelines_loaders_are_taken_as_they_are():
-    pixels, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), np.arange(40) % 2
+    pixels, labels = (
+        np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8),
+        np.arange(40) % 2,
+    )
     images = pipelines.ArrayImages(images=pixels, labels=labels.astype(np.int64), classes=("even", "odd"))
-    build = {"batch_size": 16, "engine": "resident", "device": torch.device("cpu"), "seed": 0, "training": False}
+    build = {
+        "batch_size": 16,
+        "engine": "resident",
+        "device": torch.device("cpu"),
+        "seed": 0,
+        "training": False,
+    }
     still = pipelines.evaluation_view(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     pair = pipelines.view_preset("simclr", 8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    data = EvaluationData(pipelines.build(images, [still], **build), None, pipelines.build(images, pair, **build))
+    data = EvaluationData(
+        pipelines.build(images, [still], **build), None, pipelines.build(images, pair, **build)
+    )
 
     report = evaluate({"raw pixels": "pixels"}, data, SETTINGS)
 
     assert report.tasks == DEFAULT_TASKS
     torch.testing.assert_close(
-        raw_pixels(data.train).features, torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1) / 127.5 - 1, rtol=1e-5, atol=1e-5
+        raw_pixels(data.train).features,
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1) / 127.5 - 1,
+        rtol=1e-5,
+        atol=1e-5,
     )

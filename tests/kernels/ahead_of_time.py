@@ -1,4 +1,6 @@
-"""Compile a kernel for a card that is not here, and read what it uses. No GPU: Triton's own assembler and disassembler do it."""
+"""Compile a kernel for a card that is not here, and read what it uses. No GPU: Triton's own assembler and
+disassembler do it.
+"""
 
 import inspect
 import os
@@ -32,7 +34,15 @@ KERNELS = {
 }
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TEACHER_ONLY = {"p_teacher_query", "p_teacher_key", "p_teacher_scale"}
-IN_OPERAND_DTYPE = {"p_query", "p_key", "p_teacher_query", "p_teacher_key", "p_tangent_query", "p_tangent_key", "p_out"}
+IN_OPERAND_DTYPE = {
+    "p_query",
+    "p_key",
+    "p_teacher_query",
+    "p_teacher_key",
+    "p_tangent_query",
+    "p_tangent_key",
+    "p_out",
+}
 
 
 class Resources(NamedTuple):
@@ -63,13 +73,19 @@ def resources(
     for i, argument in enumerate(kernel.arg_names):
         if argument in flags:
             signature[argument], constants[argument] = "constexpr", flags[argument]
-        elif (argument.endswith("_bias") and argument != "p_out_bias") or (argument in TEACHER_ONLY and not teacher):
+        elif (argument.endswith("_bias") and argument != "p_out_bias") or (
+            argument in TEACHER_ONLY and not teacher
+        ):
             signature[argument], constants[argument] = "constexpr", None
         elif argument in ("M", "N"):
             signature[argument] = "i32"
         else:
             signature[argument] = (
-                "*i64" if argument in ("p_positives", "p_exclude") else f"*{dtype}" if argument in IN_OPERAND_DTYPE else "*fp32"
+                "*i64"
+                if argument in ("p_positives", "p_exclude")
+                else f"*{dtype}"
+                if argument in IN_OPERAND_DTYPE
+                else "*fp32"
             )
             attributes[(i,)] = [["tt.divisibility", 16]]
     program = source(kernel, signature, constants, attributes)
@@ -84,7 +100,9 @@ def source(kernel, signature, constants, attributes):
 
     plain = {name: kind for name, kind in signature.items() if kind != "constexpr"}
     aligned = [place for ((place,), _) in attributes.items()]
-    descriptor = AttrsDescriptor.from_dict({"arg_properties": {"tt.divisibility": aligned}, "cls": "AttrsDescriptor"})
+    descriptor = AttrsDescriptor.from_dict(
+        {"arg_properties": {"tt.divisibility": aligned}, "cls": "AttrsDescriptor"}
+    )
     return ASTSource(fn=kernel, signature=plain, constants=constants, attrs=descriptor)
 
 
@@ -92,9 +110,19 @@ def read(compiled) -> Resources:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(compiled.asm["cubin"])
-    text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+    ).stdout
     os.unlink(file.name)
     registers, stack = (int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK"))
     ptx = compiled.asm["ptx"]
-    found = [short for short, long in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma_async"), ("mma.sync", "mma.sync")) if long in ptx]
+    found = [
+        short
+        for short, long in (
+            ("tcgen05", "tcgen05.mma"),
+            ("wgmma", "wgmma.mma_async"),
+            ("mma.sync", "mma.sync"),
+        )
+        if long in ptx
+    ]
     return Resources(registers, stack, compiled.metadata.shared, (found or ["FMA"])[0])

@@ -1,4 +1,6 @@
-"""Small tables on a CPU go to the dense reference by themselves: here they take the chunked path, unless a test asks otherwise."""
+"""Small tables on a CPU go to the dense reference by themselves: here they take the chunked path, unless a
+test asks otherwise.
+"""
 
 import pytest
 

@@ -1,6 +1,8 @@
-"""Run the Triton kernels in Triton's interpreter and print, as JSON, their errors against the dense reference in float64.
+"""Run the Triton kernels in Triton's interpreter and print, as JSON, their errors against the dense reference
+in float64.
 
-A program of its own because TRITON_INTERPRET must be set before the kernels are defined. Input: a list of cases on stdin.
+A program of its own because TRITON_INTERPRET must be set before the kernels are defined. Input: a list of
+cases on stdin.
 """
 
 import json
@@ -48,12 +50,20 @@ def loss_rows(case, leaves, temperature, masks, bias, implementation):
     """The case's losses, one number a row."""
     shared = {"temperature": temperature, "implementation": implementation, "exclude": masks.get("exclude")}
     if case["loss"] == "info_nce":
-        ring = {"group": dist.group.WORLD, "mode": "ring"} if case.get("ring") and implementation == "triton" else {}
+        ring = (
+            {"group": dist.group.WORLD, "mode": "ring"}
+            if case.get("ring") and implementation == "triton"
+            else {}
+        )
         return (info_nce(*leaves[:2], positives=masks["positives"], reduction="none", **shared, **ring),)
     if case["loss"] == "clip":
-        return (clip_loss(*leaves[:2], temperature=temperature, reduction="none", implementation=implementation),)
+        return (
+            clip_loss(*leaves[:2], temperature=temperature, reduction="none", implementation=implementation),
+        )
     if case["loss"] == "nt_xent":
-        return (nt_xent(*leaves[:2], temperature=temperature, reduction="none", implementation=implementation),)
+        return (
+            nt_xent(*leaves[:2], temperature=temperature, reduction="none", implementation=implementation),
+        )
     if case["loss"] == "logsumexp":
         lse = similarity_logsumexp(*leaves[:2], bias=bias[0], **shared)
         return (lse.masked_fill(lse == -torch.inf, 0.0),)
@@ -64,21 +74,36 @@ def loss_rows(case, leaves, temperature, masks, bias, implementation):
 
 
 def everything(case, parts, masks, bias, temperature, implementation):
-    """Losses, gradients, and the gradient of ⟨student's gradient, a direction⟩: to the student, to the rows' weights, and the cross-term to
-    the teacher."""
+    """Losses, gradients, and the gradient of ⟨student's gradient, a direction⟩: to the student, to the rows'
+    weights, and the cross-term to the teacher."""
     leaves = [part.clone().requires_grad_() for part in parts]
     temperature, bias = temperature.clone().requires_grad_(), bias.clone().requires_grad_()
     rows = loss_rows(case, leaves, temperature, masks, bias, implementation)
     generator = torch.Generator().manual_seed(0)
     size = case.get("weight", 1.0)
-    weights = [(size * torch.randn(len(part), generator=generator).to(part.dtype) / len(part)).requires_grad_() for part in rows]
+    weights = [
+        (size * torch.randn(len(part), generator=generator).to(part.dtype) / len(part)).requires_grad_()
+        for part in rows
+    ]
     total = sum((weight * part).sum() for weight, part in zip(weights, rows, strict=True))
     inputs = [*leaves, temperature, bias, *weights]
     first = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
-    moved = [grad for grad in (*first[:2], first[4], first[5] if case["loss"] == "logsumexp" else None) if grad is not None]
+    moved = [
+        grad
+        for grad in (*first[:2], first[4], first[5] if case["loss"] == "logsumexp" else None)
+        if grad is not None
+    ]
     along = sum((grad * torch.randn(grad.shape, generator=generator).to(grad.dtype)).sum() for grad in moved)
     second = torch.autograd.grad(along * case["temperature"], inputs, allow_unused=True)
-    names = ["query", "key", "teacher_query", "teacher_key", "temperature", "bias", *(f"weight{i}" for i in range(len(weights)))]
+    names = [
+        "query",
+        "key",
+        "teacher_query",
+        "teacher_key",
+        "temperature",
+        "bias",
+        *(f"weight{i}" for i in range(len(weights))),
+    ]
     found = {f"loss{i}": part for i, part in enumerate(rows)}
     found |= {f"d_{name}": part for name, part in zip(names, first, strict=True) if part is not None}
     return found | {f"dd_{name}": part for name, part in zip(names, second, strict=True) if part is not None}
@@ -95,15 +120,20 @@ def errors(case):
     for name, part in expected.items():
         size = float(part.norm())
         if part.dim() == 0:
-            # The temperature's derivative is a cancelling sum, -Σ q·dq / τ: its error counts against the size of the terms.
-            size = max(size, float(expected[name.replace("temperature", "query")].norm()) / case["temperature"])
+            # The temperature's derivative is a cancelling sum, -Σ q·dq / τ: its error counts against the size
+            # of the terms.
+            size = max(
+                size, float(expected[name.replace("temperature", "query")].norm()) / case["temperature"]
+            )
         error[name] = float((found[name].double() - part).norm()) / max(size, 1e-12)
     return error
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    similarity_launch.STRIPS = 2  # so that a program of the symmetric forward has more than one block of rows to take
+    similarity_launch.STRIPS = (
+        2  # so that a program of the symmetric forward has more than one block of rows to take
+    )
     with NamedTemporaryFile() as store:
         dist.init_process_group("gloo", store=dist.FileStore(store.name, 1), rank=0, world_size=1)
     print(json.dumps([errors(case) for case in json.load(sys.stdin)]))

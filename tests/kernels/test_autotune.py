@@ -1,4 +1,6 @@
-"""Tuning: the search, what it refuses, the table it writes, and the losses that read it; kernels run in Triton's interpreter."""
+"""Tuning: the search, what it refuses, the table it writes, and the losses that read it; kernels run in
+Triton's interpreter.
+"""
 
 import json
 import math
@@ -35,7 +37,9 @@ def older(package, *release):
 def run(*command, **environment):
     surroundings = {name: value for name, value in os.environ.items() if name != tuned_tiles.ENVIRONMENT}
     surroundings |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, *map(str, command)], env=surroundings, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], env=surroundings, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +61,14 @@ def tuned(interpreter, tmp_path_factory):
 def distance(wanted):
     """A cost with one valley: steps between a tile and the best one."""
     return lambda tile: sum(
-        abs(values.index(getattr(tile, name)) - values.index(getattr(wanted, name))) for name, values in autotune.STEPS.items()
+        abs(values.index(getattr(tile, name)) - values.index(getattr(wanted, name)))
+        for name, values in autotune.STEPS.items()
     )
 
 
-@pytest.mark.parametrize("wanted", [Tile(128, 64, 8, 3, 128), Tile(16, 16, 2, 1, 16), Tile(64, 128, 4, 4, 256)])
+@pytest.mark.parametrize(
+    "wanted", [Tile(128, 64, 8, 3, 128), Tile(16, 16, 2, 1, 16), Tile(64, 128, 4, 4, 256)]
+)
 def test_the_search_walks_down_to_the_cheapest_tile_and_tries_each_once(wanted):
     tried = []
 
@@ -89,7 +96,9 @@ def test_every_kernel_is_tuned_past_a_wrong_tile_and_one_without_room(tuned):
     path, said = tuned
     table = tuned_tiles.read(path, "interpreter")
     wanted = {Entry(kernel, 128, teacher, False) for kernel in KERNELS for teacher in (False, True)}
-    assert set(table) == {entry for entry in wanted if not (entry.teacher and entry.kernel in WITHOUT_TEACHER)}
+    assert set(table) == {
+        entry for entry in wanted if not (entry.teacher and entry.kernel in WITHOUT_TEACHER)
+    }
     assert set(table.values()) == {tuned_tiles.Measured(BEST, 2.0, 3.0)}
     # A measurement launches its own kernel and no other.
     assert sorted(said["launched"]) == sorted([kernel] for kernel in KERNELS)
@@ -106,11 +115,13 @@ def test_past_the_deadline_only_the_shipped_tile_is_measured(tuned):
 def test_losses_read_the_table_and_give_the_same_numbers(tuned):
     path, _ = tuned
     code = (
-        "import torch; from fastgessl.kernels import info_nce; from fastgessl.kernels.similarity import tuned_tiles; q = torch.eye(40, 16).requires_grad_()\n"
+        "import torch; from fastgessl.kernels import info_nce; from fastgessl.kernels.similarity import "
+        "tuned_tiles; q = torch.eye(40, 16).requires_grad_()\n"
         "loss = info_nce(q.bfloat16(), q.bfloat16(), implementation='triton'); loss.backward()\n"
         "expected = info_nce(q, q, implementation='reference')\n"
         "torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)\n"
-        "tiles = [tuned_tiles.tile_for('gradient_rows_kernel', part, 16, False) for part in (q.bfloat16(), q)]\n"
+        "tiles = [tuned_tiles.tile_for('gradient_rows_kernel', part, 16, False) for part in (q.bfloat16(), "
+        "q)]\n"
         "print(tuple(tiles[0]), tiles[1].rows)"
     )
     found = run("-c", code, **{tuned_tiles.ENVIRONMENT: str(path)})
@@ -120,7 +131,18 @@ def test_losses_read_the_table_and_give_the_same_numbers(tuned):
 def test_the_command_measures_and_keeps_what_a_table_already_holds(interpreter, tmp_path):
     entry = Entry("moments_kernel", 256, True, True)
     tuned_tiles.write(tmp_path / "tiles.json", "interpreter", {entry: tuned_tiles.Measured(BEST, 1.0, None)})
-    options = ("--kernels", "statistics_kernel", "--features", 16, "--rows", 8, "--seconds", 0.2, "--out", tmp_path / "tiles.json")
+    options = (
+        "--kernels",
+        "statistics_kernel",
+        "--features",
+        16,
+        "--rows",
+        8,
+        "--seconds",
+        0.2,
+        "--out",
+        tmp_path / "tiles.json",
+    )
     found = run("-m", "fastgessl.kernels.similarity.autotune", *options)
     assert found.returncode == 0, found.stderr
     table = tuned_tiles.read(tmp_path / "tiles.json", "interpreter")
@@ -130,10 +152,16 @@ def test_the_command_measures_and_keeps_what_a_table_already_holds(interpreter, 
 
 
 def test_where_the_kernels_cannot_run_the_command_says_so(tmp_path):
-    found = run("-m", "fastgessl.kernels.similarity.autotune", "--out", tmp_path / "tiles.json", TRITON_INTERPRET="0")
+    found = run(
+        "-m", "fastgessl.kernels.similarity.autotune", "--out", tmp_path / "tiles.json", TRITON_INTERPRET="0"
+    )
     if torch.cuda.is_available():
         pytest.skip("they can here")
-    assert found.returncode == 2 and "tiles are measured on an NVIDIA GPU" in found.stderr and "Traceback" not in found.stderr
+    assert (
+        found.returncode == 2
+        and "tiles are measured on an NVIDIA GPU" in found.stderr
+        and "Traceback" not in found.stderr
+    )
 
 
 @pytest.fixture
@@ -170,27 +198,51 @@ def test_the_cache_folders_table_is_found_by_device_and_triton_version(fresh):
     pytest.importorskip("triton")
     path = tuned_tiles.table_path(CPU)
     assert path == fresh / "fastgessl" / f"tiles-interpreter-triton-{version('triton')}.json"
-    tuned_tiles.write(path, "interpreter", {Entry("moments_kernel", 256, False, True): tuned_tiles.Measured(BEST, 1.0, 2.0)})
+    tuned_tiles.write(
+        path, "interpreter", {Entry("moments_kernel", 256, False, True): tuned_tiles.Measured(BEST, 1.0, 2.0)}
+    )
     assert tuned_tiles.tile_for("moments_kernel", torch.zeros(1), 200, False) == BEST
     assert tuned_tiles.tile_for("moments_kernel", torch.zeros(1), 300, False) == INTERPRETED
-    assert tuned_tiles.tile_for("moments_kernel", torch.zeros(1, dtype=torch.float16), 200, False) == INTERPRETED
+    assert (
+        tuned_tiles.tile_for("moments_kernel", torch.zeros(1, dtype=torch.float16), 200, False) == INTERPRETED
+    )
 
 
 def entry_with(**change):
     tile = {"rows": 64, "columns": 64, "warps": 4, "stages": 2, "chunk_limit": 64}
-    whole = {"kernel": "moments_kernel", "features": 128, "teacher": False, "dtype": "16-bit", "tile": tile, "milliseconds": 1}
+    whole = {
+        "kernel": "moments_kernel",
+        "features": 128,
+        "teacher": False,
+        "dtype": "16-bit",
+        "tile": tile,
+        "milliseconds": 1,
+    }
     whole |= {name: value for name, value in change.items() if name in whole}
-    whole["tile"] = tile | {name: value for name, value in change.items() if name in tile} if whole["tile"] is tile else whole["tile"]
+    whole["tile"] = (
+        tile | {name: value for name, value in change.items() if name in tile}
+        if whole["tile"] is tile
+        else whole["tile"]
+    )
     return {"format": 1, "device": "interpreter", "tiles": [whole]}
 
 
 BAD = {
     "no JSON": ("{", "Expecting property name"),
     "another format": ({"format": 2}, "no table of format 1"),
-    "another device": ({"format": 1, "device": "nvidia-h200", "tiles": []}, r"measured on 'nvidia-h200', this device is 'interpreter'"),
+    "another device": (
+        {"format": 1, "device": "nvidia-h200", "tiles": []},
+        r"measured on 'nvidia-h200', this device is 'interpreter'",
+    ),
     "no list": ({"format": 1, "device": "interpreter"}, "tiles must be a list"),
-    "no tile": (entry_with(tile=None), r"tiles\[0\] must have kernel, features, teacher, dtype, and a tile of rows, columns"),
-    "unknown kernel": (entry_with(kernel="fwd"), r"tiles\[0\]: kernel must be one of .*statistics_kernel.*, found 'fwd'"),
+    "no tile": (
+        entry_with(tile=None),
+        r"tiles\[0\] must have kernel, features, teacher, dtype, and a tile of rows, columns",
+    ),
+    "unknown kernel": (
+        entry_with(kernel="fwd"),
+        r"tiles\[0\]: kernel must be one of .*statistics_kernel.*, found 'fwd'",
+    ),
     "unknown width": (entry_with(features=100), r"features must be one of 128, 256, 2048, found 100"),
     "no power of two": (entry_with(rows=48), r"rows must be a power of two from 16 to 256, found 48"),
     "too wide": (entry_with(columns=512), r"columns must be a power of two from 16 to 256, found 512"),
@@ -254,7 +306,9 @@ def tuned_where(monkeypatch, failure):
 
     monkeypatch.setattr(autotune, "Problem", Problem)
     monkeypatch.setattr(tuned_tiles, "_in_use", {CPU: {}})
-    return autotune.tune(Entry("statistics_kernel", 128, False, False), 8, 16, CPU, lambda work: 1.0, math.inf)
+    return autotune.tune(
+        Entry("statistics_kernel", 128, False, False), 8, 16, CPU, lambda work: 1.0, math.inf
+    )
 
 
 def test_a_tile_on_which_the_compiler_fails_is_left_out_with_its_reason(monkeypatch, capsys):

@@ -1,4 +1,6 @@
-"""Losses over a group of ranks equal one process on all rows: values, gradients and Hessian-vector products (two gloo ranks)."""
+"""Losses over a group of ranks equal one process on all rows: values, gradients and Hessian-vector products
+(two gloo ranks).
+"""
 
 from contextlib import contextmanager
 
@@ -28,7 +30,9 @@ TOTAL = RANKS * ROWS
 
 @contextmanager
 def _joined(rank, store):
-    """The group of all ranks, which a rank leaves when all are done: a peer that leaves early makes gloo abort the others."""
+    """The group of all ranks, which a rank leaves when all are done: a peer that leaves early makes gloo
+    abort the others.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     assert dist.get_world_size() == RANKS
@@ -47,7 +51,12 @@ def _average(tensor):
 def _inputs():
     torch.manual_seed(0)
     weight = torch.randn(D, D, dtype=torch.float64)
-    return weight, torch.randn(4, TOTAL, D, dtype=torch.float64), torch.randperm(TOTAL), torch.randn(TOTAL, dtype=torch.float64)
+    return (
+        weight,
+        torch.randn(4, TOTAL, D, dtype=torch.float64),
+        torch.randperm(TOTAL),
+        torch.randn(TOTAL, dtype=torch.float64),
+    )
 
 
 def _losses(data, positives, bias, weight, temperature, group, mode):
@@ -55,7 +64,9 @@ def _losses(data, positives, bias, weight, temperature, group, mode):
     query, key, teacher_query, teacher_key = data @ weight
     exclude = (positives + 3) % TOTAL
     settings = {"temperature": temperature, "group": group, "mode": mode}
-    both = gessl_loss(query, key, teacher_query, teacher_key, positives=positives, exclude=exclude, **settings)
+    both = gessl_loss(
+        query, key, teacher_query, teacher_key, positives=positives, exclude=exclude, **settings
+    )
     mean = softmax_marginal(query, weight, temperature=temperature, group=group)
     return torch.stack(
         [
@@ -79,10 +90,14 @@ def _derivatives(data, positives, bias, weight, group, mode, average):
     found = [average(losses.detach())]
     for loss in losses:
         first = torch.autograd.grad(loss, (weight, temperature), create_graph=True)
-        # The direction is the same on all ranks, so the product with the mean gradient is the mean of the ranks' products.
+        # The direction is the same on all ranks, so the product with the mean gradient is the mean of the
+        # ranks' products.
         along = (first[0] * torch.arange(1.0, D + 1)).sum() + 0.3 * first[1]
         found += [average(gradient.detach()) for gradient in first]
-        found += [average(product) for product in torch.autograd.grad(along, (weight, temperature), retain_graph=True)]
+        found += [
+            average(product)
+            for product in torch.autograd.grad(along, (weight, temperature), retain_graph=True)
+        ]
     return found
 
 
@@ -93,8 +108,8 @@ def _compare(rank, store, mode):
         found = _derivatives(data[:, mine], positives[mine], bias[mine], weight, group, mode, _average)
         expected = _derivatives(data, positives, bias, weight, None, "gather", lambda tensor: tensor)
         for a, b in zip(found, expected, strict=True):
-            # In norm: an entry may be what is left of far larger ones. The dense table itself, its rows in another order, gives entries
-            # that differ by 2e-11 of themselves and by 3e-15 of the norm.
+            # In norm: an entry may be what is left of far larger ones. The dense table itself, its rows in
+            # another order, gives entries that differ by 2e-11 of themselves and by 3e-15 of the norm.
             assert (a - b).norm() <= 5e-13 * b.norm()
         potentials = sinkhorn_potentials(data[0][mine], data[1], epsilon=0.5, group=group)
         torch.testing.assert_close(potentials, sinkhorn_potentials(data[0], data[1], epsilon=0.5))
@@ -106,14 +121,20 @@ def test_losses_of_two_ranks_equal_one_process_to_second_order(tmp_path, mode):
 
 
 def _transforms(data, positives, bias, weight, group, average):
-    """The losses' sum in forward mode, in forward over reverse and in reverse over forward, along one direction of the weight and τ."""
+    """The losses' sum in forward mode, in forward over reverse and in reverse over forward, along one
+    direction of the weight and τ.
+    """
     at = weight, torch.tensor(0.3, dtype=torch.float64)
     way = weight.sin(), torch.tensor(0.7, dtype=torch.float64)
 
     def loss(weight, temperature):
         return _losses(data, positives, bias, weight, temperature, group, "gather").sum()
 
-    found = [jvp(loss, at, way)[1], *jvp(grad(loss, (0, 1)), at, way)[1], *grad(lambda *x: jvp(loss, x, way)[1], (0, 1))(*at)]
+    found = [
+        jvp(loss, at, way)[1],
+        *jvp(grad(loss, (0, 1)), at, way)[1],
+        *grad(lambda *x: jvp(loss, x, way)[1], (0, 1))(*at),
+    ]
     return [average(part) for part in found]
 
 
@@ -122,7 +143,9 @@ def _forward(rank, store):
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     with _joined(rank, store) as group:
         found = _transforms(data[:, mine], positives[mine], bias[mine], weight, group, _average)
-        for a, b in zip(found, _transforms(data, positives, bias, weight, None, lambda tensor: tensor), strict=True):
+        for a, b in zip(
+            found, _transforms(data, positives, bias, weight, None, lambda tensor: tensor), strict=True
+        ):
             assert (a - b).norm() <= 5e-13 * b.norm()
         query, key = data[:2, mine]
         for transform in (jvp, lambda loss, at, way: jvp(grad(loss), at, way)):
@@ -140,7 +163,9 @@ def _unequal(rank, store):
             info_nce(torch.ones(3, 2), torch.ones(3 + rank, 2), group=group)
         with pytest.raises(ValueError, match=r"query must have as many rows on every rank .* found \[3, 4\]"):
             softmax_marginal(torch.ones(3 + rank, 2), torch.ones(5, 2), group=group)
-        with pytest.raises(ValueError, match=r"teacher_features must have as many rows on every rank .* found \[6, 8\]"):
+        with pytest.raises(
+            ValueError, match=r"teacher_features must have as many rows on every rank .* found \[6, 8\]"
+        ):
             DINOLoss(output_dim=5).update_center(torch.ones(2, 3 + rank, 2), torch.ones(5, 2))
         with pytest.raises(ValueError, match=r"world_size is 8, but the default process group has 2 ranks"):
             ClipLoss(world_size=8)(torch.eye(3), torch.eye(3), 1.0)
@@ -151,7 +176,9 @@ def test_ranks_with_unequal_rows_all_raise_instead_of_hanging(tmp_path):
 
 
 def _adjoints(rank, store):
-    """⟨gather(x), y⟩ summed over ranks equals ⟨x, backward(y)⟩ summed over ranks; the same once more for the backward, and for the mean."""
+    """⟨gather(x), y⟩ summed over ranks equals ⟨x, backward(y)⟩ summed over ranks; the same once more for the
+    backward, and for the mean.
+    """
     with _joined(rank, store) as group:
         torch.manual_seed(rank)
         for operation, shape in ((all_gather_rows, (3, 2)), (all_reduce_mean, (4,))):
@@ -161,7 +188,9 @@ def _adjoints(rank, store):
             (pulled,) = torch.autograd.grad(image, x, y, create_graph=True)
             z = torch.randn_like(x)
             (pushed,) = torch.autograd.grad(pulled, y, z)
-            sums = torch.stack([(image * y).sum(), (x * pulled).sum(), (pulled * z).sum(), (y * pushed).sum()]).detach()
+            sums = torch.stack(
+                [(image * y).sum(), (x * pulled).sum(), (pulled * z).sum(), (y * pushed).sum()]
+            ).detach()
             dist.all_reduce(sums)
             torch.testing.assert_close(sums[0], sums[1])
             torch.testing.assert_close(sums[2], sums[3])

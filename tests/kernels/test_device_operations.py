@@ -1,7 +1,8 @@
-"""What a step asks of a GPU, counted without one: operations, looks at values, and copies for which the host waits.
+"""What a step asks of a GPU, counted without one: operations, looks at values, and copies for which the host
+waits.
 
-Fake tensors run every line and compute nothing. On the CPU they say that they are CUDA's, because autograd asks the driver about a true
-CUDA device; where no backward runs, the device is "cuda" itself.
+Fake tensors run every line and compute nothing. On the CPU they say that they are CUDA's, because autograd
+asks the driver about a true CUDA device; where no backward runs, the device is "cuda" itself.
 """
 
 from collections import Counter
@@ -49,7 +50,18 @@ from fastgessl.pipelines.sources.images import ArrayImages
 from fastgessl.pipelines.specs import ViewSpec
 
 ROWS, FEATURES, TEMPERATURE = 256, 128, 0.1
-FREE = ("empty", "empty_like", "new_empty", "detach", "alias", "_unsafe_view", "lift_fresh", "scalar_tensor", "device", "item")
+FREE = (
+    "empty",
+    "empty_like",
+    "new_empty",
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "lift_fresh",
+    "scalar_tensor",
+    "device",
+    "item",
+)
 
 
 class Operations(TorchDispatchMode):
@@ -70,7 +82,9 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def operations(monkeypatch):
-    """A function that counts the operations of its argument, called on fake tensors that take the Triton kernels."""
+    """A function that counts the operations of its argument, called on fake tensors that take the Triton
+    kernels.
+    """
     counting = Operations()
 
     def launched(kernel):
@@ -145,25 +159,33 @@ def derivative(loss, dtype, order):
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_step_asks_for_at_most_one_operation_more_than_three_lines_of_pytorch(name, dtype, order, operations):
+def test_a_step_asks_for_at_most_one_operation_more_than_three_lines_of_pytorch(
+    name, dtype, order, operations
+):
     ours, dense = PAIRS[name]
     found = operations(derivative(lambda a, b: ours(a, b, temperature=TEMPERATURE), dtype, order))
     peer = operations(derivative(dense, dtype, order))
     print(f"{name} {dtype} order {order}: {found.total()} against {peer.total()}")
-    assert any(operation.endswith("_kernel") for operation in found) and not any("_kernel" in operation for operation in peer)
+    assert any(operation.endswith("_kernel") for operation in found) and not any(
+        "_kernel" in operation for operation in peer
+    )
     assert found.total() <= peer.total() + 1
 
 
 WITH_TEACHER = {
     "sigma_kl": (lambda *x, **how: sigma_kl(*x, temperature=TEMPERATURE, **how)),
     "soft_cross_entropy": (lambda *x, **how: soft_cross_entropy(*x, temperature=TEMPERATURE, **how)),
-    "gessl_loss": (lambda *x, **how: sum(rows.mean() for rows in gessl_loss(*x, temperature=TEMPERATURE, **how))),
+    "gessl_loss": (
+        lambda *x, **how: sum(rows.mean() for rows in gessl_loss(*x, temperature=TEMPERATURE, **how))
+    ),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*WITH_TEACHER, *(name for name in PAIRS if name != "nt_xent")])
-def test_a_stored_table_would_ask_for_more_operations_so_a_small_one_stays_with_the_kernels(name, dtype, operations):
+def test_a_stored_table_would_ask_for_more_operations_so_a_small_one_stays_with_the_kernels(
+    name, dtype, operations
+):
     """The ground on which `implementation_for` stores nothing on a GPU."""
 
     def loss(implementation):
@@ -184,7 +206,9 @@ def test_only_what_is_needed_is_computed(operations):
             operands = unit(moving=query), unit(moving=key)
             scale = torch.empty((), requires_grad=True) if temperature else 0.1
             loss = info_nce(*operands, temperature=scale)
-            leaves = [part for part in (*operands, scale) if isinstance(part, torch.Tensor) and part.requires_grad]
+            leaves = [
+                part for part in (*operands, scale) if isinstance(part, torch.Tensor) and part.requires_grad
+            ]
             torch.autograd.grad(loss, leaves)
 
         return operations(step)
@@ -199,7 +223,9 @@ def test_only_what_is_needed_is_computed(operations):
 
     def of_bias():
         bias = torch.empty(ROWS, requires_grad=True)
-        torch.autograd.grad(similarity_logsumexp(unit(moving=False), unit(moving=False), bias=bias).sum(), bias)
+        torch.autograd.grad(
+            similarity_logsumexp(unit(moving=False), unit(moving=False), bias=bias).sum(), bias
+        )
 
     assert kernels(operations(of_bias))[:2] == (0, 1)
 
@@ -225,17 +251,31 @@ LOOKED_AT = {
     "nt_xent(temperature)": (1, lambda a, b: nt_xent(a, b, temperature=wide())),
     "clip_loss": (0, lambda a, b: clip_loss(a, b, temperature=0.1)),
     "clip_loss(temperature)": (1, lambda a, b: clip_loss(a, b, temperature=wide())),
-    "similarity_logsumexp(bias, exclude)": (2, lambda a, b: similarity_logsumexp(a, b, bias=columns(), exclude=indices()).sum()),
+    "similarity_logsumexp(bias, exclude)": (
+        2,
+        lambda a, b: similarity_logsumexp(a, b, bias=columns(), exclude=indices()).sum(),
+    ),
     "sigma_kl": (0, lambda a, b: sigma_kl(a, b, b, a)),
     "sigma_kl(temperature)": (1, lambda a, b: sigma_kl(a, b, b, a, temperature=wide())),
     "soft_cross_entropy(everything)": (
         5,
         lambda a, b: soft_cross_entropy(
-            a, b, b, a, temperature=wide(), teacher_temperature=wide(), student_bias=columns(), teacher_bias=columns(), exclude=indices()
+            a,
+            b,
+            b,
+            a,
+            temperature=wide(),
+            teacher_temperature=wide(),
+            student_bias=columns(),
+            teacher_bias=columns(),
+            exclude=indices(),
         ),
     ),
     "gessl_loss": (0, lambda a, b: sum(rows.sum() for rows in gessl_loss(a, b, b, a))),
-    "gessl_loss(positives)": (1, lambda a, b: sum(rows.sum() for rows in gessl_loss(a, b, b, a, positives=indices()))),
+    "gessl_loss(positives)": (
+        1,
+        lambda a, b: sum(rows.sum() for rows in gessl_loss(a, b, b, a, positives=indices())),
+    ),
     "softmax_marginal": (0, lambda a, b: softmax_marginal(a, b).sum()),
     "softmax_marginal(bias)": (1, lambda a, b: softmax_marginal(a, b, bias=columns()).sum()),
     "sinkhorn_potentials": (0, lambda a, b: sinkhorn_potentials(a, b).sum() + 0 * (a.sum() + b.sum())),
@@ -281,7 +321,9 @@ def test_a_memory_bank_does_not_wait_for_its_position(operations):
 
 
 class Waits(TorchDispatchMode):
-    """Where the host waits for a device: for a number from it, or for a copy to it that does not come from pinned memory."""
+    """Where the host waits for a device: for a number from it, or for a copy to it that does not come from
+    pinned memory.
+    """
 
     def __init__(self):
         super().__init__()
@@ -296,11 +338,17 @@ class Waits(TorchDispatchMode):
             self._pinned.append(args[0].clone())
             return self._pinned[-1]
         if name == "nonzero" and not args[0].is_cuda:
-            return torch.zeros(3, args[0].dim(), dtype=torch.int64)  # its length is data, which fake tensors have not
+            return torch.zeros(
+                3, args[0].dim(), dtype=torch.int64
+            )  # its length is data, which fake tensors have not
         if name in ("_local_scalar_dense", "nonzero") and args[0].is_cuda:
             self.found.append(name)
         if name in ("_to_copy", "copy_"):
-            source, target = (args[1], args[0].device) if name == "copy_" else (args[0], kwargs.get("device", args[0].device))
+            source, target = (
+                (args[1], args[0].device)
+                if name == "copy_"
+                else (args[0], kwargs.get("device", args[0].device))
+            )
             if torch.device(target).type == "cuda" and not source.is_cuda:
                 self.sent += 1
                 if not (kwargs.get("non_blocking") and any(source is tensor for tensor in self._pinned)):
@@ -332,9 +380,17 @@ def test_what_is_sent_goes_through_pinned_memory(waits):
 def test_a_gather_does_not_wait_for_the_number_of_rows(waits, monkeypatch):
     gathered = []
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, rows, group: gathered.append((rows.dtype, tuple(rows.shape))))
+    monkeypatch.setattr(
+        dist,
+        "all_gather_into_tensor",
+        lambda out, rows, group: gathered.append((rows.dtype, tuple(rows.shape))),
+    )
     rows = all_gather_rows(torch.empty(4, 3, device=CUDA), "a group")
-    assert rows.shape == (8, 3) and gathered == [(torch.int64, (1,)), (torch.float32, (4, 3))] and not waits.found
+    assert (
+        rows.shape == (8, 3)
+        and gathered == [(torch.int64, (1,)), (torch.float32, (4, 3))]
+        and not waits.found
+    )
 
 
 @pytest.fixture
@@ -355,14 +411,25 @@ def view_kernels(monkeypatch):
 
 @pytest.mark.parametrize("size", [16, 96])
 def test_views_send_their_colours_once_and_wait_for_nothing_else(size, waits, view_kernels):
-    images, drawn = torch.zeros(4, 32, 32, 3, dtype=torch.uint8, device=CUDA), ViewParameters.unchanged(4, 32, 32)
-    settings = {"size": size, "interpolation": "bilinear", "blur_kernel": 3, "solarize_threshold": 128.0, "resize": True}
+    images, drawn = (
+        torch.zeros(4, 32, 32, 3, dtype=torch.uint8, device=CUDA),
+        ViewParameters.unchanged(4, 32, 32),
+    )
+    settings = {
+        "size": size,
+        "interpolation": "bilinear",
+        "blur_kernel": 3,
+        "solarize_threshold": 128.0,
+        "resize": True,
+    }
     colours = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}
     for sent, copies in ((1, 3), (1, 5), (2, 8)):
         if sent == 2:
             colours["std"] = [0.3, 0.3, 0.3]
         views_triton.augment(images, drawn, **settings, **colours)
-        assert waits.found == ["_to_copy"] * sent and waits.sent == copies  # parameters and places of blurred samples each time
+        assert (
+            waits.found == ["_to_copy"] * sent and waits.sent == copies
+        )  # parameters and places of blurred samples each time
 
 
 def test_colours_that_are_kept_are_those_of_their_mean_and_deviation():
@@ -386,7 +453,12 @@ class OneBatch:
 def test_a_loader_waits_for_neither_index_nor_label(waits):
     images = ArrayImages(np.zeros((6, 4, 4, 3), dtype=np.uint8), np.arange(6))
     loader = Loader(
-        images, OneBatch(), Sampling(6, 6, 0, 0, 1, False), BadFiles(images, skip=False, training=False, listing=None), CUDA, "none"
+        images,
+        OneBatch(),
+        Sampling(6, 6, 0, 0, 1, False),
+        BadFiles(images, skip=False, training=False, listing=None),
+        CUDA,
+        "none",
     )
     (batch,) = loader
     assert batch.index.device == batch.label.device == CUDA and waits.sent == 2 and not waits.found

@@ -23,13 +23,18 @@ def test_cpu_tensors_take_the_chunked_implementation_with_a_reason():
 
 def test_the_argument_beats_the_environment_and_the_environment_the_default(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "reference")
-    assert implementation_for(torch.zeros(2, 2)) == ("reference", f"the environment variable {ENVIRONMENT} says so")
+    assert implementation_for(torch.zeros(2, 2)) == (
+        "reference",
+        f"the environment variable {ENVIRONMENT} says so",
+    )
     assert implementation_for(torch.zeros(2, 2), "chunked")[0] == "chunked"
 
 
 def test_the_environment_reaches_the_losses(monkeypatch):
     query = torch.eye(2).requires_grad_()
-    first = torch.autograd.grad(info_nce(query, query, implementation="reference"), query, create_graph=True)[0]
+    first = torch.autograd.grad(info_nce(query, query, implementation="reference"), query, create_graph=True)[
+        0
+    ]
     monkeypatch.setenv(ENVIRONMENT, "reference")
     loss = torch.autograd.grad(info_nce(query, query), query, create_graph=True)[0]
     torch.testing.assert_close(loss, first)
@@ -39,7 +44,10 @@ def test_the_environment_reaches_the_losses(monkeypatch):
 
 @pytest.mark.parametrize("source", ["argument", "environment"])
 def test_an_unknown_or_unusable_name_is_refused(source, monkeypatch):
-    for name, message in (("fast", "unknown implementation 'fast'"), ("triton", "Triton kernels cannot be used")):
+    for name, message in (
+        ("fast", "unknown implementation 'fast'"),
+        ("triton", "Triton kernels cannot be used"),
+    ):
         if source == "environment":
             monkeypatch.setenv(ENVIRONMENT, name)
         with pytest.raises(ValueError, match=message):
@@ -55,7 +63,9 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some Card")
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(dispatch, "triton_version", lambda: triton)
-        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if triton is None else object())
+        monkeypatch.setattr(
+            dispatch.importlib.util, "find_spec", lambda name: None if triton is None else object()
+        )
         dispatch._device_obstacle.cache_clear()
 
     yield pretend
@@ -63,7 +73,9 @@ def card(monkeypatch):
 
 
 def test_tritons_version_is_that_of_the_module_whatever_its_distribution_is_called(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.2.0+of.another.distribution"))
+    monkeypatch.setitem(
+        sys.modules, "triton", types.SimpleNamespace(__version__="3.2.0+of.another.distribution")
+    )
     assert dispatch._triton_release() == (3, 2)
 
 
@@ -85,7 +97,8 @@ def test_an_unsupported_card_falls_back_with_one_warning(card, unsupported, reas
 
 
 @pytest.mark.parametrize(
-    "capability, triton", [((8, 0), "3.2.0"), ((8, 9), "3.2.0"), ((9, 0), "3.2.0"), ((10, 0), "3.3.1"), ((12, 0), "3.9.0")]
+    "capability, triton",
+    [((8, 0), "3.2.0"), ((8, 9), "3.2.0"), ((9, 0), "3.2.0"), ((10, 0), "3.3.1"), ((12, 0), "3.9.0")],
 )
 def test_a_supported_card_takes_triton_without_a_word(card, capability, triton, recwarn):
     card(capability, triton)

@@ -1,4 +1,6 @@
-"""The public losses: published formulas, rows that are ignored, reductions, autocast, and what bad input gets."""
+"""The public losses: published formulas, rows that are ignored, reductions, autocast, and what bad input
+gets.
+"""
 
 import pytest
 import torch
@@ -43,39 +45,68 @@ def test_nt_xent_is_the_formula_of_the_paper_term_by_term(implementation):
         expected.append(-torch.log(similarity[partner] / sum(s for k, s in enumerate(similarity) if k != i)))
     found = nt_xent(first, second, temperature=0.4, reduction="none", implementation=implementation)
     torch.testing.assert_close(found, torch.stack(expected))
-    torch.testing.assert_close(nt_xent(first, second, temperature=0.4, implementation=implementation), found.mean())
-    torch.testing.assert_close(nt_xent(first, second, temperature=0.4, reduction="sum", implementation=implementation), found.sum())
+    torch.testing.assert_close(
+        nt_xent(first, second, temperature=0.4, implementation=implementation), found.mean()
+    )
+    torch.testing.assert_close(
+        nt_xent(first, second, temperature=0.4, reduction="sum", implementation=implementation), found.sum()
+    )
 
 
 @IMPLEMENTATIONS
 def test_clip_loss_is_the_mean_of_both_cross_entropies_and_trains_its_temperature(implementation):
-    image, text, temperature = rows(6, 4), rows(6, 4, seed=1), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    image, text, temperature = (
+        rows(6, 4),
+        rows(6, 4, seed=1),
+        torch.tensor(0.2, dtype=torch.float64, requires_grad=True),
+    )
     logits, target = image @ text.T / temperature, torch.arange(6)
     expected = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
     loss = clip_loss(image, text, temperature=temperature, implementation=implementation)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, temperature), torch.autograd.grad(expected, temperature))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, temperature), torch.autograd.grad(expected, temperature)
+    )
 
 
 @IMPLEMENTATIONS
 def test_sigma_is_torch_kl_div_and_cross_entropy_adds_the_teachers_entropy(implementation):
-    student_query, student_key, teacher_query, teacher_key = rows(6, 4), rows(9, 4, seed=1), rows(6, 5, seed=2), rows(9, 5, seed=3)
+    student_query, student_key, teacher_query, teacher_key = (
+        rows(6, 4),
+        rows(9, 4, seed=1),
+        rows(6, 5, seed=2),
+        rows(9, 5, seed=3),
+    )
     bias, teacher_bias = rows(9, seed=4), rows(9, seed=5)
     log_student = (student_query @ student_key.T / 0.3 + bias).log_softmax(1)
     log_teacher = (teacher_query @ teacher_key.T / 0.7 + teacher_bias).log_softmax(1)
     operands = (student_query, student_key, teacher_query, teacher_key)
-    options = {"temperature": 0.3, "teacher_temperature": 0.7, "student_bias": bias, "teacher_bias": teacher_bias}
+    options = {
+        "temperature": 0.3,
+        "teacher_temperature": 0.7,
+        "student_bias": bias,
+        "teacher_bias": teacher_bias,
+    }
     expected = torch.nn.functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
     torch.testing.assert_close(sigma_kl(*operands, **options, implementation=implementation), expected)
     entropy = -(log_teacher.exp() * log_teacher).sum(1).mean()
-    torch.testing.assert_close(soft_cross_entropy(*operands, **options, implementation=implementation), expected + entropy)
+    torch.testing.assert_close(
+        soft_cross_entropy(*operands, **options, implementation=implementation), expected + entropy
+    )
 
 
 @IMPLEMENTATIONS
 def test_gessl_loss_is_info_nce_and_sigma_of_the_same_table(implementation):
-    operands, positives = (rows(5, 4), rows(8, 4, seed=1), rows(5, 3, seed=2), rows(8, 3, seed=3)), torch.tensor([7, -1, 0, 3, 2])
-    contrastive, sigma = gessl_loss(*operands, temperature=0.5, positives=positives, implementation=implementation)
-    torch.testing.assert_close(contrastive, info_nce(*operands[:2], temperature=0.5, positives=positives, reduction="none"))
+    operands, positives = (
+        (rows(5, 4), rows(8, 4, seed=1), rows(5, 3, seed=2), rows(8, 3, seed=3)),
+        torch.tensor([7, -1, 0, 3, 2]),
+    )
+    contrastive, sigma = gessl_loss(
+        *operands, temperature=0.5, positives=positives, implementation=implementation
+    )
+    torch.testing.assert_close(
+        contrastive, info_nce(*operands[:2], temperature=0.5, positives=positives, reduction="none")
+    )
     torch.testing.assert_close(sigma, sigma_kl(*operands, temperature=0.5, reduction="none"))
 
 
@@ -88,11 +119,18 @@ def test_sigma_of_a_model_with_itself_is_zero_with_zero_gradient():
 
 @IMPLEMENTATIONS
 def test_losses_composed_as_documented_equal_their_own_formulas(implementation):
-    query, key, queue = normalize(rows(5, 4), dim=1), normalize(rows(5, 4, seed=1), dim=1), normalize(rows(11, 4, seed=2), dim=1)
+    query, key, queue = (
+        normalize(rows(5, 4), dim=1),
+        normalize(rows(5, 4, seed=1), dim=1),
+        normalize(rows(11, 4, seed=2), dim=1),
+    )
     settings = {"temperature": 0.2, "implementation": implementation}
     positive = (query * key).sum(1) / 0.2
     moco = (torch.logaddexp(positive, similarity_logsumexp(query, queue, **settings)) - positive).mean()
-    expected = cross_entropy(torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / 0.2, torch.zeros(5, dtype=torch.long))
+    expected = cross_entropy(
+        torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / 0.2,
+        torch.zeros(5, dtype=torch.long),
+    )
     torch.testing.assert_close(moco, expected)
     decoupled = info_nce(query, key, exclude=torch.arange(5), **settings)
     others = (query @ key.T / 0.2).masked_fill(torch.eye(5, dtype=torch.bool), -torch.inf)
@@ -103,7 +141,9 @@ def test_losses_composed_as_documented_equal_their_own_formulas(implementation):
 def test_ignored_rows_have_zero_loss_and_zero_gradient_and_count_in_the_mean(implementation):
     query, key = rows(4, 3).requires_grad_(), rows(2, 3, seed=1)
     positives, exclude = torch.tensor([0, -1, 1, 0]), torch.tensor([[-1, -1], [-1, -1], [0, 1], [1, -1]])
-    found = info_nce(query, key, positives=positives, exclude=exclude, reduction="none", implementation=implementation)
+    found = info_nce(
+        query, key, positives=positives, exclude=exclude, reduction="none", implementation=implementation
+    )
     assert found[1] == 0 and found[2] == 0 and found[0] != 0
     mean = info_nce(query, key, positives=positives, exclude=exclude, implementation=implementation)
     torch.testing.assert_close(mean, found.sum() / 4)
@@ -115,11 +155,23 @@ def test_ignored_rows_have_zero_loss_and_zero_gradient_and_count_in_the_mean(imp
 
 @IMPLEMENTATIONS
 def test_a_row_without_columns_gives_zero_divergence_and_minus_infinite_lse(implementation):
-    query, key, exclude = rows(3, 2).requires_grad_(), rows(2, 2, seed=1), torch.tensor([[0, 1], [0, -1], [-1, -1]])
+    query, key, exclude = (
+        rows(3, 2).requires_grad_(),
+        rows(2, 2, seed=1),
+        torch.tensor([[0, 1], [0, -1], [-1, -1]]),
+    )
     lse = similarity_logsumexp(query, key, exclude=exclude, implementation=implementation)
     assert lse[0] == -torch.inf and lse[1:].isfinite().all()
     for divergence in (sigma_kl, soft_cross_entropy):
-        found = divergence(query, key, 2 * query.detach(), key, exclude=exclude, reduction="none", implementation=implementation)
+        found = divergence(
+            query,
+            key,
+            2 * query.detach(),
+            key,
+            exclude=exclude,
+            reduction="none",
+            implementation=implementation,
+        )
         gradient = torch.autograd.grad(found.sum(), query)[0]
         assert found[0] == 0 and gradient[0].abs().max() == 0 and gradient.isfinite().all() and found[2] > 0
 
@@ -140,7 +192,10 @@ WITH_TEACHER = ("sigma_kl", "soft_cross_entropy", "gessl_loss")
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("name, operand", [(name, operand) for name in EVERY for operand in range(4 if name in WITH_TEACHER else 2)])
+@pytest.mark.parametrize(
+    "name, operand",
+    [(name, operand) for name in EVERY for operand in range(4 if name in WITH_TEACHER else 2)],
+)
 def test_nan_in_an_operand_gives_a_loss_and_gradients_of_nan(name, operand, implementation):
     leaves = [rows(3, 2, seed=i) for i in range(4)]
     leaves[operand][1, 0] = torch.nan
@@ -166,7 +221,9 @@ def test_a_row_of_nan_or_infinity_gives_potentials_an_entropy_and_its_gradients_
 
 
 @IMPLEMENTATIONS
-def test_the_slope_of_an_entropy_at_an_unused_prototype_gives_gradients_of_nan_and_no_error_about_a_bias(implementation):
+def test_the_slope_of_an_entropy_at_an_unused_prototype_gives_gradients_of_nan_and_no_error_about_a_bias(
+    implementation,
+):
     query, key = torch.eye(3, requires_grad=True), torch.cat([torch.eye(3), -torch.ones(1, 3)])
     mean = softmax_marginal(query, key, temperature=1e-3, implementation=implementation)
     assert mean[3] == 0
@@ -179,16 +236,24 @@ MIXED = EVERY | {"sinkhorn_potentials": lambda *x, **how: sinkhorn_potentials(*x
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("name", MIXED)
 def test_every_function_takes_a_layers_output_beside_float32_under_autocast(name, implementation):
-    own = [normalize(rows(6, 4, seed=i), dim=1).to(torch.float32 if i % 2 else torch.bfloat16).requires_grad_() for i in range(4)]
+    own = [
+        normalize(rows(6, 4, seed=i), dim=1).to(torch.float32 if i % 2 else torch.bfloat16).requires_grad_()
+        for i in range(4)
+    ]
     wide = [leaf.detach().bfloat16().float().requires_grad_() for leaf in own]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = MIXED[name](*own, implementation=implementation)
     expected = MIXED[name](*wide, implementation=implementation)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=4e-3 if name == "nt_xent" else 1e-5, atol=1e-7)  # which normalises, then rounds
+    torch.testing.assert_close(
+        found, expected, rtol=4e-3 if name == "nt_xent" else 1e-5, atol=1e-7
+    )  # which normalises, then rounds
     if name == "sinkhorn_potentials":
         return
-    gradients, wanted = (torch.autograd.grad(loss, leaves, allow_unused=True) for loss, leaves in ((found, own), (expected, wide)))
+    gradients, wanted = (
+        torch.autograd.grad(loss, leaves, allow_unused=True)
+        for loss, leaves in ((found, own), (expected, wide))
+    )
     for gradient, leaf, want in zip(gradients, own, wanted, strict=True):
         assert (gradient is None and want is None) or gradient.dtype == leaf.dtype
         assert want is None or (gradient.float() - want).norm() <= 2e-2 * want.norm() + 1e-6
@@ -196,12 +261,21 @@ def test_every_function_takes_a_layers_output_beside_float32_under_autocast(name
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("given", [False, True], ids=["default", "given"])
-def test_a_learnt_temperature_has_sigmas_gradient_from_the_student_alone_unless_it_is_given_to_the_teacher_too(given, implementation):
-    operands, tau = [rows(6, 4, seed=i) for i in range(4)], torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+def test_a_learnt_temperature_has_sigmas_gradient_from_the_student_alone_unless_it_is_given_to_the_teacher_too(
+    given, implementation
+):
+    operands, tau = (
+        [rows(6, 4, seed=i) for i in range(4)],
+        torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
+    )
     log_student = (operands[0] @ operands[1].T / tau).log_softmax(1)
     log_teacher = (operands[2] @ operands[3].T / (tau if given else tau.detach())).log_softmax(1)
     sigma = torch.nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
-    settings = {"temperature": tau, "teacher_temperature": tau if given else None, "implementation": implementation}
+    settings = {
+        "temperature": tau,
+        "teacher_temperature": tau if given else None,
+        "implementation": implementation,
+    }
     for found, expected in (
         (sigma_kl(*operands, **settings), sigma.mean()),
         (gessl_loss(*operands, **settings)[1].mean(), sigma.mean()),
@@ -209,12 +283,16 @@ def test_a_learnt_temperature_has_sigmas_gradient_from_the_student_alone_unless_
     ):
         first, wanted = (torch.autograd.grad(value, tau, create_graph=True)[0] for value in (found, expected))
         torch.testing.assert_close(first, wanted)
-        torch.testing.assert_close(*(torch.autograd.grad(value, tau, retain_graph=True)[0] for value in (first, wanted)))
+        torch.testing.assert_close(
+            *(torch.autograd.grad(value, tau, retain_graph=True)[0] for value in (first, wanted))
+        )
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("name", EVERY)
-def test_an_empty_operand_or_one_of_another_width_device_or_dtype_is_refused_by_every_loss(name, implementation):
+def test_an_empty_operand_or_one_of_another_width_device_or_dtype_is_refused_by_every_loss(
+    name, implementation
+):
     good = [rows(3, 2, seed=i) for i in range(4)]
     for wrong, message in (
         (torch.zeros(0, 2, dtype=torch.float64), r"found shape \(0, 2\)"),
@@ -232,19 +310,33 @@ def test_an_empty_operand_or_one_of_another_width_device_or_dtype_is_refused_by_
     M=st.integers(1, 40), extra=st.integers(0, 30), D=st.integers(1, 33), temperature=st.floats(0.02, 5.0), seed=st.integers(0, 999),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), transposed=st.booleans(), expanded=st.booleans(),
 )  # fmt: skip
-def test_any_shape_stride_dtype_temperature_and_mask_equals_the_reference(M, extra, D, temperature, seed, dtype, transposed, expanded):
+def test_any_shape_stride_dtype_temperature_and_mask_equals_the_reference(
+    M, extra, D, temperature, seed, dtype, transposed, expanded
+):
     N = M + extra
     generator = torch.Generator().manual_seed(seed)
-    unit = [normalize(torch.randn(n, D, generator=generator, dtype=torch.float64), dim=1).to(dtype) for n in (M, N)]
+    unit = [
+        normalize(torch.randn(n, D, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+        for n in (M, N)
+    ]
     leaves = [(part.t().contiguous().t() if transposed else part).requires_grad_() for part in unit]
     positives = torch.randint(-1, N, (M,), generator=generator)
     exclude = torch.randint(-1, N, (M, 2), generator=generator)
 
     def gradients(implementation):
         loss = info_nce(
-            *leaves, temperature=temperature, positives=positives, exclude=exclude, reduction="none", implementation=implementation
+            *leaves,
+            temperature=temperature,
+            positives=positives,
+            exclude=exclude,
+            reduction="none",
+            implementation=implementation,
         )
-        weight = torch.ones(()).expand(M) if expanded else torch.randn(M, generator=torch.Generator().manual_seed(1))
+        weight = (
+            torch.ones(()).expand(M)
+            if expanded
+            else torch.randn(M, generator=torch.Generator().manual_seed(1))
+        )
         return loss, *torch.autograd.grad((loss * weight.to(loss.dtype)).sum(), leaves)
 
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
@@ -261,7 +353,9 @@ def test_autocast_casts_operands_as_a_matmul_and_returns_gradients_in_their_own_
         second = torch.autograd.grad(sum(g.square().sum() for g in first), query)[0]
     rounded = [part.detach().bfloat16().float().requires_grad_() for part in (query, key)]
     expected = info_nce(*rounded, temperature=0.2)
-    assert loss.dtype == torch.float32 and all(gradient.dtype == torch.float32 for gradient in (*first, second))
+    assert loss.dtype == torch.float32 and all(
+        gradient.dtype == torch.float32 for gradient in (*first, second)
+    )
     torch.testing.assert_close(loss, expected)
     for found, want in zip(first, torch.autograd.grad(expected, rounded), strict=True):
         torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-4)
@@ -274,7 +368,10 @@ GOOD = torch.zeros(4, 3)
     "call, message",
     [
         (lambda: info_nce(GOOD, torch.zeros(4, 5)), r"as many features; found query \(4, 3\), key \(4, 5\)"),
-        (lambda: info_nce(GOOD, GOOD.double()), r"share dtype and device; found query \(4, 3\), key \(4, 3\): torch.float32"),
+        (
+            lambda: info_nce(GOOD, GOOD.double()),
+            r"share dtype and device; found query \(4, 3\), key \(4, 3\): torch.float32",
+        ),
         (lambda: info_nce(GOOD, GOOD.to("meta")), r"share dtype and device.*meta"),
         (lambda: info_nce(GOOD[0], GOOD), r"query must have two dimensions .* found shape \(3,\)"),
         (lambda: info_nce(GOOD[:0], GOOD), r"none of them 0; found shape \(0, 3\)"),
@@ -285,32 +382,83 @@ GOOD = torch.zeros(4, 3)
             lambda: info_nce(GOOD, GOOD, positives=torch.zeros(3, dtype=torch.long)),
             r"positives .* \(4 rows\).* found torch.int64 of shape \(3,\)",
         ),
-        (lambda: info_nce(GOOD, GOOD, positives=torch.zeros(4)), r"positives must be int64.* found torch.float32"),
-        (lambda: info_nce(GOOD, GOOD, positives=torch.full((4,), 4)), r"positives of shape \(4,\) must lie in \[-1, 4\), found \[4, 4\]"),
-        (lambda: info_nce(GOOD, GOOD, exclude=torch.full((4,), -2)), r"exclude of shape \(4, 1\) must lie in \[-1, 4\), found \[-2, -2\]"),
-        (lambda: info_nce(GOOD, GOOD, exclude=torch.zeros(4, 3, dtype=torch.long)), r"exclude must have shape .* found \(4, 3\)"),
-        (lambda: info_nce(GOOD, GOOD, temperature=0.0), r"temperature must be positive and finite, found 0.0"),
-        (lambda: info_nce(GOOD, GOOD, temperature=1e-40), r"an inverse that torch.float32 can hold, 1e-38 to 3e\+38; found 1e-40"),
-        (lambda: nt_xent(GOOD, GOOD, temperature=1e40), r"an inverse that torch.float32 can hold.* found 1e\+40"),
-        (lambda: info_nce(GOOD, GOOD, temperature=torch.tensor(-0.1)), r"temperature must be positive and finite, found -0.1"),
-        (lambda: info_nce(GOOD, GOOD, temperature=torch.tensor(float("nan"))), r"temperature must be positive and finite, found nan"),
-        (lambda: info_nce(GOOD, GOOD, temperature=torch.ones(1)), r"0-d floating tensor, found torch.float32 of shape \(1,\)"),
+        (
+            lambda: info_nce(GOOD, GOOD, positives=torch.zeros(4)),
+            r"positives must be int64.* found torch.float32",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, positives=torch.full((4,), 4)),
+            r"positives of shape \(4,\) must lie in \[-1, 4\), found \[4, 4\]",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, exclude=torch.full((4,), -2)),
+            r"exclude of shape \(4, 1\) must lie in \[-1, 4\), found \[-2, -2\]",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, exclude=torch.zeros(4, 3, dtype=torch.long)),
+            r"exclude must have shape .* found \(4, 3\)",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, temperature=0.0),
+            r"temperature must be positive and finite, found 0.0",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, temperature=1e-40),
+            r"an inverse that torch.float32 can hold, 1e-38 to 3e\+38; found 1e-40",
+        ),
+        (
+            lambda: nt_xent(GOOD, GOOD, temperature=1e40),
+            r"an inverse that torch.float32 can hold.* found 1e\+40",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, temperature=torch.tensor(-0.1)),
+            r"temperature must be positive and finite, found -0.1",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, temperature=torch.tensor(float("nan"))),
+            r"temperature must be positive and finite, found nan",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, temperature=torch.ones(1)),
+            r"0-d floating tensor, found torch.float32 of shape \(1,\)",
+        ),
         (lambda: info_nce(GOOD, GOOD, temperature="0.1"), r"0-d floating tensor, found str"),
-        (lambda: info_nce(GOOD, GOOD, reduction="avg"), r"reduction must be one of mean, sum, none, found 'avg'"),
+        (
+            lambda: info_nce(GOOD, GOOD, reduction="avg"),
+            r"reduction must be one of mean, sum, none, found 'avg'",
+        ),
         (lambda: info_nce(GOOD, GOOD, mode="star"), r"mode must be one of .*found 'star'"),
         (
             lambda: similarity_logsumexp(GOOD, GOOD, bias=torch.zeros(3)),
             r"bias must hold .* shape \(4,\).* found torch.float32 of shape \(3,\)",
         ),
-        (lambda: similarity_logsumexp(GOOD, GOOD, bias=torch.full((4,), -torch.inf)), r"bias of shape \(4,\) must not be infinite"),
+        (
+            lambda: similarity_logsumexp(GOOD, GOOD, bias=torch.full((4,), -torch.inf)),
+            r"bias of shape \(4,\) must not be infinite",
+        ),
         (lambda: similarity_logsumexp(GOOD, GOOD, bias=[0.0] * 4), r"bias must be a tensor, found list"),
-        (lambda: info_nce(GOOD, GOOD, positives=[0, 1, 2, 3]), r"positives must be a tensor of int64, found list"),
-        (lambda: info_nce(GOOD, GOOD, exclude=[0, 1, 2, 3]), r"exclude must be a tensor of int64, found list"),
-        (lambda: sigma_kl(GOOD, GOOD, GOOD, GOOD[:3]), r"as many keys; found \(rows, keys\) \(4, 4\) and \(4, 3\)"),
+        (
+            lambda: info_nce(GOOD, GOOD, positives=[0, 1, 2, 3]),
+            r"positives must be a tensor of int64, found list",
+        ),
+        (
+            lambda: info_nce(GOOD, GOOD, exclude=[0, 1, 2, 3]),
+            r"exclude must be a tensor of int64, found list",
+        ),
+        (
+            lambda: sigma_kl(GOOD, GOOD, GOOD, GOOD[:3]),
+            r"as many keys; found \(rows, keys\) \(4, 4\) and \(4, 3\)",
+        ),
         (lambda: sigma_kl(GOOD, GOOD, GOOD.double(), GOOD.double()), r"student and teacher must share dtype"),
-        (lambda: sigma_kl(GOOD, GOOD, GOOD, GOOD, teacher_temperature=-1.0), r"teacher_temperature must be positive"),
+        (
+            lambda: sigma_kl(GOOD, GOOD, GOOD, GOOD, teacher_temperature=-1.0),
+            r"teacher_temperature must be positive",
+        ),
         (lambda: nt_xent(GOOD, GOOD[:2]), r"same images; found shapes \(4, 3\) and \(2, 3\)"),
-        (lambda: clip_loss(GOOD, GOOD[:2], temperature=0.1), r"paired row by row; found shapes \(4, 3\) and \(2, 3\)"),
+        (
+            lambda: clip_loss(GOOD, GOOD[:2], temperature=0.1),
+            r"paired row by row; found shapes \(4, 3\) and \(2, 3\)",
+        ),
         (lambda: softmax_marginal(GOOD, torch.zeros(2, 2)), r"as many features"),
     ],
 )
@@ -325,16 +473,21 @@ def test_values_are_checked_by_the_reference_and_under_vmap_too(positives):
         info_nce(GOOD, GOOD, positives=positives, implementation="reference")
     for how in ("chunked", "reference"):
         with pytest.raises(ValueError, match="positives of shape"):
-            torch.func.vmap(lambda query, how=how: info_nce(query, GOOD, positives=positives, implementation=how))(
-                GOOD.expand(2, 4, 3).clone()
-            )
+            torch.func.vmap(
+                lambda query, how=how: info_nce(query, GOOD, positives=positives, implementation=how)
+            )(GOOD.expand(2, 4, 3).clone())
 
 
-@pytest.mark.parametrize("temperature", [0.1, torch.zeros(0)], ids=["one temperature", "batch of temperatures"])
+@pytest.mark.parametrize(
+    "temperature", [0.1, torch.zeros(0)], ids=["one temperature", "batch of temperatures"]
+)
 def test_an_empty_batch_under_vmap_is_refused(temperature):
     for implementation in ("chunked", "reference") if isinstance(temperature, torch.Tensor) else ("chunked",):
         dims = (0, 0 if isinstance(temperature, torch.Tensor) else None)
-        loss = torch.func.vmap(lambda query, tau, how=implementation: info_nce(query, GOOD, temperature=tau, implementation=how), dims)
+        loss = torch.func.vmap(
+            lambda query, tau, how=implementation: info_nce(query, GOOD, temperature=tau, implementation=how),
+            dims,
+        )
         with pytest.raises(ValueError, match="vmap over a batch of 0 examples"):
             loss(torch.zeros(0, 4, 3), temperature)
 

@@ -1,5 +1,7 @@
 """Modules against their originals: lightly itself where it has them, the published formula where not."""
 
+import importlib
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -43,19 +45,27 @@ def train_step(criterion):
 
 
 def test_swapping_the_import_in_a_lightly_script_changes_nothing(lightly_loss):
-    ours, theirs = train_step(NTXentLoss(temperature=0.3)), train_step(lightly_loss.NTXentLoss(temperature=0.3))
+    ours, theirs = (
+        train_step(NTXentLoss(temperature=0.3)),
+        train_step(lightly_loss.NTXentLoss(temperature=0.3)),
+    )
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected)
 
 
 def test_memory_bank_equals_lightlys_over_several_steps(lightly_loss):
-    ours, theirs = (module.NTXentLoss(temperature=0.2, memory_bank_size=(12, 4)).double() for module in (modules(), lightly_loss))
+    ours, theirs = (
+        module.NTXentLoss(temperature=0.2, memory_bank_size=(12, 4)).double()
+        for module in (modules(), lightly_loss)
+    )
     theirs(rows(1, 4), rows(1, 4))
     ours.bank = theirs.memory_bank.bank.clone().double()
     theirs.memory_bank.bank = theirs.memory_bank.bank.double()
     for step in range(4):  # 5 rows a step into 12: the third step reaches the end
         leaves = rows(5, 4, seed=step), rows(5, 4, seed=step + 10)
-        for found, expected in zip(loss_and_gradients(ours, *leaves), loss_and_gradients(theirs, *leaves), strict=True):
+        for found, expected in zip(
+            loss_and_gradients(ours, *leaves), loss_and_gradients(theirs, *leaves), strict=True
+        ):
             torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(ours.bank, theirs.memory_bank.bank)
 
@@ -83,13 +93,19 @@ def test_clip_module_takes_open_clips_arguments():
         logits, target = scale * image @ text.T, torch.arange(6)
         return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
-    by_name = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False)
+    by_name = ClipLoss(
+        local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False
+    )
     for criterion in (by_name, ClipLoss(True, True, True, 0, 1, False)):
         for found, want in zip(
-            loss_and_gradients(criterion, image, text, scale), loss_and_gradients(expected, image, text, scale), strict=True
+            loss_and_gradients(criterion, image, text, scale),
+            loss_and_gradients(expected, image, text, scale),
+            strict=True,
         ):
             torch.testing.assert_close(found, want)
-    torch.testing.assert_close(criterion(image, text, scale, output_dict=True)["contrastive_loss"], expected(image, text, scale))
+    torch.testing.assert_close(
+        criterion(image, text, scale, output_dict=True)["contrastive_loss"], expected(image, text, scale)
+    )
     bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
     biased = criterion(image, text, scale, bias, True)["contrastive_loss"]
     torch.testing.assert_close(biased, expected(image, text, scale))
@@ -120,10 +136,17 @@ def test_supcon_is_the_formula_of_the_paper_pair_by_pair(labels):
 
 
 def supcon_of_pairs(features, mask, temperature, rows):
-    """SupContrast's own formula with a mask (N, N) of pairs of images, over the first `rows` of all views' rows."""
-    flat, pairs = torch.cat(features.unbind(1)), mask.repeat(features.shape[1], features.shape[1]).fill_diagonal_(0)
+    """SupContrast's own formula with a mask (N, N) of pairs of images, over the first `rows` of all views'
+    rows.
+    """
+    flat, pairs = (
+        torch.cat(features.unbind(1)),
+        mask.repeat(features.shape[1], features.shape[1]).fill_diagonal_(0),
+    )
     logits = flat @ flat.T / temperature
-    log_probability = logits - logits.masked_fill(torch.eye(len(flat), dtype=torch.bool), -torch.inf).logsumexp(1, keepdim=True)
+    log_probability = logits - logits.masked_fill(
+        torch.eye(len(flat), dtype=torch.bool), -torch.inf
+    ).logsumexp(1, keepdim=True)
     return temperature / 0.07 * -((pairs * log_probability).sum(1) / pairs.sum(1))[:rows].mean()
 
 
@@ -143,7 +166,9 @@ def test_supcon_takes_supcontrasts_arguments(mode, anchors, positives):
         "neither": ({}, torch.eye(6, dtype=torch.float64)),
     }[positives]
     features = unit(6, 2, 5)
-    found = loss_and_gradients(lambda leaf: SupConLoss(0.2, mode, 0.07)(leaf.view(6, 2, 5, 1), **given), features)
+    found = loss_and_gradients(
+        lambda leaf: SupConLoss(0.2, mode, 0.07)(leaf.view(6, 2, 5, 1), **given), features
+    )
     expected = loss_and_gradients(lambda leaf: supcon_of_pairs(leaf, mask, 0.2, anchors), features)
     for ours, want in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, want)
@@ -174,7 +199,9 @@ def test_sigma_module_normalises_and_detaches_the_teacher():
         return torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
     criterion = SigmaLoss(temperature=0.1, teacher_temperature=0.3)
-    for found, want in zip(loss_and_gradients(criterion, *leaves), loss_and_gradients(expected, *leaves), strict=True):
+    for found, want in zip(
+        loss_and_gradients(criterion, *leaves), loss_and_gradients(expected, *leaves), strict=True
+    ):
         torch.testing.assert_close(found, want)
 
 
@@ -185,7 +212,11 @@ def test_dino_equals_lightlys_on_the_full_table_and_moves_its_centre_alike(light
     for step in range(3):
         teacher, student = rows(2, 5, 4, seed=step), rows(4, 5, 4, seed=9 + step)
         found = loss_and_gradients(lambda s, w, t=teacher: ours(t, weight, s, w), student, student_weight)
-        expected = loss_and_gradients(lambda s, w, t=teacher: theirs(list(t @ weight.T), list(s @ w.T), epoch=0), student, student_weight)
+        expected = loss_and_gradients(
+            lambda s, w, t=teacher: theirs(list(t @ weight.T), list(s @ w.T), epoch=0),
+            student,
+            student_weight,
+        )
         ours.update_center(teacher, weight)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -200,7 +231,9 @@ def test_swav_equals_lightlys_on_the_full_table(lightly_loss, with_queue):
         queued = None if queue is None else list(queue @ prototypes.T)
         return lightly_loss.SwaVLoss()(list(high @ prototypes.T), list(low @ prototypes.T), queued).squeeze()
 
-    found = loss_and_gradients(lambda high, low, prototypes: SwaVLoss()(high, low, prototypes, queue), high, low, prototypes)
+    found = loss_and_gradients(
+        lambda high, low, prototypes: SwaVLoss()(high, low, prototypes, queue), high, low, prototypes
+    )
     for a, b in zip(found, loss_and_gradients(expected, high, low, prototypes), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -254,14 +287,24 @@ def test_dissl_is_its_formula_on_the_full_table_with_gradients_to_the_teacher():
     leaves = rows(2, 6, 4), rows(9, 4, seed=1), rows(2, 6, 3, seed=2), rows(9, 3, seed=3)
 
     def expected(student, student_prototypes, teacher, teacher_prototypes):
-        log_q, log_p = (student @ student_prototypes.T).log_softmax(2), (teacher @ teacher_prototypes.T / 0.5).log_softmax(2)
+        log_q, log_p = (
+            (student @ student_prototypes.T).log_softmax(2),
+            (teacher @ teacher_prototypes.T / 0.5).log_softmax(2),
+        )
         total = 0.0
         for a, b in ((0, 1), (1, 0)):
             p, mean = log_p[a].exp(), log_p[a].exp().mean(0)
-            total = total - (p * log_q[b]).sum(1).mean() + 2.3 * (mean * mean.log()).sum() - 0.8 * (p * log_p[b]).sum(1).mean()
+            total = (
+                total
+                - (p * log_q[b]).sum(1).mean()
+                + 2.3 * (mean * mean.log()).sum()
+                - 0.8 * (p * log_p[b]).sum(1).mean()
+            )
         return total / 2
 
-    for found, want in zip(loss_and_gradients(DISSLLoss(), *leaves), loss_and_gradients(expected, *leaves), strict=True):
+    for found, want in zip(
+        loss_and_gradients(DISSLLoss(), *leaves), loss_and_gradients(expected, *leaves), strict=True
+    ):
         torch.testing.assert_close(found, want)
 
 
@@ -269,16 +312,33 @@ def test_dissl_is_its_formula_on_the_full_table_with_gradients_to_the_teacher():
     "call, message",
     [
         (lambda: NTXentLoss(temperature=0), "temperature must be positive"),
-        (lambda: NTXentLoss(memory_bank_size=4096), r"memory_bank_size must be 0 or \(rows, features\), found 4096"),
+        (
+            lambda: NTXentLoss(memory_bank_size=4096),
+            r"memory_bank_size must be 0 or \(rows, features\), found 4096",
+        ),
         (lambda: SupConLoss()(torch.zeros(4, 3)), r"found \(4, 3\)"),
-        (lambda: SupConLoss()(torch.zeros(4, 2, 3), torch.zeros(3)), r"labels must have shape \(4,\).* found \(3,\)"),
-        (lambda: SupConLoss()(torch.zeros(4, 2, 3), mask=torch.zeros(4, 3)), r"mask must have shape \(4, 4\).* found \(4, 3\)"),
-        (lambda: SupConLoss()(torch.zeros(4, 2, 3), torch.zeros(4), torch.zeros(4, 4)), r"labels and mask both"),
+        (
+            lambda: SupConLoss()(torch.zeros(4, 2, 3), torch.zeros(3)),
+            r"labels must have shape \(4,\).* found \(3,\)",
+        ),
+        (
+            lambda: SupConLoss()(torch.zeros(4, 2, 3), mask=torch.zeros(4, 3)),
+            r"mask must have shape \(4, 4\).* found \(4, 3\)",
+        ),
+        (
+            lambda: SupConLoss()(torch.zeros(4, 2, 3), torch.zeros(4), torch.zeros(4, 4)),
+            r"labels and mask both",
+        ),
         (lambda: SupConLoss(contrast_mode="two"), r"contrast_mode must be 'all' or 'one', found 'two'"),
         (lambda: ClipLoss(use_horovod=True), r"use_horovod=True. Launch with torchrun"),
-        (lambda: ClipLoss()(torch.eye(2), torch.eye(2), 1.0, True), r"logit_bias must be .* found True. Pass output_dict by its name"),
         (
-            lambda: DINOLoss(output_dim=5)(torch.zeros(1, 2, 3), torch.zeros(5, 3), torch.zeros(1, 2, 3), torch.zeros(5, 3)),
+            lambda: ClipLoss()(torch.eye(2), torch.eye(2), 1.0, True),
+            r"logit_bias must be .* found True. Pass output_dict by its name",
+        ),
+        (
+            lambda: DINOLoss(output_dim=5)(
+                torch.zeros(1, 2, 3), torch.zeros(5, 3), torch.zeros(1, 2, 3), torch.zeros(5, 3)
+            ),
             "one view of each",
         ),
         (lambda: SwaVLoss()(torch.zeros(1, 2, 3), [], torch.zeros(5, 3)), "one view in all"),

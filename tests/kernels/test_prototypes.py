@@ -26,7 +26,9 @@ def swav_assignment(scores, epsilon, iterations):
 def test_softmax_with_the_potentials_is_swavs_assignment(iterations, implementation):
     torch.manual_seed(0)
     query, prototypes = (normalize(torch.randn(n, 8, dtype=torch.float64), dim=1) for n in (12, 5))
-    bias = sinkhorn_potentials(query, prototypes, epsilon=0.1, iterations=iterations, implementation=implementation)
+    bias = sinkhorn_potentials(
+        query, prototypes, epsilon=0.1, iterations=iterations, implementation=implementation
+    )
     found = (query @ prototypes.T / 0.1 + bias).softmax(1)
     torch.testing.assert_close(found, swav_assignment(query @ prototypes.T, 0.1, iterations))
     assert bias.mean().abs() < 1e-12
@@ -45,7 +47,10 @@ def test_potentials_of_float16_scores_do_not_overflow():
     found = sinkhorn_potentials(query.half(), query[:6].half(), epsilon=0.005)
     assert found.isfinite().all()
     torch.testing.assert_close(
-        found, sinkhorn_potentials(query.half().double(), query[:6].half().double(), epsilon=0.005).float(), atol=2e-4, rtol=0
+        found,
+        sinkhorn_potentials(query.half().double(), query[:6].half().double(), epsilon=0.005).float(),
+        atol=2e-4,
+        rtol=0,
     )
 
 
@@ -55,7 +60,8 @@ def test_potentials_carry_no_gradient():
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"epsilon": 0.0}, "epsilon must be positive"), ({"iterations": 0}, "iterations must be at least 1")]
+    "options, message",
+    [({"epsilon": 0.0}, "epsilon must be positive"), ({"iterations": 0}, "iterations must be at least 1")],
 )
 def test_potentials_refuse_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
@@ -64,7 +70,9 @@ def test_potentials_refuse_bad_settings(options, message):
 
 def test_marginal_and_its_derivatives_pass_finite_differences():
     torch.manual_seed(0)
-    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (7, 3), (7,))]
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (7, 3), (7,))
+    ]
     temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
     def marginal(query, key, bias, temperature):

@@ -15,5 +15,7 @@ def test_a_block_has_as_many_rows_as_its_logits_allow_on_the_device_and_at_least
 
 def test_a_gpu_takes_a_table_in_one_block_that_a_cpu_takes_in_many():
     query, key = torch.empty(4096, 8), torch.empty(4096, 8)
-    assert [(rows.start, rows.stop) for rows in row_blocks.row_blocks(query.to("meta"), key.to("meta"))] == [(0, 4096)]
+    assert [(rows.start, rows.stop) for rows in row_blocks.row_blocks(query.to("meta"), key.to("meta"))] == [
+        (0, 4096)
+    ]
     assert [rows.stop for rows in row_blocks.row_blocks(query, key)] == list(range(128, 4097, 128))

@@ -37,13 +37,20 @@ def contrastive(query, key, temperature, other_query, other_key, implementation=
 
 def distilled(query, key, temperature, other_query, other_key, implementation=None):
     sides = (query, key, other_query, other_key)
-    settings = {"temperature": temperature, "teacher_temperature": 0.5, "exclude": EXCLUDE, "implementation": implementation}
+    settings = {
+        "temperature": temperature,
+        "teacher_temperature": 0.5,
+        "exclude": EXCLUDE,
+        "implementation": implementation,
+    }
     both = gessl_loss(*sides, positives=POSITIVES, **settings)
     return sigma_kl(*sides, **settings) + soft_cross_entropy(*sides, **settings) + (both[0] * both[1]).sum()
 
 
 def marginal(query, key, temperature, other_query, other_key, implementation=None):
-    mean = softmax_marginal(query, key, temperature=temperature, bias=other_key[:, 0], implementation=implementation)
+    mean = softmax_marginal(
+        query, key, temperature=temperature, bias=other_key[:, 0], implementation=implementation
+    )
     return (mean * mean.log()).sum() + other_query.square().sum()
 
 
@@ -73,7 +80,9 @@ def close(found, expected):
 
 def along(loss, tangents):
     """The directional derivative, through reverse mode."""
-    return lambda *operands: sum((g * t).sum() for g, t in zip(grad(loss, ALL)(*operands), tangents, strict=True))
+    return lambda *operands: sum(
+        (g * t).sum() for g, t in zip(grad(loss, ALL)(*operands), tangents, strict=True)
+    )
 
 
 @FAMILIES
@@ -91,7 +100,10 @@ def test_grad_of_grad_equals_dense(loss, operands, tangents):
 def test_vmap_of_grad_equals_dense(loss, operands, batched):
     scales = torch.tensor([1.0, 1.3, 0.8], dtype=torch.float64)
     dims = tuple(0 if i in batched else None for i in ALL)
-    stacked = [torch.stack([operand * s for s in scales]) if i in batched else operand for i, operand in enumerate(operands)]
+    stacked = [
+        torch.stack([operand * s for s in scales]) if i in batched else operand
+        for i, operand in enumerate(operands)
+    ]
     close(vmap(grad(loss, ALL), dims)(*stacked), vmap(grad(dense(loss), ALL), dims)(*stacked))
 
 
@@ -133,7 +145,11 @@ def test_reverse_over_forward_outside_of_functorch_equals_dense(loss, operands, 
 
 @pytest.mark.parametrize(
     "transform",
-    [jacfwd(jacfwd(contrastive)), jacfwd(jacfwd(marginal)), grad(lambda *at: grad(lambda *at: grad(contrastive)(*at).sum())(*at).sum())],
+    [
+        jacfwd(jacfwd(contrastive)),
+        jacfwd(jacfwd(marginal)),
+        grad(lambda *at: grad(lambda *at: grad(contrastive)(*at).sum())(*at).sum()),
+    ],
 )
 def test_what_is_not_implemented_raises_instead_of_giving_a_number(transform, operands):
     with pytest.raises(RuntimeError, match="not implemented"):
@@ -152,7 +168,9 @@ def test_third_derivative_raises(loss, operands):
 @FAMILIES
 @pytest.mark.parametrize("downstream", ["cat", "sum"])
 def test_cotangents_of_any_stride_give_the_dense_gradients(loss, operands, downstream, tangents):
-    """cat hands back a narrowed view, sum an expanded scalar; both at the first and, through the gradients, at the second order."""
+    """cat hands back a narrowed view, sum an expanded scalar; both at the first and, through the gradients,
+    at the second order.
+    """
 
     def combined(function):
         leaves = [operand.clone().requires_grad_() for operand in operands]
@@ -168,9 +186,13 @@ def test_cotangents_of_any_stride_give_the_dense_gradients(loss, operands, downs
 def test_rows_weighted_by_a_view_of_a_cat_give_the_dense_gradient(operands):
     def through(implementation):
         query = operands[0].clone().requires_grad_()
-        rows = info_nce(query, operands[1], positives=POSITIVES, reduction="none", implementation=implementation)
+        rows = info_nce(
+            query, operands[1], positives=POSITIVES, reduction="none", implementation=implementation
+        )
         lse = similarity_logsumexp(query, operands[1], implementation=implementation)
-        (torch.stack([rows, lse], dim=1).flatten()[::2].sum() + torch.cat([lse, rows])[3:].square().sum()).backward()
+        (
+            torch.stack([rows, lse], dim=1).flatten()[::2].sum() + torch.cat([lse, rows])[3:].square().sum()
+        ).backward()
         return query.grad
 
     close(through(None), through("reference"))
@@ -188,8 +210,15 @@ def test_non_contiguous_operands_give_the_dense_gradient(operands):
 
 def operator_inputs(operands, has_teacher):
     query, key, _, other_query, other_key = (part.clone().requires_grad_() for part in operands)
-    scale, bias = torch.tensor(1.3, dtype=torch.float64, requires_grad=True), torch.randn(N, dtype=torch.float64, requires_grad=True)
-    teacher = (other_query, other_key, scale.detach().clone().requires_grad_(), None) if has_teacher else (None,) * 4
+    scale, bias = (
+        torch.tensor(1.3, dtype=torch.float64, requires_grad=True),
+        torch.randn(N, dtype=torch.float64, requires_grad=True),
+    )
+    teacher = (
+        (other_query, other_key, scale.detach().clone().requires_grad_(), None)
+        if has_teacher
+        else (None,) * 4
+    )
     return query, key, scale, bias, *teacher
 
 
@@ -201,7 +230,10 @@ def test_operators_pass_opcheck(operands, has_teacher):
     weights = [torch.randn(M, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weights[2] = weights[2] if has_teacher else None
     needs = [True, True, True, True, *([True, False, True, False] if has_teacher else [False] * 4)]
-    tangents = [torch.randn_like(part) if part is not None and need else None for part, need in zip(inputs, needs, strict=True)]
+    tangents = [
+        torch.randn_like(part) if part is not None and need else None
+        for part, need in zip(inputs, needs, strict=True)
+    ]
     opcheck(operators.statistics, (*inputs, *rest, True, "chunked", [True] * 6))
     opcheck(operators.gradients, (*weights, *inputs, *rest, saved, True, "chunked", needs))
     with torch.no_grad():
@@ -235,7 +267,9 @@ def test_a_compiled_loss_follows_a_schedule_of_temperatures(operands, dynamic):
 
 
 def compiled_or_refused(function, *operands):
-    """What the compiled function gives; None where this torch refuses to trace it, as 2.6 and 2.11 do and 2.15 does not."""
+    """What the compiled function gives; None where this torch refuses to trace it, as 2.6 and 2.11 do and
+    2.15 does not.
+    """
     torch._dynamo.reset()
     try:
         return torch.compile(function, backend="aot_eager")(*operands)

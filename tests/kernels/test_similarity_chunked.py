@@ -1,4 +1,6 @@
-"""The row-chunked implementation against the dense definitions, in float64: values, first and second derivatives, memory."""
+"""The row-chunked implementation against the dense definitions, in float64: values, first and second
+derivatives, memory.
+"""
 
 import itertools
 import weakref
@@ -53,19 +55,32 @@ def problem(request):
         return [Side(*part) for part in padded] + [None] * (2 - len(padded))
 
     def streaming(*parts):
-        outputs = similarity_statistics(*sides(parts), positives, exclude, teacher == "kl", "chunked", Given())
+        outputs = similarity_statistics(
+            *sides(parts), positives, exclude, teacher == "kl", "chunked", Given()
+        )
         return tuple(output for output in outputs if len(output))
 
     def dense(*parts):
         student, other = sides(parts)
-        lse = reference.similarity_logsumexp(student.query, student.key, 1 / student.scale, student.bias, exclude)
+        lse = reference.similarity_logsumexp(
+            student.query, student.key, 1 / student.scale, student.bias, exclude
+        )
         found = [lse]
         if has_positives:
             table = reference.logits(student.query, student.key, 1 / student.scale, student.bias)
-            found.append(table.gather(1, POSITIVES.clamp(min=0)[:, None])[:, 0].masked_fill(POSITIVES < 0, 0.0))
+            found.append(
+                table.gather(1, POSITIVES.clamp(min=0)[:, None])[:, 0].masked_fill(POSITIVES < 0, 0.0)
+            )
         if teacher:
             divergence = reference.sigma_kl if teacher == "kl" else reference.soft_cross_entropy
-            operands = (student.query, student.key, other.query, other.key, 1 / student.scale, 1 / other.scale)
+            operands = (
+                student.query,
+                student.key,
+                other.query,
+                other.key,
+                1 / student.scale,
+                1 / other.scale,
+            )
             found.append(divergence(*operands, student.bias, other.bias, exclude) - lse)
         return tuple(found)
 
@@ -76,7 +91,10 @@ def weighted(function, leaves, seed=1):
     """A scalar in which every output row has its own random weight."""
     generator = torch.Generator().manual_seed(seed)
     outputs = function(*leaves)
-    return sum((output * torch.randn(len(output), generator=generator, dtype=output.dtype)).sum() for output in outputs)
+    return sum(
+        (output * torch.randn(len(output), generator=generator, dtype=output.dtype)).sum()
+        for output in outputs
+    )
 
 
 def gradients_of(function, leaves):
@@ -86,7 +104,9 @@ def gradients_of(function, leaves):
 def hessian_vector_product(function, leaves):
     generator = torch.Generator().manual_seed(2)
     grads = gradients_of(function, leaves)
-    along = sum((grad * torch.randn(grad.shape, generator=generator, dtype=grad.dtype)).sum() for grad in grads)
+    along = sum(
+        (grad * torch.randn(grad.shape, generator=generator, dtype=grad.dtype)).sum() for grad in grads
+    )
     return torch.autograd.grad(along, leaves)
 
 
@@ -136,7 +156,9 @@ class Held(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("teacher, held", [(False, [2, 5, 7]), (True, [4, 13, 17])], ids=["info_nce", "with a teacher that moves"])
+@pytest.mark.parametrize(
+    "teacher, held", [(False, [2, 5, 7]), (True, [4, 13, 17])], ids=["info_nce", "with a teacher that moves"]
+)
 def test_no_more_blocks_are_held_at_once_than_the_bound_on_memory_says(teacher, held, monkeypatch):
     rows, columns = 16, 1024
     monkeypatch.setattr(row_blocks, "BLOCK_ROWS", rows)
@@ -177,12 +199,16 @@ def test_no_tensor_is_larger_than_a_block_of_rows_at_either_order():
     assert mode.largest <= row_blocks.BLOCK_ROWS * 2 * rows < (2 * rows) ** 2 / 8
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 1e-3)], ids=str
+)
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
 def test_error_in_narrow_dtypes_stays_within_the_budget(dtype, tolerance, temperature):
     torch.manual_seed(0)
     table = torch.nn.functional.normalize(torch.randn(4, 60, 32, dtype=torch.float64), dim=2)
-    noise = 4.0 if temperature == 0.01 else 1.0  # so that the positive is not certain, and gradients are not all rounding
+    noise = (
+        4.0 if temperature == 0.01 else 1.0
+    )  # so that the positive is not certain, and gradients are not all rounding
     table[1] = torch.nn.functional.normalize(table[0] + noise * table[1], dim=1)
     tolerance = 2e-5 if dtype == torch.float32 and temperature == 0.01 else tolerance
 
@@ -194,14 +220,18 @@ def test_error_in_narrow_dtypes_stays_within_the_budget(dtype, tolerance, temper
         return (contrastive, sigma, *grads, *torch.autograd.grad(along * temperature, leaves))
 
     narrow = table.to(dtype)
-    for found, expected in zip(derivatives(narrow, "chunked"), derivatives(narrow.double(), "reference"), strict=True):
+    for found, expected in zip(
+        derivatives(narrow, "chunked"), derivatives(narrow.double(), "reference"), strict=True
+    ):
         assert found.isfinite().all()
         assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
 SATURATED = {
     "info_nce": lambda q, k, how: info_nce(q, k, temperature=0.01, reduction="none", implementation=how),
-    "sigma_kl": lambda q, k, how: sigma_kl(q, k, k.detach(), q.detach(), temperature=0.01, reduction="none", implementation=how),
+    "sigma_kl": lambda q, k, how: sigma_kl(
+        q, k, k.detach(), q.detach(), temperature=0.01, reduction="none", implementation=how
+    ),
     "soft_cross_entropy": lambda q, k, how: soft_cross_entropy(
         q, k, q.detach(), k.detach(), teacher_temperature=0.01, reduction="none", implementation=how
     ),
@@ -211,7 +241,9 @@ SATURATED = {
 
 @pytest.mark.parametrize("name", SATURATED)
 def test_where_the_positive_is_nearly_certain_derivatives_are_as_exact_as_those_of_a_stored_table(name):
-    """P inherits the rounding of an lse of 100, 4e-6 in float32, unless it is corrected: 3.7e-5 in second derivatives."""
+    """P inherits the rounding of an lse of 100, 4e-6 in float32, unless it is corrected: 3.7e-5 in second
+    derivatives.
+    """
     torch.manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(2, 256, 64, dtype=torch.float64), dim=2)
     operands = [torch.nn.functional.normalize(unit[0] + 1.5 * unit[1], dim=1).float(), unit[0].float()]
@@ -221,22 +253,32 @@ def test_where_the_positive_is_nearly_certain_derivatives_are_as_exact_as_those_
         leaves = [operand.to(dtype).requires_grad_() for operand in operands]
         rows = SATURATED[name](*leaves, how)
         first = torch.autograd.grad((rows * weights.to(dtype)).sum(), leaves, create_graph=True)
-        along = sum((gradient * part.to(dtype)).sum() for gradient, part in zip(first, direction, strict=True))
+        along = sum(
+            (gradient * part.to(dtype)).sum() for gradient, part in zip(first, direction, strict=True)
+        )
         return (*first, *torch.autograd.grad(along * 0.01, leaves))
 
     exact = derivatives(torch.float64, "reference")
-    for ours, dense, expected in zip(derivatives(torch.float32, "chunked"), derivatives(torch.float32, "reference"), exact, strict=True):
+    for ours, dense, expected in zip(
+        derivatives(torch.float32, "chunked"), derivatives(torch.float32, "reference"), exact, strict=True
+    ):
         assert (ours.double() - expected).norm() <= 2 * (dense.double() - expected).norm()
 
 
 def test_both_softmaxes_sum_to_one_far_beyond_the_rounding_of_their_lse():
-    """An lse near 100 is rounded to 4e-6: the sums, which are derivatives along a bias that moves all columns alike, are not."""
+    """An lse near 100 is rounded to 4e-6: the sums, which are derivatives along a bias that moves all columns
+    alike, are not.
+    """
     torch.manual_seed(0)
-    unit = torch.nn.functional.normalize(torch.randn(64, 4), dim=1)  # neighbours near enough for sums between 1 and 2
+    unit = torch.nn.functional.normalize(
+        torch.randn(64, 4), dim=1
+    )  # neighbours near enough for sums between 1 and 2
     student, teacher = (Side(unit, unit, torch.tensor(scale), torch.zeros(64)) for scale in (97.0, 93.0))
 
     def statistics(bias):
-        lse, _, divergence = similarity_statistics(student._replace(bias=bias), teacher, None, None, False, "chunked", Given())
+        lse, _, divergence = similarity_statistics(
+            student._replace(bias=bias), teacher, None, None, False, "chunked", Given()
+        )
         return lse, divergence
 
     assert (statistics(student.bias)[0] - 97).abs().max() < 2

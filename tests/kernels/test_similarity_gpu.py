@@ -1,4 +1,6 @@
-"""The Triton kernels on a GPU: their error against float64 beside that of dense PyTorch in the same dtype (`make gpu`)."""
+"""The Triton kernels on a GPU: their error against float64 beside that of dense PyTorch in the same dtype
+(`make gpu`).
+"""
 
 import math
 from itertools import combinations, product
@@ -40,13 +42,16 @@ def operands(M, N, D, dtype, temperature):
 
 
 LOSSES = {
-    "info_nce": lambda q, k, tq, tk, s: info_nce(q, k, exclude=(torch.arange(len(q), device=q.device) + 3) % len(k), **s),
+    "info_nce": lambda q, k, tq, tk, s: info_nce(
+        q, k, exclude=(torch.arange(len(q), device=q.device) + 3) % len(k), **s
+    ),
     "nt_xent": lambda q, k, tq, tk, s: nt_xent(q, k[: len(q)], **s),
     "clip": lambda q, k, tq, tk, s: clip_loss(q, k[: len(q)], **s),
     "cross_entropy": lambda q, k, tq, tk, s: soft_cross_entropy(q, k, tq, tk, teacher_temperature=0.3, **s),
     "gessl": lambda q, k, tq, tk, s: sum(part.mean() for part in gessl_loss(q, k, tq, tk, **s)),
 }
-# Every pair of loss, shape, dtype and temperature: 223 kernels to compile, a second or two each, where the full product of 270 has 621.
+# Every pair of loss, shape, dtype and temperature: 223 kernels to compile, a second or two each, where the
+# full product of 270 has 621.
 CASES = [
     (name, shape, DTYPES[(i + j) % 3], TEMPERATURES[(2 * i + j + j // 3) % 3])
     for i, name in enumerate(LOSSES)
@@ -66,21 +71,29 @@ def derivatives(loss, parts, temperature, implementation):
 def test_the_cases_hold_every_pair_of_loss_shape_dtype_and_temperature():
     choices = [list(LOSSES), SHAPES, DTYPES, TEMPERATURES]
     for first, second in combinations(range(4), 2):
-        assert {(case[first], case[second]) for case in CASES} == set(product(choices[first], choices[second]))
+        assert {(case[first], case[second]) for case in CASES} == set(
+            product(choices[first], choices[second])
+        )
 
 
 @gpu
 @pytest.mark.parametrize(("name", "shape", "dtype", "temperature"), CASES, ids=str)
-def test_error_is_within_its_floor_beyond_twice_that_of_dense_pytorch(name, shape, dtype, temperature, record_property):
+def test_error_is_within_its_floor_beyond_twice_that_of_dense_pytorch(
+    name, shape, dtype, temperature, record_property
+):
     parts = operands(*shape, dtype, temperature)
     exact = derivatives(LOSSES[name], [part.double() for part in parts], temperature, "reference")
     ours = derivatives(LOSSES[name], parts, temperature, "triton")
-    # Dense PyTorch in this dtype: the same definition, its products and its gradients rounded to the dtype as autocast would.
+    # Dense PyTorch in this dtype: the same definition, its products and its gradients rounded to the dtype as
+    # autocast would.
     with torch.autocast("cuda", enabled=False):
         dense = derivatives(LOSSES[name], parts, temperature, "reference")
     sizes = [max(expected.norm().item(), 1e-6) for expected in exact]
     errors, of_dense = (
-        [(part.double() - expected).norm().item() / size for part, expected, size in zip(found, exact, sizes, strict=True)]
+        [
+            (part.double() - expected).norm().item() / size
+            for part, expected, size in zip(found, exact, sizes, strict=True)
+        ]
         for found in (ours, dense)
     )
     floor = FLOORS[dtype] * (10 if dtype == torch.float32 and temperature == 0.01 else 1)
@@ -88,7 +101,10 @@ def test_error_is_within_its_floor_beyond_twice_that_of_dense_pytorch(name, shap
     tightness = max(error / (2 * peer + floor / 5) for error, peer in zip(errors, of_dense, strict=True))
     record_property("share_of_tight_bound", tightness)
     print(f"share of the bound with a fifth of the floor: {tightness:.2f}; errors {errors}, dense {of_dense}")
-    assert all(math.isfinite(error) and error <= 2 * peer + floor for error, peer in zip(errors, of_dense, strict=True))
+    assert all(
+        math.isfinite(error) and error <= 2 * peer + floor
+        for error, peer in zip(errors, of_dense, strict=True)
+    )
 
 
 @gpu

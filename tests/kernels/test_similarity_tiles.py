@@ -1,4 +1,6 @@
-"""Every tile of the launch table, compiled ahead of time for its card: no spill, shared memory within limits, matrix instructions."""
+"""Every tile of the launch table, compiled ahead of time for its card: no spill, shared memory within limits,
+matrix instructions.
+"""
 
 import os
 
@@ -41,7 +43,11 @@ EVERY = [
     if not (teacher and name in WITHOUT_TEACHER)
 ]
 # Seconds each; the rest runs with `make soak`.
-QUICK = [case for case in EVERY if case[1] in (80, 90, 100) and case[2] == 128 and case[4] == "bf16" and not case[3]]
+QUICK = [
+    case
+    for case in EVERY
+    if case[1] in (80, 90, 100) and case[2] == 128 and case[4] == "bf16" and not case[3]
+]
 
 
 def check(name, architecture, width, teacher, dtype):
@@ -51,13 +57,20 @@ def check(name, architecture, width, teacher, dtype):
     plain = name.removesuffix("[mirror]")
     to_teacher = (False, True) if teacher and plain.startswith(("gradient", "curvature")) else (False,)
     for of_teacher in to_teacher:
-        found = ahead_of_time.resources(plain, architecture, width, teacher, tile, dtype, of_teacher, mirror=2 * name.endswith("[mirror]"))
-        print(f"{name:28} sm_{architecture} D={width:<5}{dtype} teacher={teacher:d} to_teacher={of_teacher:d} {tile} -> {found}")
+        found = ahead_of_time.resources(
+            plain, architecture, width, teacher, tile, dtype, of_teacher, mirror=2 * name.endswith("[mirror]")
+        )
+        print(
+            f"{name:28} sm_{architecture} D={width:<5}{dtype} teacher={teacher:d} to_teacher={of_teacher:d} "
+            f"{tile} -> {found}"
+        )
         # Older compilers spill a few bytes in some tiles (3.2 at most 168, for sm_80): slower, not wrong.
         assert found.stack == 0 or ahead_of_time.TRITON < (3, 6)
         assert found.shared <= ahead_of_time.SHARED_LIMIT[architecture]
         # tf32 in three passes has no wgmma or tcgen05 form everywhere: any matrix instruction will do there.
-        assert found.instruction == INSTRUCTION[architecture] or (dtype == "fp32" and found.instruction != "FMA")
+        assert found.instruction == INSTRUCTION[architecture] or (
+            dtype == "fp32" and found.instruction != "FMA"
+        )
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
@@ -75,12 +88,23 @@ def test_every_tile_compiles_without_spill_and_within_shared_memory(case):
 def test_the_merge_of_the_columns_sums_compiles_without_spill(architecture):
     if architecture >= 100 and ahead_of_time.TRITON < (3, 3):
         pytest.skip("Triton 3.2 does not know this generation; `dispatch` does not send it there")
-    kernel, flags = similarity_triton.merge_strips_kernel, {"STRIPS": similarity_launch.STRIPS, "BLOCK_N": similarity_launch.MERGED_COLUMNS}
-    signature = {name: "constexpr" if name in flags else "i32" if name == "N" else "*fp32" for name in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.startswith("p_")}
+    kernel, flags = (
+        similarity_triton.merge_strips_kernel,
+        {"STRIPS": similarity_launch.STRIPS, "BLOCK_N": similarity_launch.MERGED_COLUMNS},
+    )
+    signature = {
+        name: "constexpr" if name in flags else "i32" if name == "N" else "*fp32" for name in kernel.arg_names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.startswith("p_")
+    }
     program = ahead_of_time.source(kernel, signature, flags, attributes)
     target = ahead_of_time.GPUTarget("cuda", architecture, 32)
-    found = ahead_of_time.read(ahead_of_time.triton.compile(program, target=target, options={"num_warps": 4, "enable_fp_fusion": True}))
+    found = ahead_of_time.read(
+        ahead_of_time.triton.compile(
+            program, target=target, options={"num_warps": 4, "enable_fp_fusion": True}
+        )
+    )
     print(f"merge_strips_kernel sm_{architecture} -> {found}")
     assert found.stack == 0 and found.shared <= ahead_of_time.SHARED_LIMIT[architecture]
 
@@ -89,4 +113,8 @@ def test_every_launch_has_a_tile():
     for name, architecture, width, teacher, dtype in EVERY:
         assert tile_of(name, architecture, width - 1, teacher, dtype == "fp32").chunk(width) <= width
     assert {name.removesuffix("[mirror]") for name in KERNELS} == set(ahead_of_time.KERNELS)
-    assert {key[1] for key in TABLE} == {key[1] for key in FLOAT32} == {generation(architecture) for architecture in ARCHITECTURES}
+    assert (
+        {key[1] for key in TABLE}
+        == {key[1] for key in FLOAT32}
+        == {generation(architecture) for architecture in ARCHITECTURES}
+    )

@@ -1,4 +1,6 @@
-"""The Triton kernels in Triton's interpreter, through the public losses, against the dense reference in float64."""
+"""The Triton kernels in Triton's interpreter, through the public losses, against the dense reference in
+float64.
+"""
 
 import json
 import os
@@ -20,9 +22,30 @@ CASES = {
     "info_nce[one-row]": {"loss": "info_nce", "M": 1, "N": 3, "D": 64},
     "info_nce[empty-rows]": {"loss": "info_nce", "M": 5, "N": 1, "D": 16, "empty": True},
     "info_nce[bfloat16]": {"loss": "info_nce", "M": 33, "N": 50, "D": 128, "dtype": "bfloat16", "exclude": 1},
-    "info_nce[bfloat16-cold]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "bfloat16", "temperature": 0.01},
-    "info_nce[float16]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "float16", "temperature": 0.5},
-    "info_nce[float16-cold]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "float16", "temperature": 0.01},
+    "info_nce[bfloat16-cold]": {
+        "loss": "info_nce",
+        "M": 33,
+        "N": 50,
+        "D": 64,
+        "dtype": "bfloat16",
+        "temperature": 0.01,
+    },
+    "info_nce[float16]": {
+        "loss": "info_nce",
+        "M": 33,
+        "N": 50,
+        "D": 64,
+        "dtype": "float16",
+        "temperature": 0.5,
+    },
+    "info_nce[float16-cold]": {
+        "loss": "info_nce",
+        "M": 33,
+        "N": 50,
+        "D": 64,
+        "dtype": "float16",
+        "temperature": 0.01,
+    },
     "info_nce[float16-small-weights]": {
         "loss": "info_nce",
         "M": 33,
@@ -32,18 +55,47 @@ CASES = {
         "temperature": 0.01,
         "weight": 3e-4,
     },
-    "info_nce[ring-float16]": {"loss": "info_nce", "M": 33, "N": 50, "D": 64, "dtype": "float16", "temperature": 0.5, "ring": True},
+    "info_nce[ring-float16]": {
+        "loss": "info_nce",
+        "M": 33,
+        "N": 50,
+        "D": 64,
+        "dtype": "float16",
+        "temperature": 0.5,
+        "ring": True,
+    },
     "nt_xent[queries-are-keys]": {"loss": "nt_xent", "M": 20, "N": 20, "D": 64},
     "nt_xent[queries-are-keys-float16]": {"loss": "nt_xent", "M": 20, "N": 20, "D": 96, "dtype": "float16"},
     "clip[both-directions]": {"loss": "clip", "M": 100, "N": 100, "D": 96},
-    "clip[both-directions-bfloat16-chunked]": {"loss": "clip", "M": 20, "N": 20, "D": 200, "dtype": "bfloat16"},
+    "clip[both-directions-bfloat16-chunked]": {
+        "loss": "clip",
+        "M": 20,
+        "N": 20,
+        "D": 200,
+        "dtype": "bfloat16",
+    },
     "logsumexp[bias]": {"loss": "logsumexp", "M": 40, "N": 33, "D": 64, "exclude": 1},
-    "cross_entropy[teacher-wider]": {"loss": "cross_entropy", "M": 33, "N": 40, "D": 64, "E": 200, "bias": True},
+    "cross_entropy[teacher-wider]": {
+        "loss": "cross_entropy",
+        "M": 33,
+        "N": 40,
+        "D": 64,
+        "E": 200,
+        "bias": True,
+    },
     "gessl[everything]": {"loss": "gessl", "M": 33, "N": 50, "D": 96, "E": 40, "exclude": 2, "bias": True},
     "gessl[D=256]": {"loss": "gessl", "M": 17, "N": 33, "D": 256},
     "gessl[cold]": {"loss": "gessl", "M": 17, "N": 33, "D": 64, "temperature": 0.01},
     "clip[cold]": {"loss": "clip", "M": 20, "N": 20, "D": 64, "temperature": 0.01},
-    "gessl[bfloat16]": {"loss": "gessl", "M": 33, "N": 50, "D": 64, "exclude": 1, "bias": True, "dtype": "bfloat16"},
+    "gessl[bfloat16]": {
+        "loss": "gessl",
+        "M": 33,
+        "N": 50,
+        "D": 64,
+        "exclude": 1,
+        "bias": True,
+        "dtype": "bfloat16",
+    },
     "gessl[float16]": {"loss": "gessl", "M": 33, "N": 50, "D": 64, "exclude": 1, "dtype": "float16"},
 }
 for case in CASES.values():
@@ -60,9 +112,17 @@ def errors():
     if older("triton", 3, 7) and not older("numpy", 2, 4):
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
     program = Path(__file__).parent / "interpreter_program.py"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(program.parents[2]),
+        "OMP_NUM_THREADS": "1",
+    }
     found = subprocess.run(
-        [sys.executable, program], input=json.dumps(list(CASES.values())), env=environment, capture_output=True, text=True
+        [sys.executable, program],
+        input=json.dumps(list(CASES.values())),
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stderr
     return dict(zip(CASES, json.loads(found.stdout), strict=True))

@@ -1,4 +1,6 @@
-"""Small tables on a CPU are stored, because that is faster: who is sent there, and that results and transforms stay the same."""
+"""Small tables on a CPU are stored, because that is faster: who is sent there, and that results and
+transforms stay the same.
+"""
 
 import pytest
 import torch
@@ -20,12 +22,20 @@ from fastgessl.kernels import (
 )
 
 LOSSES = {
-    "info_nce": lambda q, k, how: info_nce(q, k, positives=torch.tensor([2, -1, 0, 4, 4]), implementation=how),
+    "info_nce": lambda q, k, how: info_nce(
+        q, k, positives=torch.tensor([2, -1, 0, 4, 4]), implementation=how
+    ),
     "clip_loss": lambda q, k, how: clip_loss(q, k[:5], temperature=0.3, implementation=how),
-    "logsumexp": lambda q, k, how: similarity_logsumexp(q, k, bias=k[:, 0], implementation=how).square().sum(),
-    "sigma_kl": lambda q, k, how: sigma_kl(q, k, k[:5], k.flip(0), teacher_temperature=0.3, implementation=how),
+    "logsumexp": lambda q, k, how: (
+        similarity_logsumexp(q, k, bias=k[:, 0], implementation=how).square().sum()
+    ),
+    "sigma_kl": lambda q, k, how: sigma_kl(
+        q, k, k[:5], k.flip(0), teacher_temperature=0.3, implementation=how
+    ),
     "soft_cross_entropy": lambda q, k, how: soft_cross_entropy(q, k, k[:5], k.flip(0), implementation=how),
-    "gessl_loss": lambda q, k, how: torch.stack(gessl_loss(q, k, k[:5], k.flip(0), implementation=how)).square().sum(),
+    "gessl_loss": lambda q, k, how: (
+        torch.stack(gessl_loss(q, k, k[:5], k.flip(0), implementation=how)).square().sum()
+    ),
 }
 
 
@@ -101,7 +111,9 @@ def test_what_blocks_serve_better_is_not_stored(why, operands, stored, monkeypat
         ("gessl_loss", distillation, "LARGEST_STORED_GESSL", 35),
     ],
 )
-def test_a_table_is_stored_up_to_the_limit_that_was_measured_for_the_loss(name, module, limit, entries, operands, stored, monkeypatch):
+def test_a_table_is_stored_up_to_the_limit_that_was_measured_for_the_loss(
+    name, module, limit, entries, operands, stored, monkeypatch
+):
     monkeypatch.setattr(module, limit, entries - 1)
     LOSSES[name](*operands, None)
     assert not stored
@@ -112,7 +124,10 @@ def test_a_table_is_stored_up_to_the_limit_that_was_measured_for_the_loss(name, 
 
 def test_the_limit_is_the_size_of_the_table_and_is_said(monkeypatch):
     monkeypatch.setattr(dispatch, "SMALL_TABLE", 1 << 20)
-    assert implementation_for(torch.zeros(2, 3), entries=1 << 20) == ("reference", "on a CPU a table of 1,048,576 entries is faster stored")
+    assert implementation_for(torch.zeros(2, 3), entries=1 << 20) == (
+        "reference",
+        "on a CPU a table of 1,048,576 entries is faster stored",
+    )
     assert implementation_for(torch.zeros(2, 3), entries=(1 << 20) + 1)[0] == "chunked"
     assert implementation_for(torch.zeros(2, 3))[0] == "chunked"
     assert implementation_for(torch.empty(2, 3, device="meta"), entries=6)[0] == "chunked"

@@ -62,11 +62,17 @@ def test_value_and_every_transform_equal_dense(operands):
     ):
         close(transform(streaming), transform(dense))
     batch = torch.stack([operands[0], operands[0].flip(0)])
-    found, expected = (vmap(grad(loss, every), (0, None, None))(batch, *operands[1:]) for loss in (streaming, dense))
+    found, expected = (
+        vmap(grad(loss, every), (0, None, None))(batch, *operands[1:]) for loss in (streaming, dense)
+    )
     close(found, expected)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=["image", "text", "temperature"])
+@pytest.mark.parametrize(
+    "needs",
+    [(True, False, False), (False, True, False), (False, False, True)],
+    ids=["image", "text", "temperature"],
+)
 def test_each_operand_alone_gets_its_gradient_at_both_orders(operands, needs):
     def derivatives(loss):
         leaves = [operand.clone().requires_grad_(need) for operand, need in zip(operands, needs, strict=True)]
@@ -92,18 +98,27 @@ def test_operators_pass_opcheck_and_compile(operands):
     opcheck(symmetric.statistics, (image, text, temperature, "chunked", [True] + [False] * 5))
     opcheck(symmetric.gradients, (*weights, image, text, temperature, saved, "chunked", [True, False, True]))
     compiled = torch.compile(streaming, fullgraph=True, backend="aot_eager")
-    close(torch.autograd.grad(compiled(image, text, temperature), (image, text)), grad(dense, (0, 1))(*operands))
+    close(
+        torch.autograd.grad(compiled(image, text, temperature), (image, text)), grad(dense, (0, 1))(*operands)
+    )
 
 
 def test_far_apart_columns_do_not_overflow():
-    image = torch.tensor([[60.0], [1.0], [-60.0], [1.0], [2.0], [-1.0], [0.5]])  # the last blocks are far below the first
+    image = torch.tensor(
+        [[60.0], [1.0], [-60.0], [1.0], [2.0], [-1.0], [0.5]]
+    )  # the last blocks are far below the first
     found = symmetric_chunked.statistics(image, image, torch.tensor(1.0))
     table = image @ image.T
     torch.testing.assert_close(found[:3], (table.logsumexp(1), table.logsumexp(0), table.diagonal()))
 
 
 @pytest.mark.parametrize(
-    "exclude", [None, torch.tensor([0, 1, 2, -1, 4, 0, 6]), torch.tensor([[0, 3], [1, -1], [2, 5], [3, 0], [-1, -1], [6, 5], [6, 2]])]
+    "exclude",
+    [
+        None,
+        torch.tensor([0, 1, 2, -1, 4, 0, 6]),
+        torch.tensor([[0, 3], [1, -1], [2, 5], [3, 0], [-1, -1], [6, 5], [6, 2]]),
+    ],
 )
 def test_queries_that_are_keys_get_the_dense_gradient_in_one_pass(exclude):
     generator = torch.Generator().manual_seed(0)
@@ -113,9 +128,17 @@ def test_queries_that_are_keys_get_the_dense_gradient_in_one_pass(exclude):
 
     def derivatives(implementation):
         losses = info_nce(
-            rows, rows, temperature=temperature, positives=positives, exclude=exclude, reduction="none", implementation=implementation
+            rows,
+            rows,
+            temperature=temperature,
+            positives=positives,
+            exclude=exclude,
+            reduction="none",
+            implementation=implementation,
         )
-        first = torch.autograd.grad((losses * torch.arange(1.0, N + 1)).sum(), (rows, temperature), create_graph=True)
+        first = torch.autograd.grad(
+            (losses * torch.arange(1.0, N + 1)).sum(), (rows, temperature), create_graph=True
+        )
         return losses, *first, *torch.autograd.grad(first[0].square().sum() + first[1], (rows, temperature))
 
     close(derivatives("chunked"), derivatives("reference"))

@@ -14,8 +14,12 @@ GREY_LEVEL = 1 / 255
 
 
 def images_of(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Noise, with a quarter of the rows grey and saturated patches, where hue and clipping are at their most delicate."""
-    images = torch.randint(0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    """Noise, with a quarter of the rows grey and saturated patches, where hue and clipping are at their most
+    delicate.
+    """
+    images = torch.randint(
+        0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     images[: count // 4] = images[: count // 4, :, :, :1]
     images[:, : height // 3, : width // 3, 0] = 255
     return images
@@ -31,7 +35,9 @@ def random_parameters(count: int, height: int, width: int, seed: int = 0) -> Vie
         reach=torch.from_numpy(crop.astype(np.float32)),
         flip=torch.from_numpy(draw.random(count) < 0.5),
         jitter=torch.from_numpy(draw.random(count) < 0.8),
-        factors=torch.from_numpy(draw.uniform([0.2, 0.2, 0.2, -0.5], [1.8, 1.8, 1.8, 0.5], (count, 4)).astype(np.float32)),
+        factors=torch.from_numpy(
+            draw.uniform([0.2, 0.2, 0.2, -0.5], [1.8, 1.8, 1.8, 0.5], (count, 4)).astype(np.float32)
+        ),
         order=torch.from_numpy(np.argsort(draw.random((count, 4)), axis=1)),
         grayscale=torch.from_numpy(draw.random(count) < 0.2),
         blur_sigma=torch.from_numpy(sigma.astype(np.float32)),
@@ -44,22 +50,40 @@ def only(parameters: ViewParameters, *kept: str) -> ViewParameters:
     count = len(parameters)
     neutral = ViewParameters.unchanged(count, 1, 1)
     kept = (*kept, "crop", "reach", "order")
-    return ViewParameters(**{name: getattr(parameters if name in kept else neutral, name) for name in vars(parameters)})
+    return ViewParameters(
+        **{name: getattr(parameters if name in kept else neutral, name) for name in vars(parameters)}
+    )
 
 
-def torchvision_view(image, drawn, *, size, interpolation="bilinear", blur_kernel=23, solarize_threshold=128.0, mean=MEAN, std=STD):
+def torchvision_view(
+    image,
+    drawn,
+    *,
+    size,
+    interpolation="bilinear",
+    blur_kernel=23,
+    solarize_threshold=128.0,
+    mean=MEAN,
+    std=STD,
+):
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     view = image.permute(2, 0, 1).float() / 255
     top, left, height, width = (int(value) for value in drawn.crop[0])
     mode = functional.InterpolationMode(interpolation)
-    view = functional.resized_crop(view, top, left, height, width, [size, size], interpolation=mode, antialias=True).clamp(0, 1)
+    view = functional.resized_crop(
+        view, top, left, height, width, [size, size], interpolation=mode, antialias=True
+    ).clamp(0, 1)
     view = functional.horizontal_flip(view) if drawn.flip[0] else view
     if drawn.jitter[0]:
         names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
         for operation in drawn.order[0].tolist():
             view = getattr(functional, names[operation])(view, drawn.factors[0, operation].item())
     view = functional.rgb_to_grayscale(view, 3) if drawn.grayscale[0] else view
-    view = functional.gaussian_blur(view, [blur_kernel] * 2, [drawn.blur_sigma[0].item()]) if drawn.blur_sigma[0] > 0 else view
+    view = (
+        functional.gaussian_blur(view, [blur_kernel] * 2, [drawn.blur_sigma[0].item()])
+        if drawn.blur_sigma[0] > 0
+        else view
+    )
     view = functional.solarize(view, solarize_threshold / 255) if drawn.solarize[0] else view
     return functional.normalize(view, list(mean), list(std))
 
@@ -67,7 +91,9 @@ def torchvision_view(image, drawn, *, size, interpolation="bilinear", blur_kerne
 def difference(images: torch.Tensor, drawn: ViewParameters, **options) -> torch.Tensor:
     """|augment_views - torchvision|, in grey levels of 255."""
     ours = augment_views(images, drawn, mean=MEAN, std=STD, **options)
-    theirs = torch.stack([torchvision_view(image, drawn[row : row + 1], **options) for row, image in enumerate(images)])
+    theirs = torch.stack(
+        [torchvision_view(image, drawn[row : row + 1], **options) for row, image in enumerate(images)]
+    )
     return (ours - theirs).abs() * torch.tensor(STD)[:, None, None] * 255
 
 
@@ -84,7 +110,9 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 16, 3), (32, 45, 32, 5), (150, 100, 64, 23)], ids=["enlarged", "small", "reduced"])
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 16, 3), (32, 45, 32, 5), (150, 100, 64, 23)], ids=["enlarged", "small", "reduced"]
+)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_augment_views_equals_torchvision(name, shape):
     height, width, size, kernel = shape
@@ -114,9 +142,18 @@ def test_augment_views_equals_its_definition_in_float64(interpolation):
     whole = torch.tensor([[0.0, 0.0, 13.0, 17.0]]).repeat(6, 1)
     drawn.crop[:6] = torch.tensor([[1.25, 2.5, 7.75, 11.5]])
     drawn = ViewParameters(**(vars(drawn) | {"reach": torch.cat([whole, drawn.reach[6:]])}))
-    options = {"size": 9, "mean": MEAN, "std": STD, "interpolation": interpolation, "blur_kernel": 5, "solarize_threshold": 100.0}
+    options = {
+        "size": 9,
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": interpolation,
+        "blur_kernel": 5,
+        "solarize_threshold": 100.0,
+    }
     ours = augment_views(images, drawn, **options)
-    expected = torch.stack([augment_view_reference(image, drawn[row : row + 1], **options) for row, image in enumerate(images)])
+    expected = torch.stack(
+        [augment_view_reference(image, drawn[row : row + 1], **options) for row, image in enumerate(images)]
+    )
     torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=0)
 
 
@@ -126,7 +163,9 @@ def test_colour_views_is_the_part_after_the_crop():
     whole = ViewParameters.unchanged(10, 12, 12)
     drawn = ViewParameters(**(vars(drawn) | {"crop": whole.crop, "reach": whole.reach}))
     ours = colour_views(images, drawn, mean=MEAN, std=STD, blur_kernel=3)
-    torch.testing.assert_close(ours, augment_views(images, drawn, size=12, mean=MEAN, std=STD, blur_kernel=3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours, augment_views(images, drawn, size=12, mean=MEAN, std=STD, blur_kernel=3), atol=1e-5, rtol=0
+    )
 
 
 def test_a_view_of_an_image_does_not_depend_on_its_batch(monkeypatch):
@@ -173,13 +212,20 @@ def test_the_default_dtype_plays_no_part():
 def test_an_unchanged_view_is_the_normalised_image():
     images = images_of(3, 11, 11)
     views = augment_views(images, ViewParameters.unchanged(3, 11, 11), size=11, mean=MEAN, std=STD)
-    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+        :, None, None
+    ]
     torch.testing.assert_close(views, expected, atol=1e-5, rtol=0)
 
 
 def test_an_empty_batch_gives_no_views():
     images = torch.zeros(0, 8, 8, 3, dtype=torch.uint8)
-    assert augment_views(images, ViewParameters.unchanged(0, 8, 8), size=4, mean=MEAN, std=STD).shape == (0, 3, 4, 4)
+    assert augment_views(images, ViewParameters.unchanged(0, 8, 8), size=4, mean=MEAN, std=STD).shape == (
+        0,
+        3,
+        4,
+        4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,9 +234,17 @@ def test_an_empty_batch_gives_no_views():
         (torch.zeros(2, 8, 8, 3), {}, r"\(B, H, W, 3\) uint8, found \(2, 8, 8, 3\) torch.float32"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}, r"found \(2, 3, 8, 8\)"),
         (torch.zeros(3, 8, 8, 3, dtype=torch.uint8), {}, "describe 2 images, but 3 were given"),
-        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {"interpolation": "nearest"}, "'bilinear' or 'bicubic', found 'nearest'"),
+        (
+            torch.zeros(2, 8, 8, 3, dtype=torch.uint8),
+            {"interpolation": "nearest"},
+            "'bilinear' or 'bicubic', found 'nearest'",
+        ),
         (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {"blur_kernel": 4}, "odd and at most 15"),
-        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {"blur_kernel": 17}, "odd and at most 15 for views of 8 pixels, found 17"),
+        (
+            torch.zeros(2, 8, 8, 3, dtype=torch.uint8),
+            {"blur_kernel": 17},
+            "odd and at most 15 for views of 8 pixels, found 17",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(images, options, message):
@@ -229,7 +283,9 @@ def test_a_crop_or_reach_beside_the_image_is_refused_with_its_row(name, row):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_crop_up_to_half_a_pixel_beyond_its_reach_has_pixels_to_read(interpolation):
     drawn = beside("crop", [-0.5, -0.5, 9.0, 11.0])
-    views = augment_views(images_of(3, 8, 10), drawn, size=200, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation)
+    views = augment_views(
+        images_of(3, 8, 10), drawn, size=200, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation
+    )
     assert views.isfinite().all() and views.min() >= 0 and views.max() <= 1
 
 
@@ -239,22 +295,32 @@ def test_other_parameters_and_images_that_do_not_fit_are_named_too():
     with pytest.raises(ValueError, match=r"\(B, H, W, 3\) uint8, found \(8,\)"):
         colour_views(torch.zeros(8, dtype=torch.uint8), drawn, **options)
     with pytest.raises(ValueError, match="order must hold columns of factors, 0 to 3, found 7"):
-        colour_views(images, ViewParameters(**(vars(drawn) | {"order": torch.tensor([[0, 7, 1, 2]])})), **options)
+        colour_views(
+            images, ViewParameters(**(vars(drawn) | {"order": torch.tensor([[0, 7, 1, 2]])})), **options
+        )
     with pytest.raises(ValueError, match="no implementation='reference' in batch"):
         augment_views(images, drawn, size=4, **options, implementation="reference")
 
 
 def test_solarize_inverts_from_the_threshold_on():
     image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
-    drawn = ViewParameters(**(vars(ViewParameters.unchanged(1, 16, 16)) | {"solarize": torch.ones(1, dtype=torch.bool)}))
+    drawn = ViewParameters(
+        **(vars(ViewParameters.unchanged(1, 16, 16)) | {"solarize": torch.ones(1, dtype=torch.bool)})
+    )
     views = augment_views(image, drawn, size=16, mean=(0, 0, 0), std=(1, 1, 1), solarize_threshold=200.0)
     expected = [value if value < 200 else 255 - value for value in range(256)]
     assert (views[0, 0].flatten() * 255).round().int().tolist() == expected
 
 
 def test_blur_keeps_the_mean_of_a_periodic_image_and_reduces_its_variance():
-    image = (torch.randint(0, 2, (1, 32, 32, 1), generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8).expand(1, 32, 32, 3)
+    image = (
+        (torch.randint(0, 2, (1, 32, 32, 1), generator=torch.Generator().manual_seed(0)) * 255)
+        .to(torch.uint8)
+        .expand(1, 32, 32, 3)
+    )
     drawn = ViewParameters(**(vars(ViewParameters.unchanged(1, 32, 32)) | {"blur_sigma": torch.ones(1)}))
-    blurred = augment_views(image.contiguous(), drawn, size=32, mean=(0, 0, 0), std=(1, 1, 1), blur_kernel=13)[0, 0]
+    blurred = augment_views(
+        image.contiguous(), drawn, size=32, mean=(0, 0, 0), std=(1, 1, 1), blur_kernel=13
+    )[0, 0]
     # White noise keeps 1 / (4 pi sigma^2) of its variance under a Gaussian of that sigma.
     assert blurred.var().item() == pytest.approx(0.25 / (4 * math.pi), rel=0.15)

@@ -1,4 +1,6 @@
-"""The kernels of views, compiled for cards that are not here: no register spilled, shared memory within limits."""
+"""The kernels of views, compiled for cards that are not here: no register spilled, shared memory within
+limits.
+"""
 
 import importlib.util
 import os
@@ -16,7 +18,9 @@ from fastgessl.kernels.views import triton as views_triton
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)
 
-_spec = importlib.util.spec_from_file_location("ahead_of_time_of_views", Path(__file__).with_name("ahead_of_time.py"))
+_spec = importlib.util.spec_from_file_location(
+    "ahead_of_time_of_views", Path(__file__).with_name("ahead_of_time.py")
+)
 ahead_of_time = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ahead_of_time)
 
@@ -60,11 +64,15 @@ def check(name, architecture):
         elif argument == "threshold":
             signature[argument] = "fp32"
         else:
-            signature[argument] = "*u8" if argument in BYTES else "*i64" if argument == "p_chosen" else "*fp32"
+            signature[argument] = (
+                "*u8" if argument in BYTES else "*i64" if argument == "p_chosen" else "*fp32"
+            )
             attributes[(i,)] = [["tt.divisibility", 16]]
     program = ahead_of_time.source(kernel, signature, constants, attributes)
     options = {"num_warps": views_triton.warps_for(flags["BLOCK"]), "enable_fp_fusion": True}
-    found = ahead_of_time.read(triton.compile(program, target=GPUTarget("cuda", architecture, 32), options=options))
+    found = ahead_of_time.read(
+        triton.compile(program, target=GPUTarget("cuda", architecture, 32), options=options)
+    )
     print(f"{name:36} sm_{architecture} -> {found}")
     # Older compilers spill a few bytes: slower, not wrong.
     assert found.stack == 0 or ahead_of_time.TRITON < (3, 6)

@@ -1,4 +1,6 @@
-"""The view kernels in Triton's interpreter, through the public functions, against batched PyTorch (which equals torchvision)."""
+"""The view kernels in Triton's interpreter, through the public functions, against batched PyTorch (which
+equals torchvision).
+"""
 
 import importlib.util
 import json
@@ -15,7 +17,8 @@ pytest.importorskip("triton")
 
 from fastgessl.kernels.views.torch import ViewParameters, augment_views
 
-# `whole` and `block` make small pictures take the path of large ones, in several blocks of which the last is not full.
+# `whole` and `block` make small pictures take the path of large ones, in several blocks of which the last is
+# not full.
 ENLARGED = {"height": 8, "width": 8, "size": 12, "kernel": 3, "count": 6}
 REDUCED = {"height": 33, "width": 21, "size": 10, "kernel": 5, "count": 6}
 CASES = {
@@ -25,7 +28,8 @@ CASES = {
     "reduced, several blocks": REDUCED | {"whole": 64, "block": 64},
     "reduced, bicubic, several blocks": REDUCED | {"interpolation": "bicubic", "whole": 64, "block": 64},
     "colour, one block": ENLARGED | {"height": 9, "width": 9, "size": 9, "interpolation": "none"},
-    "colour, several blocks": ENLARGED | {"height": 9, "width": 9, "size": 9, "interpolation": "none", "whole": 64, "block": 64},
+    "colour, several blocks": ENLARGED
+    | {"height": 9, "width": 9, "size": 9, "interpolation": "none", "whole": 64, "block": 64},
     "without blur": ENLARGED | {"blur": False},
 }
 for case in CASES.values():
@@ -42,9 +46,17 @@ def differences():
     if older("triton", 3, 7) and not older("numpy", 2, 4):
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
     program = Path(__file__).with_name("views_interpreter_program.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(program.parents[2]),
+        "OMP_NUM_THREADS": "1",
+    }
     found = subprocess.run(
-        [sys.executable, program], input=json.dumps(list(CASES.values())), env=environment, capture_output=True, text=True
+        [sys.executable, program],
+        input=json.dumps(list(CASES.values())),
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stderr
     return dict(zip(CASES, json.loads(found.stdout), strict=True))
@@ -71,7 +83,13 @@ def test_on_a_gpu_views_equal_those_of_the_cpu(size, interpolation):
     on_cpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(on_cpu)
     images, drawn = on_cpu.images_of(64, 96, 80), on_cpu.random_parameters(64, 96, 80)
-    options = {"size": size, "mean": on_cpu.MEAN, "std": on_cpu.STD, "interpolation": interpolation, "blur_kernel": 9}
+    options = {
+        "size": size,
+        "mean": on_cpu.MEAN,
+        "std": on_cpu.STD,
+        "interpolation": interpolation,
+        "blur_kernel": 9,
+    }
     expected = augment_views(images, drawn, **options)
     found = augment_views(images.cuda(), drawn, **options, implementation="triton").cpu()
     assert ((found - expected).abs() * torch.tensor(on_cpu.STD)[:, None, None] * 255).max() < 0.02

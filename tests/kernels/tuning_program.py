@@ -1,6 +1,8 @@
-"""Tune every kernel in Triton's interpreter, with a timer that says what each tile costs, and print as JSON what was found.
+"""Tune every kernel in Triton's interpreter, with a timer that says what each tile costs, and print as JSON
+what was found.
 
-A program of its own because TRITON_INTERPRET must be set before the kernels are defined. Arguments: the table to write.
+A program of its own because TRITON_INTERPRET must be set before the kernels are defined. Arguments: the table
+to write.
 """
 
 import json
@@ -14,7 +16,9 @@ from fastgessl.kernels.similarity import autotune, tuned_tiles
 from fastgessl.kernels.similarity import launch as similarity_launch
 from fastgessl.kernels.similarity.tiles import INTERPRETED, KERNELS
 
-WRONG, TOO_LARGE, BEST = (INTERPRETED._replace(**change) for change in ({"columns": 16}, {"columns": 64}, {"rows": 16}))
+WRONG, TOO_LARGE, BEST = (
+    INTERPRETED._replace(**change) for change in ({"columns": 16}, {"columns": 64}, {"rows": 16})
+)
 CPU = torch.device("cpu")
 COSTS = {WRONG: 1.0, TOO_LARGE: 1.5, BEST: 2.0, INTERPRETED: 3.0}
 results = autotune.Problem.results
@@ -27,11 +31,17 @@ def tile_in_use():
 
 
 def obstructed(problem, module):
-    """The kernels' results, but that one tile gives wrong numbers and another asks for more memory than there is."""
+    """The kernels' results, but that one tile gives wrong numbers and another asks for more memory than there
+    is.
+    """
     if module is similarity_launch and tile_in_use() == TOO_LARGE:
         raise OutOfResources(2, 1, "shared memory")
     found = results(problem, module)
-    return tuple(part * 1.1 for part in found) if module is similarity_launch and tile_in_use() == WRONG else found
+    return (
+        tuple(part * 1.1 for part in found)
+        if module is similarity_launch and tile_in_use() == WRONG
+        else found
+    )
 
 
 launch = similarity_launch._launch

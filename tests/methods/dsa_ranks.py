@@ -1,4 +1,6 @@
-"""What one of two gloo processes does for test_dsa.py: python dsa_ranks.py RANK WORLD_SIZE FOLDER. Writes FOLDER/RANK.pt."""
+"""What one of two gloo processes does for test_dsa.py: python dsa_ranks.py RANK WORLD_SIZE FOLDER. Writes
+FOLDER/RANK.pt.
+"""
 
 import sys
 from pathlib import Path
@@ -16,7 +18,15 @@ from fastgessl.objective import GeSSL
 SETTINGS = DsaConfig(weight=1.0, prior_weight=0.1, neighbours=4, discriminator_hidden=6, helper_momentum=0.9)
 BI_LEVEL = GesslConfig(inner_steps=1, inner_lr=0.05, w_sigma=1.0)
 HEADS = {"projector_hidden": 8, "projector_out": 4, "predictor_hidden": 8}
-OPTIONS = {"swav": {"prototypes": 9, "temperature": 0.3, "sinkhorn_epsilon": 0.3, "queue_length": 0, "freeze_epochs": 2.0}}
+OPTIONS = {
+    "swav": {
+        "prototypes": 9,
+        "temperature": 0.3,
+        "sinkhorn_epsilon": 0.3,
+        "queue_length": 0,
+        "freeze_epochs": 2.0,
+    }
+}
 
 
 def toy(name="simclr", negatives="local", settings=SETTINGS, images=8, **facts):
@@ -47,7 +57,9 @@ def step(method, objective, images):
 
 
 def refusal(**facts):
-    """What is said of settings under which each of two ranks has 4 images, no more than the neighbours; "" if they are taken."""
+    """What is said of settings under which each of two ranks has 4 images, no more than the neighbours; "" if
+    they are taken.
+    """
     try:
         toy(negatives="global", images=8, **facts)
     except UsageError as error:
@@ -56,13 +68,21 @@ def refusal(**facts):
 
 
 def main(rank, size, folder):
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size
+    )
     report = {"world_size": dist.get_world_size()}
     for name in ("simclr", "byol", "swav"):
         method = synchronise_batch_norm(toy(name, "global", images=16))
-        report[name] = step(method, DistributedDataParallel(GeSSL(method, GesslConfig()), broadcast_buffers=False), views(10 + rank))
+        report[name] = step(
+            method,
+            DistributedDataParallel(GeSSL(method, GesslConfig()), broadcast_buffers=False),
+            views(10 + rank),
+        )
     method = toy(images=16)
-    report["tasks"] = step(method, DistributedDataParallel(GeSSL(method, BI_LEVEL), broadcast_buffers=False), views(10 + rank))
+    report["tasks"] = step(
+        method, DistributedDataParallel(GeSSL(method, BI_LEVEL), broadcast_buffers=False), views(10 + rank)
+    )
     # In evaluation mode batch norm couples no images, so that what ranks exchange is the loss's alone.
     method = toy("simclr", "global", images=16).eval()
     report["across"] = step(method, DistributedDataParallel(GeSSL(method, BI_LEVEL)), views(10 + rank))

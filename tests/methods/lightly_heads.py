@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 def assert_heads_agree(ours: nn.Module, oracle: nn.Module, rows: Tensor) -> None:
-    """Copies the weights of `ours` into `oracle`, layer by layer, after they were moved away from where norms start."""
+    """Copies the weights of `ours` into `oracle`, layer by layer, after they were moved away from where norms
+    start.
+    """
     with torch.no_grad():
         for found, expected in zip(ours.parameters(), oracle.parameters(), strict=True):
             found.add_(0.3 * torch.randn_like(found))

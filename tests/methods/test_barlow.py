@@ -10,7 +10,9 @@ from fastgessl.methods import Outputs, RunFacts, build_method
 def toy(**options):
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     backbone.num_features = 6
-    return build_method(MethodConfig(name="barlow", projector_hidden=8, projector_out=4, **options), backbone, RunFacts()).double()
+    return build_method(
+        MethodConfig(name="barlow", projector_hidden=8, projector_out=4, **options), backbone, RunFacts()
+    ).double()
 
 
 def projections(seed=0, images=9, width=4):
@@ -21,7 +23,9 @@ def projections(seed=0, images=9, width=4):
 def barlow_by_definition(pair, weight, scale, epsilon=1e-5):
     """Zbontar et al. 2021, eq. (1) and (2), one pair of output units at a time."""
     images, width = pair.shape[1:]
-    first, second = ([(unit - unit.mean()) / (unit.var(correction=0) + epsilon).sqrt() for unit in view.T] for view in pair)
+    first, second = (
+        [(unit - unit.mean()) / (unit.var(correction=0) + epsilon).sqrt() for unit in view.T] for view in pair
+    )
     loss = 0.0
     for i in range(width):
         for j in range(width):

@@ -59,16 +59,22 @@ def test_byol_s_pi_is_the_softmax_of_predictions_over_the_other_view_s_momentum_
     out, targets = outputs_and_targets()
     method = toy(temperature=0.3)
     for view, pi in enumerate(method.similarity(out, targets)):
-        expected = torch.cosine_similarity(out.predictions[view, :, None], targets[1 - view, None], dim=-1) / 0.3
+        expected = (
+            torch.cosine_similarity(out.predictions[view, :, None], targets[1 - view, None], dim=-1) / 0.3
+        )
         torch.testing.assert_close(pi.query @ pi.key.T / pi.temperature, expected)
 
 
 def test_the_momentum_encoder_follows_a_literal_simulation():
-    """Grill et al. 2020, section 3.2: ξ ← τ ξ + (1 - τ) θ with τ_k = 1 - (1 - τ_0)(cos(πk/K) + 1)/2, parameter by parameter."""
+    """Grill et al. 2020, section 3.2: ξ ← τ ξ + (1 - τ) θ with τ_k = 1 - (1 - τ_0)(cos(πk/K) + 1)/2,
+    parameter by parameter.
+    """
     method, total_steps = toy(momentum_start=0.9, total_steps=10), 10
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     average = {name: value.detach().clone() for name, value in method.backbone.named_parameters()}
-    average |= {f"projector.{name}": value.detach().clone() for name, value in method.projector.named_parameters()}
+    average |= {
+        f"projector.{name}": value.detach().clone() for name, value in method.projector.named_parameters()
+    }
     for step in range(total_steps):
         targets = method.targets(views(step))
         out = method(views(step))
@@ -77,7 +83,9 @@ def test_the_momentum_encoder_follows_a_literal_simulation():
         optimizer.step()
         method.update_state([(out, targets)], step)
         tau = 1 - (1 - 0.9) * (math.cos(math.pi * step / total_steps) + 1) / 2
-        online = dict(method.backbone.named_parameters()) | {f"projector.{n}": v for n, v in method.projector.named_parameters()}
+        online = dict(method.backbone.named_parameters()) | {
+            f"projector.{n}": v for n, v in method.projector.named_parameters()
+        }
         average = {name: tau * value + (1 - tau) * online[name].detach() for name, value in average.items()}
     found = dict(method.momentum_backbone.named_parameters()) | {
         f"projector.{n}": v for n, v in method.momentum_projector.named_parameters()
@@ -92,10 +100,14 @@ def test_the_momentum_encoder_has_its_own_batch_statistics_and_no_gradient():
     online_before = method.backbone[2].running_mean.clone()
     momentum_before = method.momentum_backbone[2].running_mean.clone()
     targets = method.targets(views())
-    assert not targets.requires_grad and not any(p.requires_grad for p in method.momentum_backbone.parameters())
+    assert not targets.requires_grad and not any(
+        p.requires_grad for p in method.momentum_backbone.parameters()
+    )
     assert torch.equal(method.backbone[2].running_mean, online_before)
     rows = method.momentum_backbone[1](torch.cat(views()).flatten(1)).detach()
-    torch.testing.assert_close(method.momentum_backbone[2].running_mean, 0.9 * momentum_before + 0.1 * rows.mean(0))
+    torch.testing.assert_close(
+        method.momentum_backbone[2].running_mean, 0.9 * momentum_before + 0.1 * rows.mean(0)
+    )
 
 
 def test_the_momentum_encoder_leaves_out_no_branch():

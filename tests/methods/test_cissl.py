@@ -21,9 +21,13 @@ def outputs(seed=0, images=7):
 
 
 def cissl_by_definition(out, temperature):
-    """Every view of every image against all 2N views, itself included; half of the target on each of the image's two views."""
+    """Every view of every image against all 2N views, itself included; half of the target on each of the
+    image's two views.
+    """
     images = out.projections.shape[1]
-    student, teacher = ([row / row.norm() for view in rows for row in view] for rows in (out.predictions, out.projections))
+    student, teacher = (
+        [row / row.norm() for view in rows for row in view] for rows in (out.predictions, out.projections)
+    )
     terms = []
     for i, query in enumerate(student):
         weights = [torch.exp(query @ key / temperature) for key in teacher]
@@ -57,7 +61,9 @@ def test_both_of_cissl_s_heads_end_in_a_batch_norm_over_the_rows_of_both_views()
     out = toy()(features=3 + torch.randn(2, 50, 6, dtype=torch.float64))
     for rows in (out.predictions.flatten(0, 1), out.projections.flatten(0, 1)):
         torch.testing.assert_close(rows.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
-        torch.testing.assert_close(rows.var(0, correction=0), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-2)
+        torch.testing.assert_close(
+            rows.var(0, correction=0), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-2
+        )
 
 
 def test_cissl_s_pi_is_the_softmax_of_its_loss():

@@ -24,7 +24,9 @@ def toy(name, **facts):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone.num_features = 6
-    config = MethodConfig(name=name, projector_hidden=8, projector_out=4, predictor_hidden=8, **OPTIONS.get(name, {}))
+    config = MethodConfig(
+        name=name, projector_hidden=8, projector_out=4, predictor_hidden=8, **OPTIONS.get(name, {})
+    )
     return build_method(config, backbone, RunFacts(total_steps=10, images_per_forward=5, **facts)).double()
 
 
@@ -41,7 +43,9 @@ def test_a_view_meets_all_views_but_itself():
 
 
 @multi_crop
-@pytest.mark.parametrize("settings", [GesslConfig(), GesslConfig(inner_steps=1, inner_lr=0.1, w_sigma=1.0)], ids=["plain", "gessl"])
+@pytest.mark.parametrize(
+    "settings", [GesslConfig(), GesslConfig(inner_steps=1, inner_lr=0.1, w_sigma=1.0)], ids=["plain", "gessl"]
+)
 def test_smaller_views_reach_the_loss_and_its_gradient(name, settings):
     views = crops([4, 4, 2, 2, 2])
     slopes = []
@@ -64,16 +68,24 @@ def test_targets_come_from_the_views_of_full_size_alone(name):
 
 def test_byol_averages_over_the_views_that_predict_one_target():
     torch.manual_seed(0)
-    predictions, targets = torch.randn(5, 7, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 7, 4, dtype=torch.float64)
+    predictions, targets = (
+        torch.randn(5, 7, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 7, 4, dtype=torch.float64),
+    )
     cosine = torch.cosine_similarity(predictions[:, None], targets[None], dim=-1)
-    expected = sum(sum((2 - 2 * cosine[view, target]).mean() for view in range(5) if view != target) / 4 for target in (0, 1))
+    expected = sum(
+        sum((2 - 2 * cosine[view, target]).mean() for view in range(5) if view != target) / 4
+        for target in (0, 1)
+    )
     found = toy("byol").loss(Outputs(predictions, predictions, predictions), targets)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     slopes = [torch.autograd.grad(loss, predictions)[0] for loss in (found, expected)]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if not (method.multi_crop or method.needs_labels)))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, method in METHODS.items() if not (method.multi_crop or method.needs_labels))
+)
 def test_smaller_views_in_a_method_without_use_for_them_are_refused(name):
     with pytest.raises(UsageError, match=f"method '{name}' has no use for smaller views"):
         toy(name, local_views=2)

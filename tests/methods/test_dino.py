@@ -38,12 +38,18 @@ def outputs_and_teacher(crops):
 
 @pytest.mark.parametrize("crops", [2, 5])
 def test_dino_s_loss_and_gradient_are_the_definition(crops):
-    """Caron et al. 2021, eq. (3): Σ over the teacher's views x and the student's other views x' of H(P_t(x), P_s(x')), as a mean."""
+    """Caron et al. 2021, eq. (3): Σ over the teacher's views x and the student's other views x' of H(P_t(x),
+    P_s(x')), as a mean.
+    """
     out, teacher = outputs_and_teacher(crops)
     student = out.projections @ out.prototypes.T
-    targets = torch.softmax((teacher.rows @ teacher.prototypes.T - teacher.center) / teacher.temperature, dim=-1)
+    targets = torch.softmax(
+        (teacher.rows @ teacher.prototypes.T - teacher.center) / teacher.temperature, dim=-1
+    )
     pairs = [(target, view) for target in (0, 1) for view in range(crops) if view != target]
-    terms = [-(targets[t] * torch.log(torch.softmax(student[v] / 0.1, dim=-1))).sum(-1).mean() for t, v in pairs]
+    terms = [
+        -(targets[t] * torch.log(torch.softmax(student[v] / 0.1, dim=-1))).sum(-1).mean() for t, v in pairs
+    ]
     found, expected = toy().loss(out, teacher), torch.stack(terms).mean()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     for operand in (out.projections, out.prototypes):
@@ -66,12 +72,16 @@ def lightly_head(projector, last_layer):
 
 def test_head_loss_center_and_gradients_are_lightly_s():
     lightly = pytest.importorskip("lightly.loss", reason="lightly is the oracle here")
-    method = toy(teacher_temperature=0.05, teacher_temperature_start=0.05, center_momentum=0.8, momentum_start=1.0)
+    method = toy(
+        teacher_temperature=0.05, teacher_temperature_start=0.05, center_momentum=0.8, momentum_start=1.0
+    )
     for parameter in method.momentum_last_layer.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
     student = lightly_head(method.projector, method.last_layer)
     teacher = lightly_head(method.momentum_projector, method.momentum_last_layer)
-    criterion = lightly.DINOLoss(9, teacher_temp=0.05, warmup_teacher_temp_epochs=0, center_momentum=0.8).double()
+    criterion = lightly.DINOLoss(
+        9, teacher_temp=0.05, warmup_teacher_temp_epochs=0, center_momentum=0.8
+    ).double()
     method.eval()
     for seed in (0, 1):
         crops = views(seed)
@@ -90,7 +100,9 @@ def test_head_loss_center_and_gradients_are_lightly_s():
 def test_dino_s_pi_is_the_student_s_softmax_of_every_view_over_the_outputs_without_the_centre():
     out, teacher = outputs_and_teacher(3)
     (pi,) = toy(temperature=0.3).similarity(out, teacher)
-    torch.testing.assert_close(pi.query @ pi.key.T / pi.temperature, out.projections.flatten(0, 1) @ out.prototypes.T / 0.3)
+    torch.testing.assert_close(
+        pi.query @ pi.key.T / pi.temperature, out.projections.flatten(0, 1) @ out.prototypes.T / 0.3
+    )
 
 
 def trained(method, steps, first=0):
@@ -123,14 +135,23 @@ OPTIONS = {
 def test_centre_temperature_and_teacher_follow_a_literal_simulation():
     method = toy(**OPTIONS)
     online = [*method.backbone.parameters(), *method.projector.parameters(), *method.last_layer.parameters()]
-    copies = [*method.momentum_backbone.parameters(), *method.momentum_projector.parameters(), *method.momentum_last_layer.parameters()]
+    copies = [
+        *method.momentum_backbone.parameters(),
+        *method.momentum_projector.parameters(),
+        *method.momentum_last_layer.parameters(),
+    ]
     average, center = [weight.detach().clone() for weight in online], torch.zeros(9, dtype=torch.float64)
     for step in range(12):
         seen = trained(method, 1, first=step)
         for targets in seen:
             assert targets.temperature.item() == pytest.approx(0.04 + 0.03 * min(step / 6, 1))
             torch.testing.assert_close(targets.center, center, rtol=1e-10, atol=1e-14)
-        outputs = [row @ prototype for targets in seen for row in targets.rows.flatten(0, 1) for prototype in targets.prototypes]
+        outputs = [
+            row @ prototype
+            for targets in seen
+            for row in targets.rows.flatten(0, 1)
+            for prototype in targets.prototypes
+        ]
         center = 0.8 * center + 0.2 * torch.stack(outputs).view(-1, 9).mean(0)
         tau = 1 - 0.1 * (math.cos(math.pi * step / 12) + 1) / 2
         average = [tau * xi + (1 - tau) * theta.detach() for xi, theta in zip(average, online, strict=True)]
@@ -145,16 +166,23 @@ def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_been_interrupted():
     resumed.load_state_dict(method.state_dict())
     found, expected = trained(resumed, 2, first=3), trained(method, 2, first=3)
     assert all(torch.equal(a.temperature, b.temperature) for a, b in zip(found, expected, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(method.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(method.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_targets_keep_their_values_when_the_state_moves_on():
     method = toy(**OPTIONS)
     targets = method.targets(views())
-    kept = [tensor.clone() for tensor in (targets.rows, targets.prototypes, targets.center, targets.temperature)]
+    kept = [
+        tensor.clone() for tensor in (targets.rows, targets.prototypes, targets.center, targets.temperature)
+    ]
     trained(method, 2)
     assert all(torch.equal(a, b) for a, b in zip(kept, vars(targets).values(), strict=True))
-    assert (method.center - targets.center).abs().max() > 0 and method.teacher_temperature != targets.temperature
+    assert (
+        method.center - targets.center
+    ).abs().max() > 0 and method.teacher_temperature != targets.temperature
 
 
 def test_the_teacher_sees_the_two_full_views_only_and_the_student_all():

@@ -7,21 +7,29 @@ from torch import nn
 from fastgessl.config import MethodConfig, UsageError
 from fastgessl.methods import Outputs, RunFacts, build_method
 
-SETTINGS = {"entropy_weight": 2.3, "invariance_weight": 0.8, "temperature": 1.0, "assignment_temperature": 0.5}
+SETTINGS = {
+    "entropy_weight": 2.3,
+    "invariance_weight": 0.8,
+    "temperature": 1.0,
+    "assignment_temperature": 0.5,
+}
 
 
 def toy(facts=None, **options):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     backbone.num_features = 6
-    config = MethodConfig(name="dissl", projector_hidden=8, projector_out=4, **{"prototypes": 12, **SETTINGS, **options})
+    config = MethodConfig(
+        name="dissl", projector_hidden=8, projector_out=4, **{"prototypes": 12, **SETTINGS, **options}
+    )
     return build_method(config, backbone, facts or RunFacts()).double()
 
 
 def outputs(views=2, images=7):
     torch.manual_seed(0)
     teacher, teacher_weight, student, student_weight = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, images, 4), (12, 4), (views, images, 6), (12, 6))
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, images, 4), (12, 4), (views, images, 6), (12, 6))
     )
     return Outputs(student, teacher, student, teacher_weight, student_weight)
 
@@ -38,7 +46,9 @@ def dissl_by_definition(out, entropy_weight, invariance_weight, temperature, ass
 
 
 @pytest.mark.parametrize("views", [2, 5])
-@pytest.mark.parametrize("changed", [{}, {"entropy_weight": 0.0}, {"invariance_weight": 0.0, "temperature": 0.3}])
+@pytest.mark.parametrize(
+    "changed", [{}, {"entropy_weight": 0.0}, {"invariance_weight": 0.0, "temperature": 0.3}]
+)
 def test_dissl_s_loss_and_all_its_gradients_are_those_of_the_definition(views, changed):
     out = outputs(views)
     found, expected = toy(**changed).loss(out), dissl_by_definition(out, **(SETTINGS | changed))
@@ -55,7 +65,10 @@ def test_dissl_s_student_is_one_linear_layer_over_the_representation():
     method = toy()
     views = [torch.randn(5, 3, 2, 2, dtype=torch.float64) for _ in range(4)]
     out = method(views)
-    assert torch.equal(out.predictions, out.features) and out.predicted_prototypes is method.student_prototypes.weight
+    assert (
+        torch.equal(out.predictions, out.features)
+        and out.predicted_prototypes is method.student_prototypes.weight
+    )
     assert len(out.projections) == 2 and len(out.predictions) == 4
 
 
@@ -70,7 +83,9 @@ def test_dissl_s_teacher_sees_only_the_views_of_full_size():
 def test_dissl_s_pi_is_the_student_s_softmax_of_every_view():
     out = outputs(views=3)
     for view, pi in zip(out.predictions, toy(temperature=0.7).similarity(out), strict=True):
-        torch.testing.assert_close(pi.query @ pi.key.T / pi.temperature, view @ out.predicted_prototypes.T / 0.7)
+        torch.testing.assert_close(
+            pi.query @ pi.key.T / pi.temperature, view @ out.predicted_prototypes.T / 0.7
+        )
 
 
 def test_dissl_s_measures_are_those_of_its_teacher_s_assignment():
@@ -81,7 +96,13 @@ def test_dissl_s_measures_are_those_of_its_teacher_s_assignment():
     torch.testing.assert_close(terms["maximality"], -(rows.mean(0) * rows.mean(0).log()).sum())
     torch.testing.assert_close(terms["determinism"], -(rows * rows.log()).sum(1).mean())
     torch.testing.assert_close(terms["invariance"], (p * (p / p.flip(0)).log()).sum(-1).mean())
-    collapsed = Outputs(out.features, torch.ones_like(out.projections), out.predictions, 1e3 * out.prototypes, out.predicted_prototypes)
+    collapsed = Outputs(
+        out.features,
+        torch.ones_like(out.projections),
+        out.predictions,
+        1e3 * out.prototypes,
+        out.predicted_prototypes,
+    )
     assert toy().measures(collapsed)["maximality"] < 1e-6 < math.log(12) - terms["determinism"]
 
 

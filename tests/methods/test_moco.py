@@ -13,8 +13,12 @@ def toy(images_per_forward=5, total_steps=10, **options):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
     backbone.num_features = 6
-    config = MethodConfig(**{"name": "moco", "projector_hidden": 8, "projector_out": 4, "queue_length": 15} | options)
-    return build_method(config, backbone, RunFacts(total_steps=total_steps, images_per_forward=images_per_forward)).double()
+    config = MethodConfig(
+        **{"name": "moco", "projector_hidden": 8, "projector_out": 4, "queue_length": 15} | options
+    )
+    return build_method(
+        config, backbone, RunFacts(total_steps=total_steps, images_per_forward=images_per_forward)
+    ).double()
 
 
 def views(seed=0, count=2):
@@ -29,7 +33,10 @@ def unit(rows):
 def outputs_and_keys(queries=2, keyed=2):
     torch.manual_seed(0)
     projections = torch.randn(queries, 7, 4, dtype=torch.float64, requires_grad=True)
-    keys = Keys(unit(torch.randn(keyed, 7, 4, dtype=torch.float64)), unit(torch.randn(keyed, 15, 4, dtype=torch.float64)))
+    keys = Keys(
+        unit(torch.randn(keyed, 7, 4, dtype=torch.float64)),
+        unit(torch.randn(keyed, 15, 4, dtype=torch.float64)),
+    )
     return Outputs(projections, projections), keys
 
 
@@ -54,8 +61,15 @@ def test_moco_s_loss_and_gradient_are_the_definition_over_all_pairs_of_a_query_a
 ):
     out, keys = outputs_and_keys(queries, 2 if symmetric else 1)
     rows = unit(out.projections)
-    terms = [one_row(rows[q, n], keys.positive[k, n], keys.queue[k], temperature) for q, k in pairs for n in range(7)]
-    found, expected = toy(temperature=temperature, symmetric=symmetric).loss(out, keys), torch.stack(terms).mean()
+    terms = [
+        one_row(rows[q, n], keys.positive[k, n], keys.queue[k], temperature)
+        for q, k in pairs
+        for n in range(7)
+    ]
+    found, expected = (
+        toy(temperature=temperature, symmetric=symmetric).loss(out, keys),
+        torch.stack(terms).mean(),
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     slopes = [torch.autograd.grad(loss, out.projections)[0] for loss in (found, expected)]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
@@ -67,7 +81,10 @@ def test_the_asymmetric_loss_and_gradient_are_lightly_s_with_a_memory_bank():
     criterion = lightly.NTXentLoss(temperature=0.2, memory_bank_size=(15, 4)).double()
     criterion.memory_bank.bank = keys.queue[0].clone()
     criterion.memory_bank.bank_ptr = torch.zeros(1, dtype=torch.long)
-    found, expected = toy(temperature=0.2, symmetric=False).loss(out, keys), criterion(out.projections[0], keys.positive[0])
+    found, expected = (
+        toy(temperature=0.2, symmetric=False).loss(out, keys),
+        criterion(out.projections[0], keys.positive[0]),
+    )
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     slopes = [torch.autograd.grad(loss, out.projections)[0] for loss in (found, expected)]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-5, atol=1e-9)
@@ -116,7 +133,8 @@ def test_queue_and_momentum_encoder_follow_a_literal_simulation(symmetric):
         before = copy.deepcopy(method)
         seen = trained(method, 1, first=step)
         for targets in seen:
-            # Both micro-batches see the queue and the momentum encoder of before the step; their keys enter after it, in order.
+            # Both micro-batches see the queue and the momentum encoder of before the step; their keys enter
+            # after it, in order.
             assert torch.equal(targets.queue, torch.stack([torch.stack(rows) for rows in queue]))
         for part, targets in enumerate(seen):
             rows = torch.cat(views(2 * step + part)[0 if symmetric else 1 :])
@@ -128,8 +146,14 @@ def test_queue_and_momentum_encoder_follow_a_literal_simulation(symmetric):
                 for key in keys:
                     rows.pop(0)
                     rows.append(key)
-        tau = 0.999 - (0.999 - 0.9) * (1 + torch.cos(torch.tensor(step / 10, dtype=torch.float64) * torch.pi)) / 2
-        average = [tau * xi + (1 - tau) * theta.detach() for xi, theta in zip(average, method.backbone.parameters(), strict=True)]
+        tau = (
+            0.999
+            - (0.999 - 0.9) * (1 + torch.cos(torch.tensor(step / 10, dtype=torch.float64) * torch.pi)) / 2
+        )
+        average = [
+            tau * xi + (1 - tau) * theta.detach()
+            for xi, theta in zip(average, method.backbone.parameters(), strict=True)
+        ]
     assert torch.equal(method.queue, torch.stack([torch.stack(rows) for rows in queue]))
     for found, expected in zip(method.momentum_backbone.parameters(), average, strict=True):
         torch.testing.assert_close(found.detach(), expected, rtol=1e-10, atol=1e-12)
@@ -140,15 +164,26 @@ def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_been_interrupted():
     trained(method, 3)
     resumed.load_state_dict(method.state_dict())
     trained(method, 2, first=3), trained(resumed, 2, first=3)
-    assert all(torch.equal(a, b) for a, b in zip(method.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(method.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_the_asymmetric_queries_are_the_first_view_s_and_the_keys_the_second_s():
     method, pair = toy(symmetric=False).eval(), views(count=3)
     out, keys = method(pair), method.targets(pair)
-    assert out.features.shape == (2, 5, 6) and keys.positive.shape == (1, 5, 4) and method.queue.shape == (1, 15, 4)
-    torch.testing.assert_close(out.features, method.backbone(torch.cat([pair[0], pair[2]])).unflatten(0, (2, 5)))
-    torch.testing.assert_close(keys.positive[0], unit(method.momentum_projector(method.momentum_backbone(pair[1]))))
+    assert (
+        out.features.shape == (2, 5, 6)
+        and keys.positive.shape == (1, 5, 4)
+        and method.queue.shape == (1, 15, 4)
+    )
+    torch.testing.assert_close(
+        out.features, method.backbone(torch.cat([pair[0], pair[2]])).unflatten(0, (2, 5))
+    )
+    torch.testing.assert_close(
+        keys.positive[0], unit(method.momentum_projector(method.momentum_backbone(pair[1])))
+    )
 
 
 def test_the_queue_starts_with_unit_vectors_in_all_directions():

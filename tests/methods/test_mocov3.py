@@ -34,7 +34,9 @@ def outputs_and_keys(crops=2):
 
 
 def contrast(queries, keys, temperature):
-    """Chen, Xie and He 2021, algorithm 1, ctr(q, k), one row at a time: 2τ times the cross-entropy of row n's own key among all keys."""
+    """Chen, Xie and He 2021, algorithm 1, ctr(q, k), one row at a time: 2τ times the cross-entropy of row n's
+    own key among all keys.
+    """
     rows = []
     for n, query in enumerate(unit(queries)):
         weights = [torch.exp(query @ key / temperature) for key in keys]
@@ -46,7 +48,9 @@ def contrast(queries, keys, temperature):
 def test_moco_v3_s_loss_and_gradient_are_algorithm_1(temperature):
     out, keys = outputs_and_keys()
     found = toy(temperature=temperature).loss(out, keys)
-    expected = contrast(out.predictions[0], keys[1], temperature) + contrast(out.predictions[1], keys[0], temperature)
+    expected = contrast(out.predictions[0], keys[1], temperature) + contrast(
+        out.predictions[1], keys[0], temperature
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     slopes = [torch.autograd.grad(loss, out.predictions)[0] for loss in (found, expected)]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
@@ -54,14 +58,19 @@ def test_moco_v3_s_loss_and_gradient_are_algorithm_1(temperature):
 
 def test_smaller_views_join_the_other_query_of_a_key():
     out, keys = outputs_and_keys(crops=4)
-    expected = sum(sum(contrast(out.predictions[query], keys[keyed], 0.2) for query in range(4) if query != keyed) / 3 for keyed in (0, 1))
+    expected = sum(
+        sum(contrast(out.predictions[query], keys[keyed], 0.2) for query in range(4) if query != keyed) / 3
+        for keyed in (0, 1)
+    )
     torch.testing.assert_close(toy(temperature=0.2).loss(out, keys), expected, rtol=1e-12, atol=0)
 
 
 def test_moco_v3_s_pi_is_the_softmax_of_predictions_over_the_other_view_s_momentum_projections():
     out, keys = outputs_and_keys()
     for view, pi in enumerate(toy(temperature=0.3).similarity(out, keys)):
-        torch.testing.assert_close(pi.query @ pi.key.T / pi.temperature, unit(out.predictions[view]) @ keys[1 - view].T / 0.3)
+        torch.testing.assert_close(
+            pi.query @ pi.key.T / pi.temperature, unit(out.predictions[view]) @ keys[1 - view].T / 0.3
+        )
 
 
 def test_keys_are_the_unit_projections_of_the_momentum_encoder_without_gradient():
@@ -69,7 +78,9 @@ def test_keys_are_the_unit_projections_of_the_momentum_encoder_without_gradient(
     for parameter in method.momentum_projector.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     keys = method.targets(crops)
-    expected = unit(method.momentum_projector(method.momentum_backbone(torch.cat(crops[:2])))).unflatten(0, (2, 5))
+    expected = unit(method.momentum_projector(method.momentum_backbone(torch.cat(crops[:2])))).unflatten(
+        0, (2, 5)
+    )
     torch.testing.assert_close(keys, expected.detach())
     assert not keys.requires_grad
 
@@ -96,17 +107,30 @@ def test_the_momentum_encoder_follows_a_literal_simulation():
 
 def test_a_convolutional_encoder_has_two_layers_a_norm_without_weights_behind_the_projector_and_none_behind_the_predictor():
     method = toy()
-    assert [type(layer).__name__ for layer in method.projector] == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert [type(layer).__name__ for layer in method.projector] == [
+        "Linear",
+        "BatchNorm1d",
+        "ReLU",
+        "Linear",
+        "BatchNorm1d",
+    ]
     assert [type(layer).__name__ for layer in method.predictor] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert not method.projector[-1].affine
-    assert all(layer.bias is None for head in (method.projector, method.predictor) for layer in head if isinstance(layer, nn.Linear))
+    assert all(
+        layer.bias is None
+        for head in (method.projector, method.predictor)
+        for layer in head
+        if isinstance(layer, nn.Linear)
+    )
 
 
 def test_a_vision_transformer_keeps_its_random_patch_embedding_and_has_the_deeper_heads():
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=32)
     patches = backbone.patch_embed.proj.weight.detach().double().clone()
     method = toy(backbone=backbone)
-    linear = [sum(isinstance(layer, nn.Linear) for layer in head) for head in (method.projector, method.predictor)]
+    linear = [
+        sum(isinstance(layer, nn.Linear) for layer in head) for head in (method.projector, method.predictor)
+    ]
     assert linear == [3, 2] and not method.predictor[-1].affine
     pair = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)

@@ -32,12 +32,16 @@ def test_scores_and_their_derivatives_of_both_orders_are_those_of_the_dense_tens
 
 
 def test_scores_pass_gradcheck_and_gradgradcheck():
-    assert torch.autograd.gradcheck(pairwise_scores, operands()) and torch.autograd.gradgradcheck(pairwise_scores, operands())
+    assert torch.autograd.gradcheck(pairwise_scores, operands()) and torch.autograd.gradgradcheck(
+        pairwise_scores, operands()
+    )
 
 
 def test_a_third_derivative_is_refused():
     first, second, weight = operands()
-    (slope,) = torch.autograd.grad(pairwise_scores(first, second, weight).square().sum(), first, create_graph=True)
+    (slope,) = torch.autograd.grad(
+        pairwise_scores(first, second, weight).square().sum(), first, create_graph=True
+    )
     (curvature,) = torch.autograd.grad(slope.square().sum(), first, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(curvature.sum(), first)
@@ -45,9 +49,13 @@ def test_a_third_derivative_is_refused():
 
 def test_memory_does_not_hold_a_number_for_each_pair_and_unit():
     rows, hidden = 256, 64
-    first, second, weight = (torch.randn(shape, requires_grad=True) for shape in ((rows, hidden), (rows, hidden), (hidden,)))
+    first, second, weight = (
+        torch.randn(shape, requires_grad=True) for shape in ((rows, hidden), (rows, hidden), (hidden,))
+    )
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
         pairwise_scores(first, second, weight)
     assert sum(saved) <= 2 * rows * hidden + hidden
 

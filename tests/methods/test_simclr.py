@@ -26,7 +26,9 @@ def nt_xent_by_definition(pair, temperature):
     images, terms = len(rows) // 2, []
     for i in range(len(rows)):
         others = [torch.exp(rows[i] @ rows[k] / temperature) for k in range(len(rows)) if k != i]
-        terms.append(-torch.log(torch.exp(rows[i] @ rows[(i + images) % len(rows)] / temperature) / sum(others)))
+        terms.append(
+            -torch.log(torch.exp(rows[i] @ rows[(i + images) % len(rows)] / temperature) / sum(others))
+        )
     return torch.stack(terms).mean()
 
 
@@ -44,7 +46,10 @@ def test_simclr_s_loss_and_gradient_are_nt_xent_by_definition(temperature, negat
 def test_simclr_s_loss_and_gradient_are_lightly_s():
     lightly = pytest.importorskip("lightly.loss", reason="lightly is the oracle here")
     pair = projections()
-    found, expected = toy(temperature=0.2).loss(Outputs(pair, pair)), lightly.NTXentLoss(temperature=0.2)(pair[0], pair[1])
+    found, expected = (
+        toy(temperature=0.2).loss(Outputs(pair, pair)),
+        lightly.NTXentLoss(temperature=0.2)(pair[0], pair[1]),
+    )
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     slopes = [torch.autograd.grad(loss, pair)[0] for loss in (found, expected)]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-5, atol=1e-9)
@@ -52,7 +57,11 @@ def test_simclr_s_loss_and_gradient_are_lightly_s():
 
 def test_the_projector_and_its_gradients_are_lightly_s():
     heads = pytest.importorskip("lightly.models.modules.heads", reason="lightly is the oracle here")
-    assert_heads_agree(toy().projector, heads.SimCLRProjectionHead(6, 8, 4).double(), rows=torch.randn(5, 6, dtype=torch.float64))
+    assert_heads_agree(
+        toy().projector,
+        heads.SimCLRProjectionHead(6, 8, 4).double(),
+        rows=torch.randn(5, 6, dtype=torch.float64),
+    )
 
 
 def test_simclr_s_pi_is_the_softmax_over_the_other_view_in_both_directions():
@@ -60,7 +69,9 @@ def test_simclr_s_pi_is_the_softmax_over_the_other_view_in_both_directions():
     unit = pair / pair.norm(dim=-1, keepdim=True)
     forward, backward = method.similarity(Outputs(pair, pair))
     torch.testing.assert_close(forward.query @ forward.key.T / forward.temperature, unit[0] @ unit[1].T / 0.3)
-    torch.testing.assert_close(backward.query @ backward.key.T / backward.temperature, unit[1] @ unit[0].T / 0.3)
+    torch.testing.assert_close(
+        backward.query @ backward.key.T / backward.temperature, unit[1] @ unit[0].T / 0.3
+    )
 
 
 def test_simclr_keeps_no_state_but_batch_norm():

@@ -28,7 +28,9 @@ def test_supervised_loss_and_gradient_are_the_mean_negative_log_likelihood_over_
     result.loss.backward()
     found = method.classifier.weight.grad.clone()
     rows = [method.backbone[1](view.flatten(1)) @ method.classifier.weight.T for view in views(count)]
-    likelihood = torch.stack([(row[i].exp() / row[i].exp().sum())[label] for row in rows for i, label in enumerate(LABELS)])
+    likelihood = torch.stack(
+        [(row[i].exp() / row[i].exp().sum())[label] for row in rows for i, label in enumerate(LABELS)]
+    )
     torch.testing.assert_close(result.loss, -likelihood.log().mean())
     (expected,) = torch.autograd.grad(-likelihood.log().mean(), method.classifier.weight)
     torch.testing.assert_close(found, expected)
@@ -36,10 +38,14 @@ def test_supervised_loss_and_gradient_are_the_mean_negative_log_likelihood_over_
 
 def test_the_classifier_has_one_vector_a_class_and_nothing_else():
     method = toy()
-    assert {name: tuple(weight.shape) for name, weight in method.classifier.named_parameters()} == {"weight": (3, 6)}
+    assert {name: tuple(weight.shape) for name, weight in method.classifier.named_parameters()} == {
+        "weight": (3, 6)
+    }
 
 
-@pytest.mark.parametrize(("autocast", "dtype"), [(torch.bfloat16, torch.float32), (None, torch.float32), (None, torch.float64)])
+@pytest.mark.parametrize(
+    ("autocast", "dtype"), [(torch.bfloat16, torch.float32), (None, torch.float32), (None, torch.float64)]
+)
 def test_logits_are_at_least_float32(autocast, dtype):
     method = toy().to(dtype)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
@@ -53,10 +59,14 @@ def test_supervised_accuracy_is_measured_on_the_views():
     out = method(views())
     found = method.measures(out, LABELS)["train_accuracy"]
     guesses = [(view @ method.classifier.weight.T).argmax(1) for view in out.features]
-    assert found.item() == pytest.approx(sum((guess == LABELS).double().mean().item() for guess in guesses) / 2)
+    assert found.item() == pytest.approx(
+        sum((guess == LABELS).double().mean().item() for guess in guesses) / 2
+    )
 
 
-@pytest.mark.parametrize("settings", [GesslConfig(w_sigma=1.0), GesslConfig(inner_steps=1, inner_lr=0.1, w_sigma=1.0)])
+@pytest.mark.parametrize(
+    "settings", [GesslConfig(w_sigma=1.0), GesslConfig(inner_steps=1, inner_lr=0.1, w_sigma=1.0)]
+)
 def test_supervised_learning_has_a_sigma_on_its_labels(settings):
     result = GeSSL(toy(), settings)(views(), labels=LABELS)
     assert result.metrics["sigma"] > 0 > result.metrics["delta_loss"]

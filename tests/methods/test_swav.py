@@ -13,8 +13,20 @@ def toy(classes=None, images_per_forward=5, steps_per_epoch=4.0, **options):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
     backbone.num_features = 6
-    given = {"name": "swav", "projector_hidden": 8, "projector_out": 4, "prototypes": 9, "queue_length": 0, "temperature": 0.1}
-    facts = RunFacts(total_steps=40, steps_per_epoch=steps_per_epoch, images_per_forward=images_per_forward, classes=classes)
+    given = {
+        "name": "swav",
+        "projector_hidden": 8,
+        "projector_out": 4,
+        "prototypes": 9,
+        "queue_length": 0,
+        "temperature": 0.1,
+    }
+    facts = RunFacts(
+        total_steps=40,
+        steps_per_epoch=steps_per_epoch,
+        images_per_forward=images_per_forward,
+        classes=classes,
+    )
     return build_method(MethodConfig(**given | options), backbone, facts).double()
 
 
@@ -54,7 +66,9 @@ def loss_by_definition(out, epsilon=0.05, iterations=3, temperature=0.1, queue=N
         codes = sinkhorn(balanced, epsilon, iterations)[:7]
         for other in range(len(scores)):
             if other != coded:
-                terms.append(-(codes * torch.log(torch.softmax(scores[other] / temperature, dim=1))).sum(1).mean())
+                terms.append(
+                    -(codes * torch.log(torch.softmax(scores[other] / temperature, dim=1))).sum(1).mean()
+                )
     return torch.stack(terms).mean()
 
 
@@ -112,11 +126,15 @@ def test_codes_once_settled_stay_while_the_outputs_move():
 def test_swav_s_pi_is_the_softmax_of_every_view_over_the_prototypes_without_balance():
     out = outputs(crops=3)
     (pi,) = toy(temperature=0.3).similarity(out)
-    torch.testing.assert_close(pi.query @ pi.key.T / pi.temperature, out.projections.flatten(0, 1) @ out.prototypes.T / 0.3)
+    torch.testing.assert_close(
+        pi.query @ pi.key.T / pi.temperature, out.projections.flatten(0, 1) @ out.prototypes.T / 0.3
+    )
 
 
 def trained(method, steps, first=0):
-    """SGD steps of two micro-batches; the queue that each step's codes saw, and the projections that it left behind."""
+    """SGD steps of two micro-batches; the queue that each step's codes saw, and the projections that it left
+    behind.
+    """
     optimizer, queues, rows = torch.optim.SGD(method.parameters(), lr=0.1), [], []
     for step in range(first, first + steps):
         passes = []
@@ -138,7 +156,8 @@ def trained(method, steps, first=0):
 def test_the_queue_holds_the_newest_rows_in_order_and_serves_once_full_since_its_first_epoch():
     method = toy(queue_length=20, queue_start_epoch=0.5)
     queues, rows = trained(method, 6)
-    # Two steps pass before the first epoch of the queue begins; 20 rows are two steps of two micro-batches of 5.
+    # Two steps pass before the first epoch of the queue begins; 20 rows are two steps of two micro-batches of
+    # 5.
     assert [queue is not None for queue in queues] == [False] * 8 + [True] * 4
     for used, pair in zip(queues[8:], (4, 4, 5, 5), strict=True):
         assert torch.equal(used, torch.cat(rows[2 * pair - 4 : 2 * pair], dim=1))
@@ -150,8 +169,13 @@ def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_been_interrupted():
     trained(method, 3)
     resumed.load_state_dict(copy.deepcopy(method.state_dict()))
     queues, again = trained(method, 3, first=3)[0], trained(resumed, 3, first=3)[0]
-    assert all(queue is not None and torch.equal(queue, other) for queue, other in zip(queues, again, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(method.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        queue is not None and torch.equal(queue, other) for queue, other in zip(queues, again, strict=True)
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(method.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_prototypes_stand_still_in_the_first_epochs_and_have_unit_length_after_every_step():
@@ -162,7 +186,9 @@ def test_prototypes_stand_still_in_the_first_epochs_and_have_unit_length_after_e
     torch.testing.assert_close(method.prototypes.detach(), start, rtol=1e-6, atol=1e-7)
     trained(method, 1, first=2)
     assert (method.prototypes - start).abs().max() > 1e-4
-    torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(9, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        method.prototypes.norm(dim=1), torch.ones(9, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 def test_what_a_forward_gave_does_not_change_with_the_prototypes():
@@ -178,8 +204,13 @@ def test_the_gradient_of_a_step_reaches_prototypes_that_are_not_normalised_withi
     """The paper's code makes them of unit length between steps; within one the scores are z·c, also along c."""
     method = toy(temperature=0.3, sinkhorn_epsilon=0.3)
     out = method(views())
-    found, expected = method.loss(out), loss_by_definition(replace(out, prototypes=method.prototypes), epsilon=0.3, temperature=0.3)
-    slopes = [torch.autograd.grad(loss, method.prototypes, retain_graph=True)[0] for loss in (found, expected)]
+    found, expected = (
+        method.loss(out),
+        loss_by_definition(replace(out, prototypes=method.prototypes), epsilon=0.3, temperature=0.3),
+    )
+    slopes = [
+        torch.autograd.grad(loss, method.prototypes, retain_graph=True)[0] for loss in (found, expected)
+    ]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
     assert (slopes[0] * method.prototypes).sum(1).abs().max() > 1e-3
 

@@ -1,4 +1,6 @@
-"""What one of two gloo processes does for test_batch_norm.py: batch_norm_ranks.py RANK WORLD_SIZE FOLDER. Writes FOLDER/RANK.pt."""
+"""What one of two gloo processes does for test_batch_norm.py: batch_norm_ranks.py RANK WORLD_SIZE FOLDER.
+Writes FOLDER/RANK.pt.
+"""
 
 import sys
 from pathlib import Path
@@ -15,7 +17,9 @@ ROWS = [3, 5]
 
 
 def case(shape, dtype=torch.float64, offset=0.0):
-    """Inputs of all ranks, cotangents for the first gradients, and a batch norm with weights that are not 1 and 0."""
+    """Inputs of all ranks, cotangents for the first gradients, and a batch norm with weights that are not 1
+    and 0.
+    """
     torch.manual_seed(0)
     rows = offset + torch.randn(sum(ROWS), *shape, dtype=dtype)
     tangents = torch.randn_like(rows), torch.randn(shape[0], dtype=dtype), torch.randn(shape[0], dtype=dtype)
@@ -31,7 +35,9 @@ def derivatives(norm, rows, tangents):
     inputs = [rows.detach().requires_grad_(), norm.weight, norm.bias]
     out = norm(inputs[0])
     first = torch.autograd.grad((out**3 + out.sin()).sum(), inputs, create_graph=True)
-    second = torch.autograd.grad(sum((slope * tangent).sum() for slope, tangent in zip(first, tangents, strict=True)), inputs)
+    second = torch.autograd.grad(
+        sum((slope * tangent).sum() for slope, tangent in zip(first, tangents, strict=True)), inputs
+    )
     return out.detach(), [slope.detach() for slope in first], list(second)
 
 
@@ -43,7 +49,9 @@ def summed(slopes):
 
 
 def main(rank, size, folder):
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size
+    )
     report = {"world_size": dist.get_world_size()}
     for shape in ((4,), (4, 3, 3)):
         rows, tangents, norm = case(shape)
@@ -61,7 +69,9 @@ def main(rank, size, folder):
     for factor in (1.0, 2.0, 4.0):
         norm(factor * case((4,))[0].split(ROWS)[rank])
     report["cumulative"] = dict(norm.named_buffers())
-    report["bfloat16"] = synchronise_batch_norm(case((4, 3, 3), torch.float32)[2])(case((4, 3, 3))[0].split(ROWS)[rank].bfloat16()).detach()
+    report["bfloat16"] = synchronise_batch_norm(case((4, 3, 3), torch.float32)[2])(
+        case((4, 3, 3))[0].split(ROWS)[rank].bfloat16()
+    ).detach()
     torch.save(report, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,4 +1,6 @@
-"""What one of two gloo processes does for test_shuffle.py: python shuffle_ranks.py RANK WORLD_SIZE FOLDER. Writes FOLDER/RANK.pt."""
+"""What one of two gloo processes does for test_shuffle.py: python shuffle_ranks.py RANK WORLD_SIZE FOLDER.
+Writes FOLDER/RANK.pt.
+"""
 
 import sys
 from pathlib import Path
@@ -18,7 +20,13 @@ def moco(shuffles):
     torch.manual_seed(1)
     backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12))
     backbone.num_features = 12
-    options = {"name": "moco", "projector_hidden": 8, "projector_out": 4, "queue_length": 12, "shuffle_batch_norm": shuffles}
+    options = {
+        "name": "moco",
+        "projector_hidden": 8,
+        "projector_out": 4,
+        "queue_length": 12,
+        "shuffle_batch_norm": shuffles,
+    }
     return build_method(MethodConfig(**options), backbone, RunFacts(total_steps=2))
 
 
@@ -37,11 +45,18 @@ def keys_by_hand(everyone):
 def main(rank, size, folder):
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    every = [[torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(10 * r + v)) for v in range(2)] for r in range(size)]
+    every = [
+        [torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(10 * r + v)) for v in range(2)]
+        for r in range(size)
+    ]
     rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(rank)) + rank
     # The first rank's permutation counts, whatever the second would have drawn.
     torch.manual_seed(7 + 50 * rank)
-    report = {"world_size": dist.get_world_size(), "rows": rows, "normalised": shuffled_over_ranks(nn.BatchNorm1d(4), rows).detach()}
+    report = {
+        "world_size": dist.get_world_size(),
+        "rows": rows,
+        "normalised": shuffled_over_ranks(nn.BatchNorm1d(4), rows).detach(),
+    }
     report["unchanged"] = shuffled_over_ranks(nn.Identity(), rows)
     with rank_local():
         report["alone"] = shuffled_over_ranks(nn.BatchNorm1d(4), rows).detach()

@@ -23,7 +23,12 @@ def test_the_small_stem_keeps_the_resolution_that_the_imagenet_stem_quarters():
 def test_the_small_stem_is_a_3x3_convolution_with_kaiming_fan_out_weights():
     torch.manual_seed(0)
     convolution = build_backbone(ModelConfig(name="resnet18", stem="small")).conv1
-    assert (convolution.kernel_size, convolution.stride, convolution.padding, convolution.bias) == ((3, 3), (1, 1), (1, 1), None)
+    assert (convolution.kernel_size, convolution.stride, convolution.padding, convolution.bias) == (
+        (3, 3),
+        (1, 1),
+        (1, 1),
+        None,
+    )
     assert convolution.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
 
 
@@ -31,7 +36,9 @@ def test_the_small_stem_is_a_3x3_convolution_with_kaiming_fan_out_weights():
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
 def test_the_width_multiplies_every_channel_count_and_changes_nothing_else(name, width, stem):
     narrow, full = (build_backbone(ModelConfig(name=name, stem=stem, width=w)) for w in (width, 1.0))
-    shapes, expected = ({key: value.shape for key, value in net.state_dict().items()} for net in (narrow, full))
+    shapes, expected = (
+        {key: value.shape for key, value in net.state_dict().items()} for net in (narrow, full)
+    )
     assert shapes.keys() == expected.keys()
     for key, shape in expected.items():
         scaled = [n if axis > 1 or n == 3 else round(n * width) for axis, n in enumerate(shape)]
@@ -52,8 +59,14 @@ def test_the_same_seed_gives_the_same_weights():
     ("options", "says"),
     [
         ({"name": "resnet81"}, r"'resnet81' is no backbone that timm knows. Perhaps you meant .*resnet18"),
-        ({"name": "vit_tiny_patch16_224", "stem": "small"}, r"model.stem 'small' needs a ResNet .* is VisionTransformer. Use 'imagenet'"),
-        ({"name": "resnet50d", "width": 0.5}, r"model.width 0.5 needs a ResNet whose stem is a single convolution"),
+        (
+            {"name": "vit_tiny_patch16_224", "stem": "small"},
+            r"model.stem 'small' needs a ResNet .* is VisionTransformer. Use 'imagenet'",
+        ),
+        (
+            {"name": "resnet50d", "width": 0.5},
+            r"model.width 0.5 needs a ResNet whose stem is a single convolution",
+        ),
     ],
 )
 def test_what_timm_does_not_know_or_cannot_change_is_refused(options, says):

@@ -90,7 +90,9 @@ def test_the_conversion_keeps_parameters_buffers_names_and_results():
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
     assert torch.equal(converted(images), expected)
     norms = [module for module in converted.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    assert len(norms) == 20 and all(type(norm) is SynchronisedBatchNorm and not norm.training for norm in norms)
+    assert len(norms) == 20 and all(
+        type(norm) is SynchronisedBatchNorm and not norm.training for norm in norms
+    )
     assert synchronise_batch_norm(converted) is converted
 
 

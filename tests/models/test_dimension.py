@@ -8,7 +8,9 @@ from fastgessl.models.dimension import Widening
 
 @pytest.mark.parametrize(("name", "own", "wide"), [("resnet18", 512, 2048), ("resnet50", 2048, 3000)])
 def test_the_representation_has_the_width_that_is_asked_for(name, own, wide):
-    plain, widened = (build_backbone(ModelConfig(name=name, stem="small", dimension=width)) for width in (None, wide))
+    plain, widened = (
+        build_backbone(ModelConfig(name=name, stem="small", dimension=width)) for width in (None, wide)
+    )
     rows = torch.randn(2, 3, 16, 16)
     assert plain(rows).shape[1] == plain.num_features == own
     features = widened(rows)
@@ -35,7 +37,9 @@ def test_a_multiple_of_the_width_starts_from_the_representation_itself():
 
 
 def test_a_wider_network_that_is_no_resnet_is_refused():
-    with pytest.raises(UsageError, match=r"model.dimension 1024 needs a ResNet .* Use 192, its own width, or another"):
+    with pytest.raises(
+        UsageError, match=r"model.dimension 1024 needs a ResNet .* Use 192, its own width, or another"
+    ):
         build_backbone(ModelConfig(name="vit_tiny_patch16_224", dimension=1024))
 
 

@@ -1,4 +1,6 @@
-"""A helper network brings its run's architecture along, and labels behind its weights are found where they are written."""
+"""A helper network brings its run's architecture along, and labels behind its weights are found where they
+are written.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_a_run_of_another_network_is_refused_with_its_name(tmp_path):
         ("byol", "elsewhere/resnet18_dino.safetensors", True),
     ],
 )
-def test_whether_a_run_saw_labels_is_read_from_its_configuration_and_not_from_its_folder(tmp_path, method, started_from, expected):
+def test_whether_a_run_saw_labels_is_read_from_its_configuration_and_not_from_its_folder(
+    tmp_path, method, started_from, expected
+):
     folder = tmp_path / ("mae" if method == "supervised" else "trained")
     runs.create(folder, Config(method=MethodConfig(name=method), model=ModelConfig(weights=started_from)), {})
     assert label_free("resnet18", str(folder)) is expected

@@ -19,7 +19,10 @@ def test_simclr_s_output_norm_standardises_the_projections():
     torch.testing.assert_close(out.var(0, unbiased=False), torch.ones(4), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize(("head", "biases"), [(Projector(6, 10, 4), 1), (Projector(6, 10, 4, output_norm=True), 0), (Predictor(4, 10), 1)])
+@pytest.mark.parametrize(
+    ("head", "biases"),
+    [(Projector(6, 10, 4), 1), (Projector(6, 10, 4, output_norm=True), 0), (Predictor(4, 10), 1)],
+)
 def test_no_linear_layer_in_front_of_a_batch_norm_has_a_bias(head, biases):
     assert sum(layer.bias is not None for layer in head if isinstance(layer, nn.Linear)) == biases
 
@@ -28,7 +31,11 @@ def test_no_linear_layer_in_front_of_a_batch_norm_has_a_bias(head, biases):
 def test_a_bottleneck_head_starts_from_a_normal_distribution_of_deviation_0_02_and_no_biases(norm):
     torch.manual_seed(0)
     layers = [layer for layer in BottleneckHead(200, 300, 100, norm=norm) if isinstance(layer, nn.Linear)]
-    assert [(layer.in_features, layer.out_features) for layer in layers] == [(200, 300), (300, 300), (300, 100)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [
+        (200, 300),
+        (300, 300),
+        (300, 100),
+    ]
     for layer in layers:
         assert layer.weight.mean().abs() < 1e-3 and layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
         # A uniform distribution has nothing beyond 1.7 deviations.

@@ -19,13 +19,16 @@ def reports(tmp_path_factory):
 
 def test_in_one_process_nothing_is_shuffled():
     rows, norm = torch.randn(6, 4), nn.BatchNorm1d(4)
-    torch.testing.assert_close(shuffled_over_ranks(norm, rows), (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt())
+    torch.testing.assert_close(
+        shuffled_over_ranks(norm, rows), (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+    )
 
 
 def test_rows_are_normalised_among_the_rows_they_were_dealt_to_and_come_back_to_their_place(reports):
     rows = torch.cat([report["rows"] for report in reports])
     found = torch.cat([report["normalised"] for report in reports])
-    # Whoever shares a row's statistics shares its shift: with two hands of six the literal result follows from the permutation.
+    # Whoever shares a row's statistics shares its shift: with two hands of six the literal result follows
+    # from the permutation.
     torch.manual_seed(7)
     order = torch.randperm(12)
     expected = torch.empty_like(rows)
@@ -40,11 +43,16 @@ def test_rows_are_normalised_among_the_rows_they_were_dealt_to_and_come_back_to_
 def test_in_a_task_of_its_own_a_rank_keeps_its_rows(reports):
     for report in reports:
         rows = report["rows"]
-        torch.testing.assert_close(report["alone"], (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt())
+        torch.testing.assert_close(
+            report["alone"], (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+        )
 
 
 def test_moco_s_keys_are_normalised_among_shuffled_images(reports):
     first, second = reports
-    # The momentum encoder is a batch norm and a linear layer: only the hands that the images were dealt to differ from one process.
+    # The momentum encoder is a batch norm and a linear layer: only the hands that the images were dealt to
+    # differ from one process.
     assert not torch.allclose(first["keys shuffled"], first["keys"])
-    torch.testing.assert_close(torch.cat([first["keys shuffled"], second["keys shuffled"]], dim=1), first["keys by hand"])
+    torch.testing.assert_close(
+        torch.cat([first["keys shuffled"], second["keys shuffled"]], dim=1), first["keys by hand"]
+    )

@@ -36,7 +36,10 @@ def test_timm_s_weights_are_asked_of_timm(monkeypatch):
     backbone.load_state_dict = lambda state: asked.append(state)
     backbone.state_dict = made.state_dict
     load_weights(backbone, "resnet18", "pretrained", "model.weights")
-    assert asked[0] == ("resnet18", {"pretrained": True, "num_classes": 0}) and asked[1].keys() == made.state_dict().keys()
+    assert (
+        asked[0] == ("resnet18", {"pretrained": True, "num_classes": 0})
+        and asked[1].keys() == made.state_dict().keys()
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
@@ -48,16 +51,28 @@ def test_a_published_file_with_a_classifier_gives_its_encoder(tmp_path, name):
     encoder = timm.create_model(name, num_classes=0)
     load_weights(encoder, name, str(tmp_path / "model.safetensors"), "model.weights")
     assert all(torch.equal(value, published.state_dict()[key]) for key, value in encoder.state_dict().items())
-    with pytest.raises(UsageError, match=r"are not known such as fc\.bias" if name == "resnet18" else "are not known such as head"):
+    with pytest.raises(
+        UsageError,
+        match=r"are not known such as fc\.bias" if name == "resnet18" else "are not known such as head",
+    ):
         load_weights(encoder, "linear", str(tmp_path / "model.safetensors"), "model.weights")
 
 
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (ModelConfig(stem="imagenet", width=0.125), r"1 have another shape such as conv1.weight, 8x3x3x3 where 8x3x7x7"),
-        (ModelConfig(name="resnet34", stem="small", width=0.125), "are missing such as layer1.2.conv1.weight"),
-        (ModelConfig(stem="small", width=0.125, dimension=128), "are missing such as layer4.2.layers.0.weight"),
+        (
+            ModelConfig(stem="imagenet", width=0.125),
+            r"1 have another shape such as conv1.weight, 8x3x3x3 where 8x3x7x7",
+        ),
+        (
+            ModelConfig(name="resnet34", stem="small", width=0.125),
+            "are missing such as layer1.2.conv1.weight",
+        ),
+        (
+            ModelConfig(stem="small", width=0.125, dimension=128),
+            "are missing such as layer4.2.layers.0.weight",
+        ),
     ],
 )
 def test_weights_of_another_architecture_are_refused_with_what_does_not_fit(run, model, expected):

@@ -1,4 +1,6 @@
-"""Narrow, smooth float64 encoders on which an outer gradient can be checked against central differences, and a literal objective."""
+"""Narrow, smooth float64 encoders on which an outer gradient can be checked against central differences, and
+a literal objective.
+"""
 
 import copy
 
@@ -33,9 +35,20 @@ def toy_backbone(dropout=0.0):
 # What a method needs besides narrow heads.
 OPTIONS = {
     "barlow": {"loss_scale": 0.5},
-    "dino": {"prototypes": 12, "temperature": 0.3, "teacher_temperature": 0.2, "teacher_temperature_start": 0.2},
+    "dino": {
+        "prototypes": 12,
+        "temperature": 0.3,
+        "teacher_temperature": 0.2,
+        "teacher_temperature_start": 0.2,
+    },
     "moco": {"queue_length": 16},
-    "swav": {"prototypes": 12, "temperature": 0.3, "sinkhorn_epsilon": 0.3, "queue_length": 16, "queue_start_epoch": 0.0},
+    "swav": {
+        "prototypes": 12,
+        "temperature": 0.3,
+        "sinkhorn_epsilon": 0.3,
+        "queue_length": 16,
+        "queue_start_epoch": 0.0,
+    },
     "dissl": {"prototypes": 12, "temperature": 0.3, "assignment_temperature": 0.15},
 }
 
@@ -43,12 +56,20 @@ OPTIONS = {
 def toy_method(name, *, negatives="local", dropout=0.0, dtype=torch.float64, make_backbone=toy_backbone):
     """A registered method with narrow heads whose ReLUs are made smooth; the same weights at every call."""
     torch.manual_seed(1)
-    options = {"projector_hidden": 10, "projector_out": 5, "predictor_hidden": 8, "momentum_start": 0.9} | OPTIONS.get(name, {})
+    options = {
+        "projector_hidden": 10,
+        "projector_out": 5,
+        "predictor_hidden": 8,
+        "momentum_start": 0.9,
+    } | OPTIONS.get(name, {})
     config = MethodConfig(name=name, **options)
-    method = build_method(config, make_backbone(dropout), RunFacts(total_steps=10, negatives=negatives, classes=3))
+    method = build_method(
+        config, make_backbone(dropout), RunFacts(total_steps=10, negatives=negatives, classes=3)
+    )
     for module in list(method.modules()):
         if isinstance(module, BottleneckHead):
-            # Its small first weights make outputs of norm 1e-4, on whose directions central differences see little but curvature.
+            # Its small first weights make outputs of norm 1e-4, on whose directions central differences see
+            # little but curvature.
             for layer in (part for part in module if isinstance(part, nn.Linear)):
                 layer.reset_parameters()
         for child_name, child in module.named_children():
@@ -66,7 +87,10 @@ def toy_views(seed=0, images=8, dtype=torch.float64):
     """Two noisy copies of the same random images, (N, 3, 6, 6) each."""
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randn(images, 3, 6, 6, generator=generator, dtype=torch.float64)
-    return [(clean + 0.3 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
+    return [
+        (clean + 0.3 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)).to(dtype)
+        for _ in range(2)
+    ]
 
 
 def toy_labels(seed=0, images=8):
@@ -80,11 +104,15 @@ def trainable(method):
 
 def gradients(method):
     """All gradients of the trainable parameters in one vector; a missing one is zero."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trainable(method).values()])
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trainable(method).values()]
+    )
 
 
 class LiteralObjective:
-    """gessl.md's algorithm by the letter, dense and slow: every forward made anew, nothing shared, KL from two log-softmax tables."""
+    """gessl.md's algorithm by the letter, dense and slow: every forward made anew, nothing shared, KL from
+    two log-softmax tables.
+    """
 
     def __init__(self, method, settings, views, query_views=None):
         self.method, self.settings = copy.deepcopy(method), settings
@@ -107,7 +135,10 @@ class LiteralObjective:
         weights = {name: weight.detach().requires_grad_(name in names) for name, weight in weights.items()}
         slopes = torch.autograd.grad(self.loss(weights), [weights[name] for name in names])
         momentum = self.settings.inner_momentum
-        velocity = {name: momentum * velocity.get(name, 0.0) + slope for name, slope in zip(names, slopes, strict=True)}
+        velocity = {
+            name: momentum * velocity.get(name, 0.0) + slope
+            for name, slope in zip(names, slopes, strict=True)
+        }
         stepped = {name: weights[name] - self.settings.inner_lr * v for name, v in velocity.items()}
         return {name: stepped.get(name, weight).detach() for name, weight in weights.items()}, velocity
 
@@ -132,7 +163,9 @@ BI_LEVEL = {
     "head": GesslConfig(inner_steps=1, inner_lr=0.1, scope="head", w_sigma=1.0),
     "exact": GesslConfig(inner_steps=2, target_steps=2, inner_lr=0.1, w_sigma=1.0),
     "first_order": GesslConfig(inner_steps=1, inner_lr=0.1, hypergradient="first_order", w_sigma=1.0),
-    "finite_difference": GesslConfig(inner_steps=1, inner_lr=0.1, hypergradient="finite_difference", w_sigma=1.0),
+    "finite_difference": GesslConfig(
+        inner_steps=1, inner_lr=0.1, hypergradient="finite_difference", w_sigma=1.0
+    ),
     "sigma alone": GesslConfig(inner_steps=1, inner_lr=0.1, w_ssl=0.0, w_sigma=1.0),
 }
 

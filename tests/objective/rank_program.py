@@ -1,4 +1,6 @@
-"""What one of several gloo processes does for test_ranks.py: python rank_program.py RANK WORLD_SIZE FOLDER. Writes FOLDER/RANK.pt."""
+"""What one of several gloo processes does for test_ranks.py: python rank_program.py RANK WORLD_SIZE FOLDER.
+Writes FOLDER/RANK.pt.
+"""
 
 import sys
 from pathlib import Path
@@ -23,7 +25,9 @@ def wrapped(method, settings):
 
 
 def two_steps(name, views, labels):
-    """Gradient, loss and state after the second of two plain steps under DDP; the second shows that its reducer is armed again."""
+    """Gradient, loss and state after the second of two plain steps under DDP; the second shows that its
+    reducer is armed again.
+    """
     method = toy_method(name, negatives="global")
     synchronise_batch_norm(method)
     objective = wrapped(method, GesslConfig())
@@ -56,7 +60,9 @@ def accumulated_gradient(name, settings, micro_batches):
 
 
 def sharded(name, settings, views):
-    """Gradient and σ where fully_shard shards the objective as one unit, and what is said where it shards the backbone by itself."""
+    """Gradient and σ where fully_shard shards the objective as one unit, and what is said where it shards the
+    backbone by itself.
+    """
     method = toy_method(name)
     objective = GeSSL(method, settings)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -70,7 +76,12 @@ def sharded(name, settings, views):
     except UsageError as error:
         refusal = str(error)
     plain = GeSSL(apart, GesslConfig())(views).loss
-    return {"gradient": torch.cat(full), "sigma": result.metrics["sigma"], "refusal": refusal, "plain": plain.detach()}
+    return {
+        "gradient": torch.cat(full),
+        "sigma": result.metrics["sigma"],
+        "refusal": refusal,
+        "plain": plain.detach(),
+    }
 
 
 def main(rank, size, folder):
@@ -87,15 +98,25 @@ def main(rank, size, folder):
         bi_level = BI_LEVEL if name in KINDS else {"exact": BI_LEVEL["exact"]}
         for label, settings in bi_level.items():
             report["tasks", name, label] = first_gradient(name, settings, views)
-            report["global negatives", name, label] = first_gradient(name, settings, views, negatives="global")
+            report["global negatives", name, label] = first_gradient(
+                name, settings, views, negatives="global"
+            )
             if label == "sigma alone":
                 continue
             sigma_alone = settings.model_copy(update={"w_ssl": 0.0})
-            report["synchronised tasks", name, label] = first_gradient(name, sigma_alone, views, negatives="global", synchronised=True)
-            report["both", name, label] = first_gradient(name, settings, views, negatives="global", synchronised=True)
+            report["synchronised tasks", name, label] = first_gradient(
+                name, sigma_alone, views, negatives="global", synchronised=True
+            )
+            report["both", name, label] = first_gradient(
+                name, settings, views, negatives="global", synchronised=True
+            )
             report["sharded", name, label] = sharded(name, settings, views)
-        report["global negatives", name, "plain"] = first_gradient(name, GesslConfig(), views, negatives="global")
-        report["accumulated", name] = accumulated_gradient(name, BI_LEVEL["exact"], [views, toy_views(seed=20 + rank)])
+        report["global negatives", name, "plain"] = first_gradient(
+            name, GesslConfig(), views, negatives="global"
+        )
+        report["accumulated", name] = accumulated_gradient(
+            name, BI_LEVEL["exact"], [views, toy_views(seed=20 + rank)]
+        )
     torch.save(report, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

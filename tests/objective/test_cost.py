@@ -1,4 +1,6 @@
-"""What a step costs in floating-point operations and memory, against a plain step: the bounds that docs/gessl.md states."""
+"""What a step costs in floating-point operations and memory, against a plain step: the bounds that
+docs/gessl.md states.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,9 @@ def plain_flops():
 
 
 def flops(settings):
-    """Floating-point operations of a SimCLR step on a ResNet-18 with 32-pixel views, averaged over `every` steps."""
+    """Floating-point operations of a SimCLR step on a ResNet-18 with 32-pixel views, averaged over `every`
+    steps.
+    """
     objective, views = resnet(settings, width=0.5, hidden=2048, images=2)
     with FlopCounterMode(display=False) as counter:
         for step in range(settings.every):
@@ -43,7 +47,9 @@ def resnet(settings, *, width, hidden, images):
 
 
 def peak(settings):
-    """Bytes; with narrow layers and enough images for activations to outweigh weights, as they do in training."""
+    """Bytes; with narrow layers and enough images for activations to outweigh weights, as they do in
+    training.
+    """
     objective, views = resnet(settings, width=0.125, hidden=256, images=16)
     return peak_bytes(lambda: objective(views).loss.backward(), objective)
 
@@ -60,7 +66,9 @@ def peak(settings):
         ("exact, K 2, graph kept", 8.2),
     ],
 )
-def test_a_step_costs_at_most_the_stated_multiple_of_a_plain_step(plain_flops, preset, bound, record_property):
+def test_a_step_costs_at_most_the_stated_multiple_of_a_plain_step(
+    plain_flops, preset, bound, record_property
+):
     ratio = flops(SETTINGS[preset]) / plain_flops
     record_property("ratio", ratio)
     print(f"{preset}: {ratio:.2f} x a plain step")
@@ -71,7 +79,10 @@ def test_memory_does_not_grow_with_the_number_of_exact_inner_steps():
     plain = peak(GesslConfig())
     one, three = (peak(GesslConfig(inner_steps=steps, w_sigma=1.0)) for steps in (1, 3))
     kept = peak(GesslConfig(inner_steps=3, w_sigma=1.0, checkpoint_inner_steps=False))
-    print(f"peak of live tensors, x plain: K 1 {one / plain:.2f}, K 3 {three / plain:.2f}, K 3 with the graph kept {kept / plain:.2f}")
+    print(
+        f"peak of live tensors, x plain: K 1 {one / plain:.2f}, K 3 {three / plain:.2f}, K 3 with the graph "
+        f"kept {kept / plain:.2f}"
+    )
     assert three <= 1.15 * one and three <= 3.5 * plain
     assert kept > 1.5 * three
 
@@ -79,7 +90,8 @@ def test_memory_does_not_grow_with_the_number_of_exact_inner_steps():
 def test_the_count_of_live_bytes_is_that_of_a_chain_of_known_sizes():
     layers = torch.nn.Sequential(*(torch.nn.Tanh() for _ in range(5)))
     x = torch.ones(1000, requires_grad=True)
-    # Five outputs of 4 kB are saved until the backward; without a graph only one input and one output live at a time.
+    # Five outputs of 4 kB are saved until the backward; without a graph only one input and one output live at
+    # a time.
     assert peak_bytes(lambda: layers(x), layers) == 5 * 4000
     with torch.no_grad():
         assert peak_bytes(lambda: layers(x), layers) == 2 * 4000

@@ -1,4 +1,6 @@
-"""What has no second derivative is refused in exact mode, or avoided, and never gives a wrong gradient silently."""
+"""What has no second derivative is refused in exact mode, or avoided, and never gives a wrong gradient
+silently.
+"""
 
 import pytest
 import torch
@@ -94,7 +96,12 @@ def test_the_refusal_is_needed_because_torch_says_nothing(toys):
 
 @pytest.mark.parametrize(
     "way_out",
-    [{"hypergradient": "finite_difference"}, {"hypergradient": "first_order"}, {"scope": "head"}, {"inner_steps": 0}],
+    [
+        {"hypergradient": "finite_difference"},
+        {"hypergradient": "first_order"},
+        {"scope": "head"},
+        {"inner_steps": 0},
+    ],
     ids=lambda update: next(iter(update.values())),
 )
 def test_the_ways_out_run_and_agree_with_the_same_layer_in_plain_torch(toys, way_out):
@@ -127,7 +134,9 @@ def test_a_compiled_backbone_is_refused_where_it_would_be_differentiated_twice(t
         GeSSL(method, EXACT.model_copy(update=way_out))
 
 
-@pytest.mark.parametrize("way_out", [{"hypergradient": "first_order"}, {"inner_steps": 0}, {"scope": "head"}], ids=str)
+@pytest.mark.parametrize(
+    "way_out", [{"hypergradient": "first_order"}, {"inner_steps": 0}, {"scope": "head"}], ids=str
+)
 def test_with_a_compiled_backbone_the_other_modes_give_the_eager_gradient(toys, way_out):
     settings = EXACT.model_copy(update={**way_out, "every": 2})
     torch._dynamo.reset()

@@ -23,7 +23,10 @@ def plain_step(toys, method, views):
 
 
 def same_state(method, other):
-    return all(torch.equal(a, b) for a, b in zip(method.state_dict().values(), other.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(method.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 @every_method
@@ -37,10 +40,22 @@ def test_without_sigma_loss_and_gradient_are_the_plain_ones_bit_for_bit(toys, na
     assert torch.equal(toys.gradients(method), toys.gradients(plain))
 
 
-@pytest.mark.parametrize(("name", "scope", "hypergradient", "query"), cases(["all", "head"], MODES, ["fresh_views", "same"]))
-def test_buffers_momentum_encoder_and_random_state_equal_those_of_one_plain_forward(toys, name, scope, hypergradient, query):
+@pytest.mark.parametrize(
+    ("name", "scope", "hypergradient", "query"), cases(["all", "head"], MODES, ["fresh_views", "same"])
+)
+def test_buffers_momentum_encoder_and_random_state_equal_those_of_one_plain_forward(
+    toys, name, scope, hypergradient, query
+):
     method, plain = toys.method(name, dropout=0.2), toys.method(name, dropout=0.2)
-    settings = GesslConfig(inner_steps=2, target_steps=2, inner_lr=0.1, hypergradient=hypergradient, scope=scope, query=query, w_sigma=1.0)
+    settings = GesslConfig(
+        inner_steps=2,
+        target_steps=2,
+        inner_lr=0.1,
+        hypergradient=hypergradient,
+        scope=scope,
+        query=query,
+        w_sigma=1.0,
+    )
     torch.manual_seed(3)
     result = GeSSL(method, settings)(toys.views(), 0, toys.views(seed=9))
     result.loss.backward()
@@ -80,11 +95,16 @@ def test_the_gate_drops_sigma_where_the_target_has_a_higher_loss(toys, inner_lr,
     torch.testing.assert_close(toys.gradients(method), toys.gradients(plain), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(("scope", "hypergradient"), [("all", "exact"), ("all", "first_order"), ("head", "exact")])
+@pytest.mark.parametrize(
+    ("scope", "hypergradient"), [("all", "exact"), ("all", "first_order"), ("head", "exact")]
+)
 def test_every_forward_of_a_step_drops_the_same_units(toys, scope, hypergradient):
-    # With a vanishing inner_lr student and target are the same model, so only different dropout masks could tell them apart.
+    # With a vanishing inner_lr student and target are the same model, so only different dropout masks could
+    # tell them apart.
     method = toys.method("simclr", dropout=0.5)
-    settings = GesslConfig(inner_steps=1, inner_lr=1e-12, scope=scope, hypergradient=hypergradient, w_sigma=1.0)
+    settings = GesslConfig(
+        inner_steps=1, inner_lr=1e-12, scope=scope, hypergradient=hypergradient, w_sigma=1.0
+    )
     for inner_steps in (0, 1):
         result = GeSSL(method, settings.model_copy(update={"inner_steps": inner_steps}))(toys.views())
         assert result.metrics["sigma"].abs() < 1e-12 and result.metrics["delta_loss"].abs() < 1e-9
@@ -97,7 +117,9 @@ def test_query_views_that_are_missing_are_asked_for(toys):
 
 
 @pytest.mark.parametrize(("name", "scope", "inner_steps"), cases(["head", "all"], [2, 0]))
-def test_measure_sigma_is_the_objective_s_sigma_and_leaves_everything_as_it_was(toys, name, scope, inner_steps):
+def test_measure_sigma_is_the_objective_s_sigma_and_leaves_everything_as_it_was(
+    toys, name, scope, inner_steps
+):
     settings = GesslConfig(inner_steps=inner_steps, target_steps=2, inner_lr=0.1, scope=scope, w_sigma=1.0)
     method = toys.method(name)
     before = copy.deepcopy(method)
@@ -108,7 +130,11 @@ def test_measure_sigma_is_the_objective_s_sigma_and_leaves_everything_as_it_was(
     drawn = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(3))
-    assert same_state(method, before) and not method.training and all(p.grad is None for p in method.parameters())
+    assert (
+        same_state(method, before)
+        and not method.training
+        and all(p.grad is None for p in method.parameters())
+    )
     expected = GeSSL(before, settings)(toys.views()).metrics["sigma"].item()
     assert sigma == pytest.approx(expected, rel=1e-9)
 
@@ -156,7 +182,9 @@ def test_a_scheduled_alpha_that_is_missing_is_asked_for(toys, schedule):
 
 def test_an_alpha_of_zero_measures_nothing_and_teaches_nothing(toys):
     method = toys.method("simclr")
-    settings = GesslConfig(inner_steps=1, hypergradient="finite_difference", inner_lr_schedule="times_lr", w_ssl=0.0, w_sigma=1.0)
+    settings = GesslConfig(
+        inner_steps=1, hypergradient="finite_difference", inner_lr_schedule="times_lr", w_ssl=0.0, w_sigma=1.0
+    )
     result = GeSSL(method, settings)(toys.views(), 0, inner_lr=0.0)
     result.loss.backward()
     assert result.metrics["sigma"] == 0 and result.metrics["delta_loss"] == 0
@@ -170,7 +198,10 @@ def test_more_or_fewer_views_than_the_method_takes_are_refused(toys, name, count
     if multi_crop and count > 2:
         pytest.skip(f"{name} takes any number of further views")
     wanted = f"needs {'at least ' * multi_crop}2 views"
-    for objective in (GeSSL(toys.method(name), GesslConfig()), GeSSL(toys.method(name), GesslConfig(query="fresh_views", w_sigma=1.0))):
+    for objective in (
+        GeSSL(toys.method(name), GesslConfig()),
+        GeSSL(toys.method(name), GesslConfig(query="fresh_views", w_sigma=1.0)),
+    ):
         with pytest.raises(UsageError, match=f"{wanted} of each sample and was given {count}"):
             objective(views, 1)
     with pytest.raises(UsageError, match=wanted):

@@ -27,7 +27,10 @@ def example(page, name):
     """A method of the page in float64, freshly started, and a batch for it."""
     torch.manual_seed(0)
     if name == "masked autoencoder":
-        return page["MaskedAutoencoder"](8).double(), [page["patches"][:12].double(), torch.rand(12, 16) < 0.6]
+        return page["MaskedAutoencoder"](8).double(), [
+            page["patches"][:12].double(),
+            torch.rand(12, 16) < 0.6,
+        ]
     return page["SimCSE"](len(page["number"]) + 1, 8).double(), [page["tokens"][:12]]
 
 
@@ -62,22 +65,31 @@ def draw_the_same_units_at_every_forward(literal):
 @every_example
 @pytest.mark.parametrize("scope", ["all", "head"])
 @pytest.mark.parametrize("inner_steps", [0, 1, 2])
-def test_a_method_outside_contrastive_vision_gets_the_gradient_of_central_differences(toys, page, name, scope, inner_steps):
+def test_a_method_outside_contrastive_vision_gets_the_gradient_of_central_differences(
+    toys, page, name, scope, inner_steps
+):
     method, views = example(page, name)
-    settings = GesslConfig(inner_steps=inner_steps, inner_lr=0.05, inner_momentum=0.5, scope=scope, w_ssl=0.0, w_sigma=1.0)
+    settings = GesslConfig(
+        inner_steps=inner_steps, inner_lr=0.05, inner_momentum=0.5, scope=scope, w_ssl=0.0, w_sigma=1.0
+    )
     literal = toys.Literal(method, settings, views)
     draw_the_same_units_at_every_forward(literal)
     weights = {key: weight.detach().clone() for key, weight in toys.trainable(method).items()}
     log_target = literal.log_pi(literal.target(weights))
 
     def sigma_at(offset, direction):
-        return literal.kl(log_target, literal.log_pi(literal.student({k: w + offset * direction[k] for k, w in weights.items()}))).item()
+        return literal.kl(
+            log_target,
+            literal.log_pi(literal.student({k: w + offset * direction[k] for k, w in weights.items()})),
+        ).item()
 
     torch.manual_seed(DROPOUT_SEED)
     result = GeSSL(method, settings)(views)
     result.loss.backward()
     assert result.metrics["sigma"].item() == pytest.approx(sigma_at(0.0, weights), rel=1e-8)
-    slopes = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in toys.trainable(method).items()}
+    slopes = {
+        key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in toys.trainable(method).items()
+    }
     size = toys.gradients(method).norm().item()
     for seed in range(3):
         torch.manual_seed(seed)
@@ -100,6 +112,8 @@ def test_another_number_of_views_is_refused(page, name):
 def test_pi_of_plain_logits_is_their_softmax(page):
     logits = torch.randn(6, 9, dtype=torch.float64)
     teacher = torch.randn(6, 9, dtype=torch.float64)
-    found = sigma(*([page["Similarity"](rows, torch.eye(9, dtype=torch.float64), 1.0)] for rows in (logits, teacher)))
+    found = sigma(
+        *([page["Similarity"](rows, torch.eye(9, dtype=torch.float64), 1.0)] for rows in (logits, teacher))
+    )
     expected = torch.nn.functional.kl_div(logits.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -1,10 +1,11 @@
 """The first 50 steps of each preset and method on digits follow the stored curves.
 
-`python tests/objective/test_golden.py` stores them anew. Do so only for a change that is meant to alter training, and say in its
-commit why the curves moved.
+`python tests/objective/test_golden.py` stores them anew. Do so only for a change that is meant to alter
+training, and say in its commit why the curves moved.
 
-All is float64 and all random numbers are NumPy's legacy ones, which are the same on every machine; what differs between processors is
-the order of sums. The methods are those of the presets with a convolution of a few channels as backbone.
+All is float64 and all random numbers are NumPy's legacy ones, which are the same on every machine; what
+differs between processors is the order of sums. The methods are those of the presets with a convolution of a
+few channels as backbone.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from fastgessl.recipes import load
 FOLDER = Path(__file__).with_name("golden")
 PRESETS, METHODS = ("fast", "head", "exact"), ("simclr", "byol")
 STEPS, IMAGES = 50, 32
-# Between the two that the tests below measure: 1e4 rounding errors in every weight move a curve by at most 7e-11, a gradient of sigma
-# that is 0.1 % wrong moves every loss curve by at least 1.5e-4.
+# Between the two that the tests below measure: 1e4 rounding errors in every weight move a curve by at most
+# 7e-11, a gradient of sigma that is 0.1 % wrong moves every loss curve by at least 1.5e-4.
 TOLERANCE = 1e-7
 
 
@@ -39,7 +40,12 @@ def settings_of(preset: str) -> GesslConfig:
 
 def build(name: str) -> nn.Module:
     backbone = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(96, 12)
+        nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 12),
     )
     backbone.num_features = 12
     config = MethodConfig(name=name, projector_hidden=24, projector_out=8, predictor_hidden=16)
@@ -49,14 +55,18 @@ def build(name: str) -> nn.Module:
         for key, parameter in method.named_parameters():
             if parameter.dim() > 1:
                 fan_in = parameter[0].numel()
-                parameter.copy_(torch.from_numpy(random.standard_normal(tuple(parameter.shape)) / fan_in**0.5))
+                parameter.copy_(
+                    torch.from_numpy(random.standard_normal(tuple(parameter.shape)) / fan_in**0.5)
+                )
             elif key.endswith("bias"):
                 parameter.zero_()
     return method
 
 
 def curve(name: str, settings: GesslConfig, *, disturbance: float = 0.0) -> dict[str, list[float]]:
-    """loss_ssl of every step, sigma and delta_loss of every step that has them, and the weights' norm after every step."""
+    """loss_ssl of every step, sigma and delta_loss of every step that has them, and the weights' norm after
+    every step.
+    """
     method = build(name)
     random = np.random.RandomState(1)
     digits = load_digits().images / 16.0
@@ -69,7 +79,12 @@ def curve(name: str, settings: GesslConfig, *, disturbance: float = 0.0) -> dict
     measured: dict[str, list[float]] = {}
     for step in range(STEPS):
         clean = digits[random.randint(len(digits), size=IMAGES)]
-        views = [torch.from_numpy(clean + 0.2 * random.standard_normal(clean.shape)).unsqueeze(1).expand(-1, 3, -1, -1) for _ in range(2)]
+        views = [
+            torch.from_numpy(clean + 0.2 * random.standard_normal(clean.shape))
+            .unsqueeze(1)
+            .expand(-1, 3, -1, -1)
+            for _ in range(2)
+        ]
         result = objective(views, step)
         result.loss.backward()
         optimizer.step()
@@ -83,7 +98,9 @@ def curve(name: str, settings: GesslConfig, *, disturbance: float = 0.0) -> dict
 
 def distance(found: dict[str, list[float]], expected: dict[str, list[float]]) -> dict[str, float]:
     """Largest relative difference of each curve."""
-    assert {key: len(values) for key, values in found.items()} == {key: len(values) for key, values in expected.items()}
+    assert {key: len(values) for key, values in found.items()} == {
+        key: len(values) for key, values in expected.items()
+    }
     return {key: float(np.max(np.abs(np.divide(found[key], values) - 1))) for key, values in expected.items()}
 
 
@@ -91,7 +108,9 @@ def golden(name: str, preset: str) -> dict[str, list[float]]:
     return json.loads((FOLDER / f"{name}-{preset}.json").read_text())
 
 
-every_curve = pytest.mark.parametrize(("name", "preset"), [(name, preset) for preset in PRESETS for name in METHODS])
+every_curve = pytest.mark.parametrize(
+    ("name", "preset"), [(name, preset) for preset in PRESETS for name in METHODS]
+)
 
 
 @every_curve
@@ -107,9 +126,13 @@ def test_rounding_moves_no_curve_by_a_tenth_of_the_tolerance(name, preset):
 
 
 @every_curve
-def test_a_gradient_of_sigma_that_is_wrong_by_a_thousandth_moves_the_curve_a_hundred_times_the_tolerance(name, preset):
+def test_a_gradient_of_sigma_that_is_wrong_by_a_thousandth_moves_the_curve_a_hundred_times_the_tolerance(
+    name, preset
+):
     settings = settings_of(preset)
-    moved = distance(curve(name, settings.model_copy(update={"w_sigma": 1.001 * settings.w_sigma})), golden(name, preset))
+    moved = distance(
+        curve(name, settings.model_copy(update={"w_sigma": 1.001 * settings.w_sigma})), golden(name, preset)
+    )
     assert moved["loss_ssl"] >= 100 * TOLERANCE, moved
 
 

@@ -1,4 +1,6 @@
-"""The outer gradient on a ReLU network, whose inner gradient jumps at every kink: exact between kinks, the cheaper modes as stated."""
+"""The outer gradient on a ReLU network, whose inner gradient jumps at every kink: exact between kinks, the
+cheaper modes as stated.
+"""
 
 import copy
 from functools import cache
@@ -19,12 +21,17 @@ ACTIVATIONS = {"ReLU": nn.ReLU, "GELU": nn.GELU}
 def views_of(seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return [(clean + 0.3 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
+    return [
+        (clean + 0.3 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)).to(dtype)
+        for _ in range(2)
+    ]
 
 
 @cache
 def trained(activation, seed):
-    """SimCLR on a narrow ResNet-18 after plain steps, in float64: timm starts with half of the ReLUs exactly on their kinks."""
+    """SimCLR on a narrow ResNet-18 after plain steps, in float64: timm starts with half of the ReLUs exactly
+    on their kinks.
+    """
     torch.manual_seed(seed)
     backbone = build_backbone(ModelConfig(name="resnet18", stem="small", width=0.125))
     method = build_method(MethodConfig(projector_hidden=32, projector_out=16), backbone, RunFacts()).double()
@@ -60,7 +67,9 @@ def cosines(toys, activation, dtype, scope="all"):
         method, views = resnet(activation, dtype, seed), views_of(seed, dtype)
         exact = sigma_gradient(toys, method, settings, views)
         for mode, values in found.items():
-            gradient = sigma_gradient(toys, method, settings.model_copy(update={"hypergradient": mode}), views)
+            gradient = sigma_gradient(
+                toys, method, settings.model_copy(update={"hypergradient": mode}), views
+            )
             values.append(torch.cosine_similarity(gradient, exact, dim=0).item())
     means = {mode: sum(values) / len(values) for mode, values in found.items()}
     print(f"{activation}, {dtype}, scope {scope}: cosine with exact {means}")
@@ -79,12 +88,20 @@ def test_between_kinks_exact_mode_equals_central_differences_of_the_outer_object
     log_target = literal.log_pi(literal.target(weights))
 
     def sigma_at(offset, direction):
-        return literal.kl(log_target, literal.log_pi(literal.student({k: w + offset * direction[k] for k, w in weights.items()}))).item()
+        return literal.kl(
+            log_target,
+            literal.log_pi(literal.student({k: w + offset * direction[k] for k, w in weights.items()})),
+        ).item()
 
     torch.manual_seed(0)
     noise = torch.randn_like(gradient)
-    # A difference of two σ over 2e-8 has seven digits where the derivative is large: half of each direction is the gradient's.
-    for direction in (gradient, gradient / gradient.norm() + noise / noise.norm(), gradient / gradient.norm() - noise / noise.norm()):
+    # A difference of two σ over 2e-8 has seven digits where the derivative is large: half of each direction
+    # is the gradient's.
+    for direction in (
+        gradient,
+        gradient / gradient.norm() + noise / noise.norm(),
+        gradient / gradient.norm() - noise / noise.norm(),
+    ):
         flat = direction / direction.norm()
         parts = flat.split([weight.numel() for weight in weights.values()])
         named = {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
@@ -99,7 +116,9 @@ def test_in_float64_finite_difference_mode_is_exact_s_equal_on_a_relu_network(to
     assert found["first_order"] <= 0.99
 
 
-def test_in_float32_finite_difference_mode_is_near_exact_on_a_smooth_network_and_only_beside_first_order_on_a_relu_network(toys):
+def test_in_float32_finite_difference_mode_is_near_exact_on_a_smooth_network_and_only_beside_first_order_on_a_relu_network(
+    toys,
+):
     kinked, smooth = (cosines(toys, activation, torch.float32) for activation in ACTIVATIONS)
     assert smooth["finite_difference"] >= 0.95 >= smooth["first_order"] + 0.2
     # The page recommends first_order there: these bounds say why.

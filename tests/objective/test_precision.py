@@ -12,10 +12,13 @@ SETTINGS = [
     GesslConfig(inner_steps=0, inner_lr=0.05, w_ssl=0.0, w_sigma=1.0),
     GesslConfig(inner_steps=1, inner_lr=0.05, hypergradient="first_order", w_ssl=0.0, w_sigma=1.0),
     GesslConfig(inner_steps=1, inner_lr=0.05, hypergradient="finite_difference", w_ssl=0.0, w_sigma=1.0),
-    GesslConfig(inner_steps=2, inner_lr=0.05, inner_momentum=0.5, hypergradient="exact", w_ssl=0.0, w_sigma=1.0),
+    GesslConfig(
+        inner_steps=2, inner_lr=0.05, inner_momentum=0.5, hypergradient="exact", w_ssl=0.0, w_sigma=1.0
+    ),
     GesslConfig(inner_steps=1, inner_lr=0.05, hypergradient="exact", scope="head", w_ssl=0.0, w_sigma=1.0),
 ]
-# What GradScaler does: a float16 gradient of sigma is else below the smallest number (cosine 0.82 for MoCo, scaled 0.9999994).
+# What GradScaler does: a float16 gradient of sigma is else below the smallest number (cosine 0.82 for MoCo,
+# scaled 0.9999994).
 LOSS_SCALE = 1024.0
 
 
@@ -29,16 +32,27 @@ def run(toys, name, settings, dtype=None):
 
 
 def label(value):
-    return f"K{value.inner_steps}-{value.hypergradient}-{value.scope}" if isinstance(value, GesslConfig) else str(value)
+    return (
+        f"K{value.inner_steps}-{value.hypergradient}-{value.scope}"
+        if isinstance(value, GesslConfig)
+        else str(value)
+    )
 
 
-@pytest.mark.parametrize(("name", "settings", "dtype"), cases(SETTINGS, [torch.bfloat16, torch.float16]), ids=label)
-def test_under_autocast_sigma_is_positive_and_its_gradient_within_0_98_cosine_of_float32(toys, name, settings, dtype, record_property):
+@pytest.mark.parametrize(
+    ("name", "settings", "dtype"), cases(SETTINGS, [torch.bfloat16, torch.float16]), ids=label
+)
+def test_under_autocast_sigma_is_positive_and_its_gradient_within_0_98_cosine_of_float32(
+    toys, name, settings, dtype, record_property
+):
     expected, full = run(toys, name, settings)
     found, half = run(toys, name, settings, dtype)
     cosine = torch.cosine_similarity(found, expected, dim=0).item()
     record_property("cosine", cosine)
-    print(f"{name} K {settings.inner_steps} {settings.hypergradient} {settings.scope} {dtype}: cosine {cosine:.5f}")
+    print(
+        f"{name} K {settings.inner_steps} {settings.hypergradient} {settings.scope} {dtype}: cosine "
+        f"{cosine:.5f}"
+    )
     assert half.metrics["sigma"] > 0
     assert half.metrics["sigma"].item() == pytest.approx(full.metrics["sigma"].item(), rel=0.1)
     assert cosine >= 0.98
@@ -86,7 +100,8 @@ def test_the_ssl_gradient_under_autocast_equals_that_of_a_backward_outside_it(to
 
 
 def test_inner_losses_in_float16_are_scaled_so_that_small_gradients_survive(toys):
-    # SimCLR's loss divided by 1e6 has slopes that float16 rounds to zero or to one digit: unscaled, σ comes out 1.7 times too large.
+    # SimCLR's loss divided by 1e6 has slopes that float16 rounds to zero or to one digit: unscaled, σ comes
+    # out 1.7 times too large.
     method, reference = (toys.method("simclr", dtype=torch.float32) for _ in range(2))
     plain_loss = type(method).loss
     scale = 1e-6

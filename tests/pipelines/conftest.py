@@ -13,7 +13,11 @@ import pytest
 def picture():
     """(60, 80, 3) uint8: smooth colours with edges, different along both axes and in every corner."""
     y, x = np.mgrid[:60, :80]
-    planes = [127 + 120 * np.sin(x / 9 + y / 23), 127 + 120 * np.cos(y / 7 - x / 31), (x * 3) % 256 * (y > 20)]
+    planes = [
+        127 + 120 * np.sin(x / 9 + y / 23),
+        127 + 120 * np.cos(y / 7 - x / 31),
+        (x * 3) % 256 * (y > 20),
+    ]
     return np.stack(planes, axis=2).clip(0, 255).astype(np.uint8)
 
 
@@ -48,7 +52,9 @@ def photos(tmp_path, encode) -> Path:
 
 @pytest.fixture
 def real_photos(tmp_path):
-    """real_photos(*folders, count=...) -> that many files of a tar of real photos, which is not part of the project."""
+    """real_photos(*folders, count=...) -> that many files of a tar of real photos, which is not part of the
+    project.
+    """
     shared = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_sample_fullsize.tar"
     path = Path(os.environ.get("FASTGESSL_PHOTOS", shared))
     if not path.is_file():
@@ -57,7 +63,9 @@ def real_photos(tmp_path):
     def unpacked(*folders: str, count: int) -> tuple[Path, ...]:
         with tarfile.open(path) as archive:
             files = [member for member in archive.getmembers() if member.isfile()]
-            members = [member for member in files if any(f"/{folder}/" in member.name for folder in folders)][:count]
+            members = [member for member in files if any(f"/{folder}/" in member.name for folder in folders)][
+                :count
+            ]
             archive.extractall(tmp_path / "real", members, filter="data")
         return tuple(sorted(path for path in (tmp_path / "real").rglob("*") if path.is_file()))
 

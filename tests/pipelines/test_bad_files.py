@@ -1,4 +1,6 @@
-"""Files that are broken, odd or gone: decoded alike by both engines, or named in one error, or skipped and listed; never a wrong label."""
+"""Files that are broken, odd or gone: decoded alike by both engines, or named in one error, or skipped and
+listed; never a wrong label.
+"""
 
 import os
 import struct
@@ -27,12 +29,19 @@ def sixteen_bit_colour(pixels):
     """A PNG of 16 bits a channel, which Pillow cannot write: (H, W, 3) uint8, each byte twice."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + (row.astype(">u2") * 257).astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def zeroed(content):
@@ -43,11 +52,15 @@ def zeroed(content):
 
 @pytest.fixture
 def pictures(tmp_path, encode):
-    """Ten grey pictures of levels 0, 20, …, 180 in three classes: what is shown, and as which class, can be read from a view."""
+    """Ten grey pictures of levels 0, 20, …, 180 in three classes: what is shown, and as which class, can be
+    read from a view.
+    """
     paths = []
     for number in range(10):
         paths.append(tmp_path / f"{number}.jpg")
-        paths[-1].write_bytes(encode(np.full((24 + number, 30, 3), STEP * number, np.uint8), "JPEG", quality=95))
+        paths[-1].write_bytes(
+            encode(np.full((24 + number, 30, 3), STEP * number, np.uint8), "JPEG", quality=95)
+        )
     return FileImages(tuple(paths), np.arange(10, dtype=np.int64) % 3, tuple("abc"))
 
 
@@ -123,14 +136,19 @@ def test_an_odd_file_is_shown_by_both_engines(pictures, encode, kind):
     spoil(pictures.paths[7], kind, encode, 7 * STEP)
     for engine in ENGINES:
         batches, loader = show(pictures, engine, training=False)
-        assert torch.cat([batch.index for batch in batches]).tolist() == list(range(10)) and loader.bad_files == []
+        assert (
+            torch.cat([batch.index for batch in batches]).tolist() == list(range(10))
+            and loader.bad_files == []
+        )
 
 
 def test_a_jpeg_with_zeroed_bytes_is_shown_alike_by_both_engines(tmp_path, encode):
     path = tmp_path / "a.jpg"
     path.write_bytes(content_of("zeroed jpeg", 140, encode))
     ours, theirs = (
-        next(iter(build(FileImages((path,)), [VIEW], engine=engine, batch_size=1, workers=1, training=False))).views[0]
+        next(
+            iter(build(FileImages((path,)), [VIEW], engine=engine, batch_size=1, workers=1, training=False))
+        ).views[0]
         for engine in ENGINES
     )
     assert (ours - theirs)[..., 1:-1, 1:-1].abs().max() <= 2
@@ -166,9 +184,13 @@ def test_a_file_that_may_not_be_read_is_named(pictures, monkeypatch, engine):
 def test_evaluation_leaves_a_bad_file_out(pictures, encode, kind, engine, tmp_path):
     spoil(pictures.paths[5], kind, encode, 0)
     with pytest.warns(UserWarning, match="5.jpg"):
-        batches, loader = show(pictures, engine, training=False, bad_files="skip", bad_list=tmp_path / "bad_files.txt")
+        batches, loader = show(
+            pictures, engine, training=False, bad_files="skip", bad_list=tmp_path / "bad_files.txt"
+        )
     assert [batch.index.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 6, 7], [8, 9]]
-    assert loader.bad_files == (tmp_path / "bad_files.txt").read_text().splitlines() == [str(pictures.paths[5])]
+    assert (
+        loader.bad_files == (tmp_path / "bad_files.txt").read_text().splitlines() == [str(pictures.paths[5])]
+    )
 
 
 @pytest.fixture
@@ -186,7 +208,9 @@ def test_in_training_the_next_good_file_stands_in_with_its_own_label(several, tm
         batches, _ = show(several, engine, bad_files="skip", bad_list=tmp_path / engine)
         requested = build(several, [VIEW], batch_size=4, seed=1, engine="torchvision")._sampling
         for step, batch in enumerate(batches):
-            assert batch.index.tolist() == [expected.get(image, image) for image in requested.indices(0, step).tolist()]
+            assert batch.index.tolist() == [
+                expected.get(image, image) for image in requested.indices(0, step).tolist()
+            ]
         found[engine] = [batch.index.tolist() for batch in batches]
         shown = set(requested.indices(0, 0)) | set(requested.indices(0, 1))
         assert sorted((tmp_path / engine).read_text().splitlines()) == [
@@ -196,7 +220,9 @@ def test_in_training_the_next_good_file_stands_in_with_its_own_label(several, tm
 
 
 def test_a_stand_in_is_drawn_for_the_image_it_replaces(several):
-    """Shown in its own right and as a stand-in, a picture has different views: two equal ones would be false positives."""
+    """Shown in its own right and as a stand-in, a picture has different views: two equal ones would be false
+    positives.
+    """
     views = [ViewSpec(size=8, mean=(0, 0, 0), std=(1, 1, 1), brightness=0.5, jitter_probability=1.0)]
     for engine in ENGINES:
         loader = build(several, views, engine=engine, batch_size=10, seed=1, workers=1, bad_files="skip")
@@ -240,7 +266,9 @@ def test_a_batch_of_bad_files_alone_is_left_out_of_evaluation(pictures, engine, 
 def test_a_folder_of_bad_files_alone_ends_with_an_error(pictures, engine, encode, recwarn):
     for path in pictures.paths:
         spoil(path, "text", encode, 0)
-    with pytest.raises(DataError, match=r"not one of the 10 images can be read; the last one: image .* is not an image"):
+    with pytest.raises(
+        DataError, match=r"not one of the 10 images can be read; the last one: image .* is not an image"
+    ):
         show(pictures, engine, bad_files="skip")
 
 
@@ -256,17 +284,27 @@ def test_a_file_that_vanishes_while_running_is_skipped_from_then_on(pictures, en
 
 
 def test_names_may_be_of_any_script(tmp_path, encode):
-    names = ["käfer größe.jpg", "蝶 写真.png", "صورة.jpg", "emoji 🦋.webp", b"not utf-8 \xff.jpg".decode(errors="surrogateescape")]
+    names = [
+        "käfer größe.jpg",
+        "蝶 写真.png",
+        "صورة.jpg",
+        "emoji 🦋.webp",
+        b"not utf-8 \xff.jpg".decode(errors="surrogateescape"),
+    ]
     for number, name in enumerate(names):
         (tmp_path / name).write_bytes(encode(np.full((20, 20, 3), STEP * number, np.uint8), "PNG"))
-    images = FileImages(tuple(tmp_path / name for name in names), np.arange(5, dtype=np.int64) % 3, tuple("abc"))
+    images = FileImages(
+        tuple(tmp_path / name for name in names), np.arange(5, dtype=np.int64) % 3, tuple("abc")
+    )
     for engine in ENGINES:
         batches, _ = show(images, engine, batch_size=5, training=False)
         assert batches[0].index.tolist() == list(range(5))
     images.paths[4].write_bytes(b"")
     with pytest.warns(UserWarning):
         show(images, "dali", training=False, bad_files="skip", bad_list=tmp_path / "bad_files.txt")
-    assert os.fsencode((tmp_path / "bad_files.txt").read_text(errors="surrogateescape")).endswith(b"not utf-8 \xff.jpg\n")
+    assert os.fsencode((tmp_path / "bad_files.txt").read_text(errors="surrogateescape")).endswith(
+        b"not utf-8 \xff.jpg\n"
+    )
 
 
 def test_a_listing_names_a_file_once_however_many_write_to_it(pictures, tmp_path):

@@ -41,7 +41,8 @@ def difference(images, views, engine="dali", **options):
     ours, theirs = (batches(images, views, each, **options) for each in (engine, "torchvision"))
     assert [batch.index.tolist() for batch in ours] == [batch.index.tolist() for batch in theirs] and ours
     return [
-        torch.cat([(a.views[number] - b.views[number]).abs() for a, b in zip(ours, theirs, strict=True)]) * 127.5
+        torch.cat([(a.views[number] - b.views[number]).abs() for a, b in zip(ours, theirs, strict=True)])
+        * 127.5
         for number in range(len(ours[0].views))
     ]
 
@@ -60,11 +61,14 @@ RECIPES = {
     "grayscale": (ViewSpec(**STILL, grayscale_probability=1.0),),
     "blur": (ViewSpec(**STILL, blur_probability=1.0, blur_kernel=5),),
     "solarize": (ViewSpec(**STILL, solarize_probability=1.0),),
-    **{name: view_preset(name, 24, mean=HALF, std=HALF) for name in ("simclr", "moco", "byol", "swav", "dino", "dissl")},
+    **{
+        name: view_preset(name, 24, mean=HALF, std=HALF)
+        for name in ("simclr", "moco", "byol", "swav", "dino", "dissl")
+    },
 }
-# Grey levels of 255: the mean over a view, and the largest difference without the outermost pixels. Both round the crop to bytes, which
-# colour may enlarge; of a small view the outermost pixels, where DALI repeats the crop's border and torchvision takes fewer taps, are a
-# larger share.
+# Grey levels of 255: the mean over a view, and the largest difference without the outermost pixels. Both
+# round the crop to bytes, which colour may enlarge; of a small view the outermost pixels, where DALI repeats
+# the crop's border and torchvision takes fewer taps, are a larger share.
 ALLOWED = {
     "bilinear crop": (0.3, 1.01), "bicubic crop": (0.4, 10), "evaluation": (0.3, 1.01), "flip": (0.3, 1.01), "brightness": (0.25, 2.5),
     "contrast": (0.3, 2.5), "saturation": (0.3, 3), "hue": (0.35, 4), "grayscale": (0.25, 1.5), "blur": (0.25, 5), "solarize": (0.3, 1.01),
@@ -79,7 +83,8 @@ def test_views_of_files_equal_torchvisions(photos, recipe):
     for number, found in enumerate(difference(open_images("folder", photos), RECIPES[recipe])):
         inner = found[:, :, 1:-1, 1:-1]
         print(
-            f"{recipe:14s} view {number}: mean {found.mean():.2f}, max {found.max():.1f}, max without the border {inner.max():.1f} of 255"
+            f"{recipe:14s} view {number}: mean {found.mean():.2f}, max {found.max():.1f}, max without the "
+            f"border {inner.max():.1f} of 255"
         )
         assert found.mean() < mean and inner.max() < largest and found.max() < LARGEST_AT_BORDER
         assert inner.median() <= 0.51
@@ -88,7 +93,9 @@ def test_views_of_files_equal_torchvisions(photos, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_views_of_arrays_by_the_resident_engine_equal_torchvisions(picture, recipe):
     # Shifted pictures: edges in other places, and the same colours.
-    images = ArrayImages(np.stack([np.roll(picture, (5 * shift, 9 * shift), axis=(0, 1)) for shift in range(8)]))
+    images = ArrayImages(
+        np.stack([np.roll(picture, (5 * shift, 9 * shift), axis=(0, 1)) for shift in range(8)])
+    )
     for number, found in enumerate(difference(images, RECIPES[recipe], engine="resident")):
         print(f"{recipe:14s} view {number}: mean {found.mean():.2f}, max {found.max():.1f} of 255")
         assert found.mean() < 0.45 and found.max() < 5
@@ -100,7 +107,9 @@ def test_evaluation_reads_every_file_once_with_a_partial_last_batch(photos):
     assert [len(batch.index) for batch in found] == [4, 4, 4, 2]
     assert torch.cat([batch.index for batch in found]).tolist() == list(range(14))
     assert torch.cat([batch.label for batch in found]).tolist() == images.labels.tolist()
-    assert all(view.is_contiguous(memory_format=torch.channels_last) for batch in found for view in batch.views)
+    assert all(
+        view.is_contiguous(memory_format=torch.channels_last) for batch in found for view in batch.views
+    )
 
 
 def test_each_picture_comes_with_its_own_number_and_label(tmp_path, encode):
@@ -162,9 +171,14 @@ def test_pictures_stand_upright(tmp_path, picture, encode, kind, orientation):
 def test_a_picture_of_another_size_than_its_header_says_is_shown_as_it_is(photos, monkeypatch, stated):
     images = open_images("folder", photos)
     odd, size = str(images.paths[5]), image_size
-    monkeypatch.setattr("fastgessl.pipelines.engines.dali.image_size", lambda encoded, name: stated if name == odd else size(encoded, name))
+    monkeypatch.setattr(
+        "fastgessl.pipelines.engines.dali.image_size",
+        lambda encoded, name: stated if name == odd else size(encoded, name),
+    )
     for views in (RECIPES["evaluation"], RECIPES["bilinear crop"]):
-        expected, found = (batches(images, views, engine, training=False) for engine in ("torchvision", "dali"))
+        expected, found = (
+            batches(images, views, engine, training=False) for engine in ("torchvision", "dali")
+        )
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.index.tolist() == theirs.index.tolist()
             assert (ours.views[0] - theirs.views[0])[:, :, 1:-1, 1:-1].abs().max() * 127.5 <= 2.01
@@ -210,7 +224,9 @@ def test_two_ranks_see_what_one_process_sees(photos):
     for whole, *parts in zip(batches(images, views, "dali"), *ranks, strict=True):
         assert torch.cat([part.index for part in parts]).tolist() == whole.index.tolist()
         for number, view in enumerate(whole.views):
-            torch.testing.assert_close(torch.cat([part.views[number] for part in parts]), view, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.cat([part.views[number] for part in parts]), view, atol=1e-5, rtol=0
+            )
 
 
 def test_a_loop_left_early_is_continued(photos):

@@ -13,7 +13,15 @@ SPEC = view_preset("simclr", 32, mean=HALF, std=HALF)[0]
 
 def drawn(spec=SPEC, index=range(100), height=40, width=60, seed=0, epoch=0, view=0):
     index = np.asarray(index)
-    return draw_views(spec, index, np.full(len(index), height), np.full(len(index), width), seed=seed, epoch=epoch, view=view)
+    return draw_views(
+        spec,
+        index,
+        np.full(len(index), height),
+        np.full(len(index), width),
+        seed=seed,
+        epoch=epoch,
+        view=view,
+    )
 
 
 def same(first, second):
@@ -50,11 +58,16 @@ def test_crops_are_distributed_as_random_resized_crops(size, spec):
     theirs = transforms.RandomResizedCrop(32, scale=spec.crop_scale, ratio=spec.crop_ratio)
     image = torch.zeros(3, *size)
     expected = np.array(
-        [[params[key] for key in ("top", "left", "height", "width")] for params in (theirs.make_params([image]) for _ in range(3000))]
+        [
+            [params[key] for key in ("top", "left", "height", "width")]
+            for params in (theirs.make_params([image]) for _ in range(3000))
+        ]
     )
     for ours_column, their_column in zip(ours.T, expected.T, strict=True):
         assert stats.ks_2samp(ours_column, their_column, method="asymp").pvalue > 1e-3
-    assert stats.ks_2samp(ours[:, 2] * ours[:, 3], expected[:, 2] * expected[:, 3], method="asymp").pvalue > 1e-3
+    assert (
+        stats.ks_2samp(ours[:, 2] * ours[:, 3], expected[:, 2] * expected[:, 3], method="asymp").pvalue > 1e-3
+    )
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all() and (ours[:, :2] + ours[:, 2:] <= size).all()
 
 
@@ -66,7 +79,9 @@ def test_a_crop_that_never_fits_falls_back_to_torchvisions_central_crop(size):
     spec = ViewSpec(size=8, mean=HALF, std=HALF, crop_scale=ranges["scale"], crop_ratio=ranges["ratio"])
     params = transforms.RandomResizedCrop(8, **ranges).make_params([torch.zeros(3, *size)])
     crops = drawn(spec, range(20), *size).crop
-    assert crops.unique(dim=0).tolist() == [[params["top"], params["left"], params["height"], params["width"]]]
+    assert crops.unique(dim=0).tolist() == [
+        [params["top"], params["left"], params["height"], params["width"]]
+    ]
 
 
 def test_chances_factors_and_sigmas_are_distributed_as_asked():
@@ -106,7 +121,9 @@ def test_the_evaluation_view_is_resize_and_centre_crop(size, view):
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     from fastgessl.kernels.views.torch import augment_views
 
-    image = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     spec = evaluation_view(view, mean=(0, 0, 0), std=(1, 1, 1))
     ours = augment_views(image, drawn(spec, [0], *size), size=view, mean=spec.mean, std=spec.std)
     resized = functional.resize(image.permute(0, 3, 1, 2).float() / 255, [110 if view == 96 else 32])

@@ -45,7 +45,10 @@ def test_one_folder_of_images_is_no_class(tmp_path):
 def test_train_and_held_out_folders_share_their_classes(tmp_path, held_out):
     put(tmp_path, "train/a/1.png", "train/b/1.png", f"{held_out}/b/9.png", "stray.png")
     train, test = open_images("folder", tmp_path), open_images("folder", tmp_path, "test")
-    assert names(train, tmp_path) == ["train/a/1.png", "train/b/1.png"] and train.classes == test.classes == ("a", "b")
+    assert names(train, tmp_path) == ["train/a/1.png", "train/b/1.png"] and train.classes == test.classes == (
+        "a",
+        "b",
+    )
     assert test.labels.tolist() == [1]
 
 

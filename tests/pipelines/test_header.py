@@ -24,7 +24,9 @@ def exif(orientation):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_size_and_pixels_are_those_of_the_upright_picture(picture, encode, kind, orientation):
-    content = encoded(encode(picture, kind, exif=exif(orientation), **({"lossless": True} if kind == "WEBP" else {})))
+    content = encoded(
+        encode(picture, kind, exif=exif(orientation), **({"lossless": True} if kind == "WEBP" else {}))
+    )
     size = image_size(content, "a")
     assert size == ((80, 60) if orientation >= 5 else (60, 80))
     mirrored = picture[:, ::-1] if orientation in (2, 4, 5, 7) else picture

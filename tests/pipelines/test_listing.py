@@ -11,20 +11,34 @@ def write(path, *lines):
 
 
 def test_a_list_of_paths_has_no_labels(tmp_path):
-    images = open_images("list", write(tmp_path / "mine.txt", "a.jpg", "", "deep/b 1.png", "/elsewhere/c.jpg"))
-    assert [str(path) for path in images.paths] == [f"{tmp_path}/a.jpg", f"{tmp_path}/deep/b 1.png", "/elsewhere/c.jpg"]
-    assert images.labels is None and images.classes == () and open_images("list", tmp_path / "mine.txt", "test") is None
+    images = open_images(
+        "list", write(tmp_path / "mine.txt", "a.jpg", "", "deep/b 1.png", "/elsewhere/c.jpg")
+    )
+    assert [str(path) for path in images.paths] == [
+        f"{tmp_path}/a.jpg",
+        f"{tmp_path}/deep/b 1.png",
+        "/elsewhere/c.jpg",
+    ]
+    assert (
+        images.labels is None
+        and images.classes == ()
+        and open_images("list", tmp_path / "mine.txt", "test") is None
+    )
 
 
 @pytest.mark.parametrize("separator", [" ", "\t"])
 def test_numbers_behind_the_paths_are_labels(tmp_path, separator):
-    images = open_images("list", write(tmp_path / "mine.txt", *(f"my photo {n}.jpg{separator}{n % 3}" for n in range(5))))
+    images = open_images(
+        "list", write(tmp_path / "mine.txt", *(f"my photo {n}.jpg{separator}{n % 3}" for n in range(5)))
+    )
     assert images.labels.tolist() == [0, 1, 2, 0, 1] and images.classes == ("0", "1", "2")
     assert images.paths[3] == tmp_path / "my photo 3.jpg"
 
 
 def test_names_behind_a_tab_are_classes_in_their_order(tmp_path):
-    images = open_images("list", write(tmp_path / "mine.txt", "1.jpg\twhite dog", "2.jpg\tcat", "3.jpg\twhite dog"))
+    images = open_images(
+        "list", write(tmp_path / "mine.txt", "1.jpg\twhite dog", "2.jpg\tcat", "3.jpg\twhite dog")
+    )
     assert images.classes == ("cat", "white dog") and images.labels.tolist() == [1, 0, 1]
 
 
@@ -32,7 +46,9 @@ def test_names_behind_a_tab_are_classes_in_their_order(tmp_path):
 def test_a_folder_of_lists_has_a_held_out_one(tmp_path, held_out):
     write(tmp_path / "train.txt", "1.jpg\tdog", "2.jpg\tcat")
     write(tmp_path / held_out, "3.jpg\tdog")
-    assert open_images("list", tmp_path, "test").labels.tolist() == [1] and open_images("list", tmp_path).labels.tolist() == [1, 0]
+    assert open_images("list", tmp_path, "test").labels.tolist() == [1] and open_images(
+        "list", tmp_path
+    ).labels.tolist() == [1, 0]
     write(tmp_path / held_out, "3.jpg\tmouse")
     with pytest.raises(DataError, match="has the classes mouse, which the training images do not have"):
         open_images("list", tmp_path, "test")

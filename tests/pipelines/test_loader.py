@@ -23,7 +23,9 @@ from fastgessl.pipelines.engines.resident import ResidentEngine
 HALF = (0.5, 0.5, 0.5)
 VIEWS = view_preset("byol", 8, mean=HALF, std=HALF)
 IMAGES = ArrayImages(
-    np.random.default_rng(0).integers(0, 256, (26, 9, 7, 3), dtype=np.uint8), np.arange(26, dtype=np.int64) % 5, tuple("abcde")
+    np.random.default_rng(0).integers(0, 256, (26, 9, 7, 3), dtype=np.uint8),
+    np.arange(26, dtype=np.int64) % 5,
+    tuple("abcde"),
 )
 
 
@@ -43,7 +45,10 @@ def epochs(source, count):
 def test_a_batch_is_float32_channels_last_with_index_and_label():
     batch = next(iter(loader()))
     assert [view.shape for view in batch.views] == [(8, 3, 8, 8)] * 2
-    assert all(view.dtype == torch.float32 and view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+    assert all(
+        view.dtype == torch.float32 and view.is_contiguous(memory_format=torch.channels_last)
+        for view in batch.views
+    )
     assert batch.index.dtype == batch.label.dtype == torch.int64 and (batch.label == batch.index % 5).all()
     assert next(iter(loader(ArrayImages(IMAGES.images)))).label is None
 
@@ -91,7 +96,10 @@ def test_a_loop_left_early_is_continued_in_training_and_repeated_in_evaluation()
     assert [first, *epochs(source, 1)[0]] == whole[0] and epochs(source, 1) == [whole[1]]
     evaluation = loader(training=False)
     first = content(next(iter(evaluation)))
-    assert epochs(evaluation, 2)[0][0] == first and epochs(evaluation, 1)[0] == epochs(loader(training=False), 1)[0]
+    assert (
+        epochs(evaluation, 2)[0][0] == first
+        and epochs(evaluation, 1)[0] == epochs(loader(training=False), 1)[0]
+    )
 
 
 def test_a_loop_left_at_its_last_batch_goes_on_with_the_next_epoch():
@@ -108,7 +116,9 @@ def test_ranks_together_see_what_one_process_sees(world_size):
     ranks = [loader(rank=rank, world_size=world_size) for rank in range(world_size)]
     for one, *parts in zip(loader(), *ranks, strict=True):
         for number, view in enumerate(one.views):
-            torch.testing.assert_close(torch.cat([part.views[number] for part in parts]), view, atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                torch.cat([part.views[number] for part in parts]), view, atol=1e-6, rtol=0
+            )
         assert torch.cat([part.index for part in parts]).tolist() == one.index.tolist()
 
 
@@ -120,7 +130,9 @@ def test_a_run_resumes_on_another_number_of_ranks():
         rank.load_state_dict(one.state_dict())
     for whole, *parts in zip(one, *ranks, strict=True):
         assert torch.cat([part.index for part in parts]).tolist() == whole.index.tolist()
-        torch.testing.assert_close(torch.cat([part.views[1] for part in parts]), whole.views[1], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            torch.cat([part.views[1] for part in parts]), whole.views[1], atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("step", range(4))
@@ -138,14 +150,18 @@ def test_a_run_resumes_at_every_step_on_another_number_of_ranks(before, after, s
     for rank in resumed:
         rank.load_state_dict(state)
     while resumed[0].epoch < 2:
-        seen += [index for parts in zip(*resumed, strict=True) for part in parts for index in part.index.tolist()]
+        seen += [
+            index for parts in zip(*resumed, strict=True) for part in parts for index in part.index.tolist()
+        ]
     assert seen == whole
 
 
 def test_an_engine_reads_ahead_from_one_epoch_into_the_next(monkeypatch):
     streams = []
     views = ResidentEngine.views
-    monkeypatch.setattr(ResidentEngine, "views", lambda engine, requests: streams.append(1) or views(engine, requests))
+    monkeypatch.setattr(
+        ResidentEngine, "views", lambda engine, requests: streams.append(1) or views(engine, requests)
+    )
     source = loader()
     assert [epochs(source, 1)[0] for _ in range(3)] == epochs(loader(), 3)
     assert len(streams) == 2
@@ -156,7 +172,9 @@ def test_an_engine_reads_ahead_from_one_epoch_into_the_next(monkeypatch):
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_evaluation_shows_every_image_once_and_the_same_views_each_time(world_size):
-    ranks = [loader(rank=rank, world_size=world_size, training=False, views=VIEWS) for rank in range(world_size)]
+    ranks = [
+        loader(rank=rank, world_size=world_size, training=False, views=VIEWS) for rank in range(world_size)
+    ]
     for _ in range(2):
         seen = [[content(batch) for batch in rank] for rank in ranks]
         assert [len(batches) for batches in seen] == [len(rank) for rank in ranks]
@@ -182,7 +200,10 @@ def test_an_evaluation_batch_may_be_larger_than_the_data():
         ),
         ({"engine": "dahli"}, "data.engine 'dahli' is unknown. Choose auto, resident, dali, torchvision"),
         ({"engine": "resident", "resident_limit": 1e-9}, "more than data.resident_limit 1e-09 GiB"),
-        ({"images": FileImages((None,) * 9), "engine": "resident"}, "resident needs an array data set, found image files"),
+        (
+            {"images": FileImages((None,) * 9), "engine": "resident"},
+            "resident needs an array data set, found image files",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(options, message):
@@ -190,16 +211,24 @@ def test_what_cannot_be_built_is_refused(options, message):
         loader(**options)
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"batch_size": 4}, {"images": ArrayImages(IMAGES.images[:25])}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"batch_size": 4}, {"images": ArrayImages(IMAGES.images[:25])}]
+)
 def test_a_state_of_another_run_is_refused(change):
     with pytest.raises(DataError, match="Resume with the same data, batch size and seed"):
         loader(**change).load_state_dict(loader().state_dict())
 
 
 def test_auto_takes_resident_for_arrays_that_fit_and_dali_for_files(monkeypatch):
-    assert choose_engine(IMAGES) == ("resident", "26 images take 4.58e-06 GiB of cpu memory, within data.resident_limit 16 GiB")
+    assert choose_engine(IMAGES) == (
+        "resident",
+        "26 images take 4.58e-06 GiB of cpu memory, within data.resident_limit 16 GiB",
+    )
     monkeypatch.setattr("fastgessl.pipelines.loader._missing", lambda module: "")
-    assert choose_engine(IMAGES, resident_limit=1e-9)[0] == "dali" and choose_engine(FileImages((None,)))[0] == "dali"
+    assert (
+        choose_engine(IMAGES, resident_limit=1e-9)[0] == "dali"
+        and choose_engine(FileImages((None,)))[0] == "dali"
+    )
     monkeypatch.setattr("fastgessl.pipelines.loader._missing", lambda module: "No module named 'nvidia'")
     name, reason = choose_engine(FileImages((None,)))
     assert name == "torchvision" and "DALI does not import (No module named 'nvidia')" in reason
@@ -210,7 +239,12 @@ def test_auto_takes_resident_for_arrays_that_fit_and_dali_for_files(monkeypatch)
 def test_the_package_is_light_and_goes_by_one_name():
     heavy = ("nvidia.dali", "torchvision", "PIL", "sklearn", "timm")
     script = f"import sys, fastgessl.pipelines; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
     outside = Path(fastgessl.pipelines.__file__).resolve().parents[1]
-    found = subprocess.run([sys.executable, "-c", "import pipelines"], capture_output=True, text=True, cwd=outside)
+    found = subprocess.run(
+        [sys.executable, "-c", "import pipelines"], capture_output=True, text=True, cwd=outside
+    )
     assert found.returncode == 1 and "Write `import fastgessl.pipelines`" in found.stderr

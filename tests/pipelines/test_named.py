@@ -16,36 +16,55 @@ def test_digits_are_scikit_learns_split_once_and_for_all():
     datasets = pytest.importorskip("sklearn.datasets")
     train, test = open_images("digits"), open_images("digits", split="test")
     assert isinstance(train, ArrayImages) and isinstance(test, ArrayImages)
-    assert (len(train), len(test)) == (1198, 599) and train.images.shape[1:] == (8, 8, 3) and train.images.dtype == np.uint8
+    assert (
+        (len(train), len(test)) == (1198, 599)
+        and train.images.shape[1:] == (8, 8, 3)
+        and train.images.dtype == np.uint8
+    )
     original = datasets.load_digits()
     pixels = np.concatenate([train.images, test.images])[..., 0] / 255 * 16
     labels = np.concatenate([train.labels, test.labels])
-    found = sorted((label, *np.rint(image).astype(int).ravel()) for label, image in zip(labels, pixels, strict=True))
-    expected = sorted((label, *image.astype(int).ravel()) for label, image in zip(original.target, original.images, strict=True))
+    found = sorted(
+        (label, *np.rint(image).astype(int).ravel()) for label, image in zip(labels, pixels, strict=True)
+    )
+    expected = sorted(
+        (label, *image.astype(int).ravel())
+        for label, image in zip(original.target, original.images, strict=True)
+    )
     assert found == expected
     # Stratified: every digit is held out in the same share, to within one image.
     counts = np.bincount(test.labels)
     assert np.abs(counts - np.bincount(original.target) / 3).max() <= 1
-    assert (open_images("digits", split="test").labels == test.labels).all() and train.classes == tuple("0123456789")
+    assert (open_images("digits", split="test").labels == test.labels).all() and train.classes == tuple(
+        "0123456789"
+    )
 
 
 def cifar_batch(path, count, key, seed):
     draw = np.random.default_rng(seed)
     path.write_bytes(
-        pickle.dumps({"data": draw.integers(0, 256, (count, 3072), dtype=np.uint8), key: draw.integers(0, 10, count).tolist()})
+        pickle.dumps(
+            {
+                "data": draw.integers(0, 256, (count, 3072), dtype=np.uint8),
+                key: draw.integers(0, 10, count).tolist(),
+            }
+        )
     )
 
 
 @pytest.mark.parametrize("name", [*SETS, "tinyimagenet", "imagenet", "imagenet100"])
 def test_without_its_files_a_data_set_says_which_belongs_where(tmp_path, name, monkeypatch):
     pytest.importorskip("torchvision")
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("something was to be downloaded"))
+    monkeypatch.setattr(
+        "urllib.request.urlopen", lambda *_, **__: pytest.fail("something was to be downloaded")
+    )
     wanted = {
         "cifar10": "unpacked folder cifar-10-batches-py there; or put cifar-10-python.tar.gz of https://",
         "cifar100": "unpacked folder cifar-100-python there; or put cifar-100-python.tar.gz of https://",
         "stl10": "unpacked folder stl10_binary there; or put stl10_binary.tar.gz of http://",
         "stl10_unlabeled": "unpacked folder stl10_binary there; or put stl10_binary.tar.gz of http://",
-        "flowers102": "flowers-102/102flowers.tgz, flowers-102/imagelabels.mat and flowers-102/setid.mat of https://",
+        "flowers102": "flowers-102/102flowers.tgz, flowers-102/imagelabels.mat and flowers-102/setid.mat of "
+        "https://",
         "food101": "unpacked folder food-101 there; or put food-101.tar.gz of http://",
         "aircraft": "unpacked folder fgvc-aircraft-2013b there; or put fgvc-aircraft-2013b.tar.gz of https://",
         "tinyimagenet": "Put the folder tiny-imagenet-200 there, unpacked from http://",
@@ -55,7 +74,11 @@ def test_without_its_files_a_data_set_says_which_belongs_where(tmp_path, name, m
     with pytest.raises(DataError, match=re.escape(wanted)) as caught:
         open_images(name, tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-    assert "imagenet1" in name or name == "imagenet" or f"`fastgessl prepare {name} {tmp_path}`" in str(caught.value)
+    assert (
+        "imagenet1" in name
+        or name == "imagenet"
+        or f"`fastgessl prepare {name} {tmp_path}`" in str(caught.value)
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,14 +89,18 @@ def test_cifar10_comes_as_torchvision_unpacks_it(tmp_path, monkeypatch):
     for number in range(1, 6):
         cifar_batch(folder / f"data_batch_{number}", 4, "labels", number)
     cifar_batch(folder / "test_batch", 3, "labels", 6)
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{number}" for number in range(10)]}))
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": [f"class{number}" for number in range(10)]})
+    )
     # The checksums are those of the real files.
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     train, test = open_images("cifar10", tmp_path), open_images("cifar10", tmp_path, split="test")
     assert train.images.shape == (20, 32, 32, 3) and len(test) == 3 and train.classes[3] == "class3"
     first = pickle.loads((folder / "data_batch_1").read_bytes())
-    assert (train.images[0].transpose(2, 0, 1).ravel() == first["data"][0]).all() and train.labels[0] == first["labels"][0]
+    assert (train.images[0].transpose(2, 0, 1).ravel() == first["data"][0]).all() and train.labels[
+        0
+    ] == first["labels"][0]
 
 
 def test_imagenet_wants_a_train_folder(tmp_path):
@@ -81,7 +108,10 @@ def test_imagenet_wants_a_train_folder(tmp_path):
         open_images("imagenet", tmp_path)
     (tmp_path / "train" / "n01440764").mkdir(parents=True)
     (tmp_path / "train" / "n01440764" / "a.JPEG").write_bytes(b"x")
-    assert isinstance(open_images("imagenet", tmp_path), FileImages) and open_images("imagenet", tmp_path, "test") is None
+    assert (
+        isinstance(open_images("imagenet", tmp_path), FileImages)
+        and open_images("imagenet", tmp_path, "test") is None
+    )
 
 
 def test_stl10_has_its_unlabelled_images_by_a_name_of_their_own(tmp_path, monkeypatch):
@@ -91,7 +121,8 @@ def test_stl10_has_its_unlabelled_images_by_a_name_of_their_own(tmp_path, monkey
     folder.mkdir()
     draw = np.random.default_rng(0)
     pixels = {
-        name: draw.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8) for name, count in (("train", 4), ("unlabeled", 7), ("test", 3))
+        name: draw.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        for name, count in (("train", 4), ("unlabeled", 7), ("test", 3))
     }
     for name, values in pixels.items():
         # The file has columns before rows.
@@ -100,7 +131,12 @@ def test_stl10_has_its_unlabelled_images_by_a_name_of_their_own(tmp_path, monkey
     (folder / "test_y.bin").write_bytes(bytes([2, 1, 10]))
     (folder / "class_names.txt").write_text("\n".join(f"class{number}" for number in range(10)))
     labelled, unlabelled = open_images("stl10", tmp_path), open_images("stl10_unlabeled", tmp_path)
-    assert (labelled.images == pixels["train"].transpose(0, 2, 3, 1)).all() and labelled.labels.tolist() == [0, 9, 2, 2]
+    assert (labelled.images == pixels["train"].transpose(0, 2, 3, 1)).all() and labelled.labels.tolist() == [
+        0,
+        9,
+        2,
+        2,
+    ]
     assert labelled.classes[9] == "class9" and unlabelled.labels is None and len(unlabelled) == 11
     assert (unlabelled.images[4:] == pixels["unlabeled"].transpose(0, 2, 3, 1)).all()
     for name in ("stl10", "stl10_unlabeled"):
@@ -116,8 +152,17 @@ def test_flowers_train_on_training_and_validation_images(tmp_path, monkeypatch):
     io.savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2, 3, 102, 1, 2]])})
     io.savemat(folder / "setid.mat", {"trnid": [[1, 4]], "valid": [[2, 3]], "tstid": [[5, 6]]})
     train, test = open_images("flowers102", tmp_path), open_images("flowers102", tmp_path, "test")
-    assert [path.name for path in train.paths] == ["image_00001.jpg", "image_00004.jpg", "image_00002.jpg", "image_00003.jpg"]
-    assert train.labels.tolist() == [0, 101, 1, 2] and len(train.classes) == 102 and test.labels.tolist() == [0, 1]
+    assert [path.name for path in train.paths] == [
+        "image_00001.jpg",
+        "image_00004.jpg",
+        "image_00002.jpg",
+        "image_00003.jpg",
+    ]
+    assert (
+        train.labels.tolist() == [0, 101, 1, 2]
+        and len(train.classes) == 102
+        and test.labels.tolist() == [0, 1]
+    )
 
 
 def test_food_and_aircraft_come_as_torchvision_lists_them(tmp_path):
@@ -125,11 +170,19 @@ def test_food_and_aircraft_come_as_torchvision_lists_them(tmp_path):
     meta = tmp_path / "food-101" / "meta"
     meta.mkdir(parents=True)
     (tmp_path / "food-101" / "images").mkdir()
-    (meta / "train.json").write_text(json.dumps({"waffles": ["waffles/2", "waffles/1"], "apple_pie": ["apple_pie/7"]}))
+    (meta / "train.json").write_text(
+        json.dumps({"waffles": ["waffles/2", "waffles/1"], "apple_pie": ["apple_pie/7"]})
+    )
     (meta / "test.json").write_text(json.dumps({"waffles": ["waffles/3"], "apple_pie": []}))
     food = open_images("food101", tmp_path)
-    assert food.classes == ("apple_pie", "waffles") and [path.name for path in food.paths] == ["2.jpg", "1.jpg", "7.jpg"]
-    assert food.labels.tolist() == [1, 1, 0] and open_images("food101", tmp_path, "test").labels.tolist() == [1]
+    assert food.classes == ("apple_pie", "waffles") and [path.name for path in food.paths] == [
+        "2.jpg",
+        "1.jpg",
+        "7.jpg",
+    ]
+    assert food.labels.tolist() == [1, 1, 0] and open_images("food101", tmp_path, "test").labels.tolist() == [
+        1
+    ]
     data = tmp_path / "fgvc-aircraft-2013b" / "data"
     data.mkdir(parents=True)
     (data / "variants.txt").write_text("707-320\nDHC-1\n")
@@ -137,7 +190,9 @@ def test_food_and_aircraft_come_as_torchvision_lists_them(tmp_path):
     (data / "images_variant_test.txt").write_text("1 DHC-1\n")
     aircraft = open_images("aircraft", tmp_path)
     assert aircraft.classes == ("707-320", "DHC-1") and aircraft.labels.tolist() == [1, 0]
-    assert aircraft.paths[0] == data / "images" / "1025794.jpg" and open_images("aircraft", tmp_path, "test").labels.tolist() == [1]
+    assert aircraft.paths[0] == data / "images" / "1025794.jpg" and open_images(
+        "aircraft", tmp_path, "test"
+    ).labels.tolist() == [1]
 
 
 def put(path):
@@ -152,10 +207,16 @@ def test_tinyimagenets_validation_images_have_their_annotated_classes(tmp_path, 
         put(base / "train" / name / "images" / f"{name}_0.JPEG")
         (base / "train" / name / f"{name}_boxes.txt").write_text("x")
     (base / "val" / "images").mkdir(parents=True)
-    (base / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
+    (base / "val" / "val_annotations.txt").write_text(
+        "val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n"
+    )
     root = tmp_path if above else base
     train, test = open_images("tinyimagenet", root), open_images("tinyimagenet", root, "test")
-    assert train.classes == test.classes == ("n01", "n02") and train.labels.tolist() == [0, 1] and test.labels.tolist() == [1, 0]
+    assert (
+        train.classes == test.classes == ("n01", "n02")
+        and train.labels.tolist() == [0, 1]
+        and test.labels.tolist() == [1, 0]
+    )
     assert test.paths[0] == base / "val" / "images" / "val_0.JPEG"
     (base / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn07\n")
     with pytest.raises(DataError, match="does not hold lines of <file> <class>"):
@@ -171,10 +232,15 @@ def test_imagenet100_is_a_known_choice_out_of_imagenet_or_a_folder_of_100_classe
         put(tmp_path / "val" / name / "9.JPEG")
     train, test = open_images("imagenet100", tmp_path), open_images("imagenet100", tmp_path, "test")
     assert train.classes == tuple(sorted(IMAGENET100)) and train.labels.tolist() == list(range(100))
-    assert all(path.parent.name == train.classes[label] for path, label in zip(train.paths, train.labels, strict=True))
+    assert all(
+        path.parent.name == train.classes[label]
+        for path, label in zip(train.paths, train.labels, strict=True)
+    )
     assert test.labels.tolist() == [7] and len(open_images("imagenet", tmp_path)) == 103
     (tmp_path / "train" / sorted(IMAGENET100)[0] / "1.JPEG").unlink()
-    with pytest.raises(DataError, match="has 102 classes, but 1 of ImageNet-100's are missing, such as n01558993"):
+    with pytest.raises(
+        DataError, match="has 102 classes, but 1 of ImageNet-100's are missing, such as n01558993"
+    ):
         open_images("imagenet100", tmp_path)
     for name in (sorted(IMAGENET100)[1], sorted(IMAGENET100)[2]):
         (tmp_path / "train" / name / "1.JPEG").unlink()

@@ -21,14 +21,27 @@ def saved(tmp_path, **arrays):
 def test_images_come_as_rgb(tmp_path, images):
     found = open_images("npz", saved(tmp_path, train_x=images))
     expected = RGB if images.ndim == 4 and images.shape[3] == 3 else np.stack([RGB[..., 0]] * 3, axis=3)
-    assert (found.images == expected).all() and found.images.flags.writeable and found.labels is None and found.classes == ()
+    assert (
+        (found.images == expected).all()
+        and found.images.flags.writeable
+        and found.labels is None
+        and found.classes == ()
+    )
 
 
 def test_labels_splits_and_class_names_are_read(tmp_path):
-    path = saved(tmp_path, train_x=RGB, train_y=np.array([0, 1, 0, 1, 0, 1], np.uint8), test_x=RGB[:2], test_y=np.array([[2], [0]]))
+    path = saved(
+        tmp_path,
+        train_x=RGB,
+        train_y=np.array([0, 1, 0, 1, 0, 1], np.uint8),
+        test_x=RGB[:2],
+        test_y=np.array([[2], [0]]),
+    )
     train, test = open_images("npz", path), open_images("npz", path, "test")
     assert train.labels.tolist() == [0, 1, 0, 1, 0, 1] and train.labels.dtype == np.int64
-    assert test.labels.tolist() == [2, 0] and len(test) == 2 and train.classes == test.classes == ("0", "1", "2")
+    assert (
+        test.labels.tolist() == [2, 0] and len(test) == 2 and train.classes == test.classes == ("0", "1", "2")
+    )
     named = saved(tmp_path, train_x=RGB, train_y=np.zeros(6, int), classes=np.array(["cat", "dog"]))
     assert open_images("npz", named).classes == ("cat", "dog")
 

@@ -60,7 +60,9 @@ def test_an_interrupted_call_goes_on_where_it_was(photos, tmp_path):
     first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert sorted(first) == ["train-000000.tar", "train-000001.tar"]
     assert prepare(photos, out).written == 14
-    assert {name: (out / name).stat().st_mtime_ns for name in first} == first and len(open_images("shards", out)) == 14
+    assert {name: (out / name).stat().st_mtime_ns for name in first} == first and len(
+        open_images("shards", out)
+    ) == 14
 
 
 def test_a_call_over_a_whole_set_reports_what_lies_there(photos, picture_of, encode, tmp_path):
@@ -68,12 +70,20 @@ def test_a_call_over_a_whole_set_reports_what_lies_there(photos, picture_of, enc
     for name in ("dog/y.jpg", "dog/z.jpg"):
         (photos / name).write_bytes(b"no picture")
     first = prepare(photos, tmp_path / "out")
-    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != "classes.txt"}
+    written = {
+        path.name: path.stat().st_mtime_ns
+        for path in (tmp_path / "out").iterdir()
+        if path.name != "classes.txt"
+    }
 
     again = prepare(photos, tmp_path / "out")
 
     assert (first.written, len(first.converted), len(first.left_out)) == (15, 1, 2) and again == first
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != "classes.txt"} == written
+    assert {
+        path.name: path.stat().st_mtime_ns
+        for path in (tmp_path / "out").iterdir()
+        if path.name != "classes.txt"
+    } == written
     next((tmp_path / "out").glob("train-*.tar")).write_bytes(b"torn" * 200)
     with pytest.raises(DataError, match=r"train-\d+.tar' of a call before cannot be read"):
         prepare(photos, tmp_path / "out")
@@ -112,7 +122,9 @@ def test_shards_of_other_pictures_are_not_mixed_in(photos, tmp_path):
         prepare(photos, tmp_path / "out")
 
 
-def test_formats_that_dali_does_not_read_are_converted_and_bad_files_named(photos, picture_of, encode, tmp_path, monkeypatch):
+def test_formats_that_dali_does_not_read_are_converted_and_bad_files_named(
+    photos, picture_of, encode, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for name, kind in (("a.tiff", "TIFF"), ("b.gif", "GIF"), ("c.avif", "AVIF")):
         (photos / "cat" / name).write_bytes(encode(picture_of(100), kind))
@@ -131,7 +143,9 @@ def test_formats_that_dali_does_not_read_are_converted_and_bad_files_named(photo
 
 
 class Invented(ImageFile.ImageFile):
-    """A format that Pillow learns from a plugin, as it learns HEIC from pillow-heif: a word, height and width, then bytes."""
+    """A format that Pillow learns from a plugin, as it learns HEIC from pillow-heif: a word, height and
+    width, then bytes.
+    """
 
     format = "INVENTED"
 
@@ -171,7 +185,9 @@ def picture_of():
 def test_a_folder_says_what_prepare_could_convert(photos, encode, picture_of):
     (photos / "cat" / "a.tiff").write_bytes(encode(picture_of(1), "TIFF"))
     with pytest.warns(
-        UserWarning, match=r"photos: Files of formats that are not read here: cat/a.tiff. `fastgessl prepare FOLDER OUT` converts"
+        UserWarning,
+        match=r"photos: Files of formats that are not read here: cat/a.tiff. `fastgessl prepare FOLDER OUT` "
+        r"converts",
     ):
         assert len(open_images("folder", photos)) == 14
     for name in ("b.HEIC", "c.heif", "d.jxl"):
@@ -182,7 +198,9 @@ def test_a_folder_says_what_prepare_could_convert(photos, encode, picture_of):
         path.unlink()
     for path in photos.rglob("*.png"):
         path.unlink()
-    with pytest.raises(DataError, match=r"holds no images .* not read here: cat/a.tiff, dog/b.HEIC, dog/c.heif and 1 further"):
+    with pytest.raises(
+        DataError, match=r"holds no images .* not read here: cat/a.tiff, dog/b.HEIC, dog/c.heif and 1 further"
+    ):
         open_images("folder", photos)
 
 
@@ -199,7 +217,10 @@ def test_arrays_are_cropped_to_one_size(photos, tmp_path):
 
 
 def test_arrays_of_several_sizes_want_a_size(photos, tmp_path):
-    with pytest.raises(DataError, match=r"the pictures are of several sizes, such as \d+x\d+ and \d+x\d+. Give one with --size"):
+    with pytest.raises(
+        DataError,
+        match=r"the pictures are of several sizes, such as \d+x\d+ and \d+x\d+. Give one with --size",
+    ):
         prepare(photos, tmp_path / "out.npz")
     assert list(tmp_path.glob("out*")) == []
 
@@ -215,12 +236,15 @@ def test_arrays_of_several_sizes_are_noticed_across_blocks_too(tmp_path, encode,
 
 def test_arrays_of_no_readable_picture_name_one(tmp_path):
     (tmp_path / "a.png").write_bytes(b"text")
-    with pytest.raises(DataError, match=r"not one of the train pictures can be read; the last one: image .*a.png"):
+    with pytest.raises(
+        DataError, match=r"not one of the train pictures can be read; the last one: image .*a.png"
+    ):
         prepare(tmp_path, tmp_path / "out.npz", size=8)
     assert list(tmp_path.glob("out*")) == []
 
 
-# A call in a process of its own, which is killed without warning: before its 7th picture, or when the whole file is to get its name.
+# A call in a process of its own, which is killed without warning: before its 7th picture, or when the whole
+# file is to get its name.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -248,13 +272,22 @@ prepare.prepare_folder(folder, out, size=24, per_shard=4, track=prepare.untracke
 def test_a_killed_npz_goes_on_where_it_was(photos, tmp_path, monkeypatch, moment, decoded_again):
     out = tmp_path / "out.npz"
     (photos / "dog" / "00.png").write_bytes(b"no image")
-    killed = subprocess.run([sys.executable, "-c", KILLED, photos, out, moment], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, photos, out, moment], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert killed.returncode == -signal.SIGKILL and not out.exists()
     seen = []
     monkeypatch.setattr("fastgessl.pipelines.prepare._BLOCK", 3)
-    monkeypatch.setattr("fastgessl.pipelines.prepare.picture", lambda encoded, name: seen.append(name) or picture(encoded, name))
+    monkeypatch.setattr(
+        "fastgessl.pipelines.prepare.picture",
+        lambda encoded, name: seen.append(name) or picture(encoded, name),
+    )
     report = prepare(photos, out, size=24)
-    assert len(seen) == decoded_again and report.written == 13 and list(report.left_out) == [str(photos / "dog" / "00.png")]
+    assert (
+        len(seen) == decoded_again
+        and report.written == 13
+        and list(report.left_out) == [str(photos / "dog" / "00.png")]
+    )
     monkeypatch.undo()
     prepare(photos, tmp_path / "whole.npz", size=24)
     with np.load(out) as resumed, np.load(tmp_path / "whole.npz") as whole:
@@ -292,7 +325,12 @@ def test_a_download_that_fails_says_what_to_put_where(tmp_path, monkeypatch):
         raise OSError("the network is unreachable")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(DataError, match=r"cifar10 could not be downloaded .* Put cifar-10-python.tar.gz of https://.* into '.*' and run"):
+    with pytest.raises(
+        DataError,
+        match=r"cifar10 could not be downloaded .* Put cifar-10-python.tar.gz of https://.* into '.*' and run",
+    ):
         fetch("cifar10", tmp_path)
-    with pytest.raises(DataError, match=r"tinyimagenet could not be downloaded .* Put http://cs231n.*zip into"):
+    with pytest.raises(
+        DataError, match=r"tinyimagenet could not be downloaded .* Put http://cs231n.*zip into"
+    ):
         fetch("tinyimagenet", tmp_path)

@@ -13,7 +13,8 @@ def preset(name, size=224, **changes):
     return view_preset(name, size, mean=HALF, std=HALF, **changes)
 
 
-# brightness, contrast, saturation, hue; crop scale; blur and solarize of each global view; number, scale and blur of local ones.
+# brightness, contrast, saturation, hue; crop scale; blur and solarize of each global view; number, scale and
+# blur of local ones.
 PUBLISHED = {
     "simclr": ((0.8, 0.8, 0.8, 0.2), (0.08, 1.0), (0.5, 0.5), (0.0, 0.0), 0, None, None),
     "moco": ((0.4, 0.4, 0.4, 0.1), (0.2, 1.0), (0.5, 0.5), (0.0, 0.0), 0, None, None),
@@ -30,8 +31,13 @@ def test_presets_are_those_of_the_papers(name):
     jitter, scale, blur, solarize, local_views, local_scale, local_blur = PUBLISHED[name]
     views = preset(name)
     full, local = views[:2], views[2:]
-    assert [(view.size, view.local, view.blur_kernel, view.crop_scale) for view in full] == [(224, False, 23, scale)] * 2
-    assert tuple(view.blur_probability for view in full) == blur and tuple(view.solarize_probability for view in full) == solarize
+    assert [(view.size, view.local, view.blur_kernel, view.crop_scale) for view in full] == [
+        (224, False, 23, scale)
+    ] * 2
+    assert (
+        tuple(view.blur_probability for view in full) == blur
+        and tuple(view.solarize_probability for view in full) == solarize
+    )
     assert [(view.size, view.local, view.crop_scale, view.blur_probability) for view in local] == [
         (96, True, local_scale, local_blur)
     ] * local_views
@@ -50,7 +56,12 @@ def test_what_is_given_replaces_the_presets_value_in_every_view():
     for view in views:
         assert view.crop_scale == ((0.05, 0.4) if view.local else (0.2, 0.9))
         assert (view.flip_probability, view.jitter_probability, view.grayscale_probability) == (0.0, 0.1, 0.0)
-        assert (view.brightness, view.hue, view.blur_probability, view.solarize_probability) == (0.2, 0.05, 0.0, 0.25)
+        assert (view.brightness, view.hue, view.blur_probability, view.solarize_probability) == (
+            0.2,
+            0.05,
+            0.0,
+            0.25,
+        )
 
 
 def test_every_preset_takes_local_views_and_gives_them_up():
@@ -66,7 +77,12 @@ def test_further_global_views_repeat_the_recipes_in_turn():
 
 @pytest.mark.parametrize(
     ("chances", "expected"),
-    [(0.3, [0.3] * 4), ([0.3], [0.3] * 4), ((1.0, 0.1), [1.0, 0.1, 0.5, 0.5]), ((1.0, 0.1, 0.7), [1.0, 0.1, 0.7, 0.7])],
+    [
+        (0.3, [0.3] * 4),
+        ([0.3], [0.3] * 4),
+        ((1.0, 0.1), [1.0, 0.1, 0.5, 0.5]),
+        ((1.0, 0.1, 0.7), [1.0, 0.1, 0.7, 0.7]),
+    ],
 )
 def test_blur_may_differ_from_view_to_view(chances, expected):
     views = preset("simclr", 64, local_views=2, blur_probability=chances)
@@ -89,9 +105,15 @@ def test_every_engine_shows_global_views_then_local_ones(engine):
     (batch,) = loader
     loader.close()
     assert [tuple(view.shape) for view in batch.views] == [(4, 3, 32, 32)] * 2 + [(4, 3, 12, 12)] * 3
-    assert all(view.is_contiguous(memory_format=torch.channels_last) and view.dtype == torch.float32 for view in batch.views)
+    assert all(
+        view.is_contiguous(memory_format=torch.channels_last) and view.dtype == torch.float32
+        for view in batch.views
+    )
     pairs = [(first, second) for first in range(2, 5) for second in range(first)]
-    assert not any(batch.views[a].shape == batch.views[b].shape and torch.equal(batch.views[a], batch.views[b]) for a, b in pairs)
+    assert not any(
+        batch.views[a].shape == batch.views[b].shape and torch.equal(batch.views[a], batch.views[b])
+        for a, b in pairs
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,9 +129,15 @@ def test_every_engine_shows_global_views_then_local_ones(engine):
         ({"size": 0}, "size must be at least 1"),
         ({"global_views": 0}, "global_views must be at least 1"),
         ({"local_views": -1}, "local_views must be 0 or more"),
-        ({"local_views": 2, "local_size": 33}, "local_size must be from 1 to views.size 32: a local view is no larger than a global one"),
+        (
+            {"local_views": 2, "local_size": 33},
+            "local_size must be from 1 to views.size 32: a local view is no larger than a global one",
+        ),
         ({"local_views": 2, "local_crop_scale": (0.5, 0.1)}, "crop_scale must be two ordered shares"),
-        ({"blur_probability": (0.1, 0.2, 0.3, 0.4)}, "blur_probability must be one number, or 2, one a global view, or 3"),
+        (
+            {"blur_probability": (0.1, 0.2, 0.3, 0.4)},
+            "blur_probability must be one number, or 2, one a global view, or 3",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

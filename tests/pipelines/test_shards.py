@@ -35,7 +35,9 @@ def test_images_labels_and_classes_are_those_that_were_put_in(photos, tmp_path):
     shards_of(files, tmp_path / "shards")
     images = open_images("shards", tmp_path / "shards")
     assert len(images) == 14 and len(images.shards) == 3 and images.classes == files.classes
-    assert (images.labels == files.labels).all() and open_images("shards", tmp_path / "shards", "test") is None
+    assert (images.labels == files.labels).all() and open_images(
+        "shards", tmp_path / "shards", "test"
+    ) is None
     for image in range(14):
         assert (images.read(image) == files.read(image)).all()
     assert images.name(6) == f"{tmp_path}/shards/train-000005.tar:000006{files.paths[6].suffix}"
@@ -63,7 +65,9 @@ def test_shards_show_what_files_show_and_resume_in_mid_epoch(photos, tmp_path, e
         assert torch.cat([part.index for part in parts]).tolist() == whole.index.tolist()
         assert torch.cat([part.label for part in parts]).tolist() == whole.label.tolist()
         for number, view in enumerate(whole.views):
-            torch.testing.assert_close(torch.cat([part.views[number] for part in parts]), view, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.cat([part.views[number] for part in parts]), view, atol=1e-5, rtol=0
+            )
 
 
 @pytest.mark.parametrize("layout", ["{split}/0.tar", "{split}-0.tar"])
@@ -76,10 +80,17 @@ def test_training_and_held_out_shards_are_told_apart(tmp_path, layout, held_out)
 
 
 def test_one_shard_or_a_folder_of_shards_of_any_name_is_for_training(tmp_path):
-    write_shard(tmp_path / "mine.tar", {"x/a.PNG": b"1", "x/a.json": b"{}", "x/a.cls": b"4\n", "y/a.webp": b"2", "y/a.cls": b"0"})
+    write_shard(
+        tmp_path / "mine.tar",
+        {"x/a.PNG": b"1", "x/a.json": b"{}", "x/a.cls": b"4\n", "y/a.webp": b"2", "y/a.cls": b"0"},
+    )
     for root in (tmp_path, tmp_path / "mine.tar"):
         images = open_images("shards", root)
-        assert images.names == ("x/a.PNG", "y/a.webp") and images.labels.tolist() == [4, 0] and images.classes == tuple("01234")
+        assert (
+            images.names == ("x/a.PNG", "y/a.webp")
+            and images.labels.tolist() == [4, 0]
+            and images.classes == tuple("01234")
+        )
         assert open_images("shards", root, "test") is None
 
 
@@ -94,12 +105,21 @@ def test_a_long_name_is_kept(tmp_path):
     ("members", "message"),
     [
         ({"a.txt": b"x"}, "hold no jpg, jpeg, png, webp, bmp files"),
-        ({"a.jpg": b"x", "a.cls": b"0", "b.jpg": b"y"}, r"1 of 2 images in the shards have no .cls beside them \(first: b.jpg\)"),
+        (
+            {"a.jpg": b"x", "a.cls": b"0", "b.jpg": b"y"},
+            r"1 of 2 images in the shards have no .cls beside them \(first: b.jpg\)",
+        ),
         ({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls holds no number"),
         ({"a.jpg": b"x", "a.cls": b"-1"}, "has the class -1. Number the classes from 0"),
-        ({"a.jpg": b"x", "a.cls": b"20211121"}, r"a.tar' holds the label 20211121, .* number the classes from 0"),
+        (
+            {"a.jpg": b"x", "a.cls": b"20211121"},
+            r"a.tar' holds the label 20211121, .* number the classes from 0",
+        ),
         ({"a.jpg": b"x", "a.cls": b"9" * 30}, r"a.tar' holds the label 9999999999"),
-        ({"a.jpg": b"x", "a.cls": b"2", "classes": b""}, "the shards have the class 2, but classes.txt names 2 classes"),
+        (
+            {"a.jpg": b"x", "a.cls": b"2", "classes": b""},
+            "the shards have the class 2, but classes.txt names 2 classes",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, members, message):
@@ -135,7 +155,9 @@ def test_an_empty_member_is_an_empty_file(tmp_path):
 
 
 def test_thousands_of_samples_keep_their_numbers(tmp_path):
-    write_shard(tmp_path / "a.tar", {f"{n}.{end}": str(n % 7).encode() for n in range(2000) for end in ("jpg", "cls")})
+    write_shard(
+        tmp_path / "a.tar", {f"{n}.{end}": str(n % 7).encode() for n in range(2000) for end in ("jpg", "cls")}
+    )
     images = open_images("shards", tmp_path)
     assert (images.labels == np.arange(2000) % 7).all() and all(
         images.read(n).tobytes() == str(n % 7).encode() for n in range(0, 2000, 199)

@@ -16,8 +16,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def forked(ranks: int, work: Callable[[int], None], folder: Path, *, seconds: float = 60.0) -> list[tuple[int, str]]:
-    """(exit code, standard error) of `work(rank)` on each rank, under the environment that a launcher sets; -9 as subprocess counts."""
+def forked(
+    ranks: int, work: Callable[[int], None], folder: Path, *, seconds: float = 60.0
+) -> list[tuple[int, str]]:
+    """(exit code, standard error) of `work(rank)` on each rank, under the environment that a launcher sets;
+    -9 as subprocess counts.
+    """
     port = free_port()
     processes = [_fork(rank, ranks, port, work, folder / f"{rank}.log") for rank in range(ranks)]
     codes: dict[int, int] = {}
@@ -26,7 +30,10 @@ def forked(ranks: int, work: Callable[[int], None], folder: Path, *, seconds: fl
         if time.monotonic() > deadline:
             for process in set(processes) - set(codes):
                 os.kill(process, 9)
-            raise AssertionError(f"still running after {seconds:.0f} s: ranks {[processes.index(p) for p in set(processes) - set(codes)]}")
+            raise AssertionError(
+                f"still running after {seconds:.0f} s: ranks "
+                f"{[processes.index(p) for p in set(processes) - set(codes)]}"
+            )
         for process in set(processes) - set(codes):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
@@ -45,7 +52,12 @@ def _fork(rank: int, ranks: int, port: int, work: Callable[[int], None], log: Pa
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_PORT": str(port),
+        }
         os.environ |= {"MASTER_ADDR": "localhost", "ACCELERATE_USE_CPU": "true"}
         work(rank)
         code = 0

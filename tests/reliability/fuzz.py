@@ -1,7 +1,9 @@
-"""Damaged and hostile files for every parser of a run: python tests/reliability/fuzz.py SECONDS [SEED [PARSER ...]]. Prints one JSON line.
+"""Damaged and hostile files for every parser of a run: python tests/reliability/fuzz.py SECONDS [SEED [PARSER
+...]]. Prints one JSON line.
 
-A parser may read a file or refuse it with a UsageError or DataError. Anything else, anything that starts a process or writes a file, and
-whatever takes longer than ten seconds is a finding; its input is kept in the folder fastgessl-fuzz of the temporary files.
+A parser may read a file or refuse it with a UsageError or DataError. Anything else, anything that starts a
+process or writes a file, and whatever takes longer than ten seconds is a finding; its input is kept in the
+folder fastgessl-fuzz of the temporary files.
 """
 
 from __future__ import annotations
@@ -47,14 +49,28 @@ _WORDS = (
 
 def valid_files(folder: Path) -> dict[str, bytes]:
     """One good file for each parser, by the name of the parser."""
-    state = {"objective": {"weight": torch.ones(3, 2)}, "optimizer": {"state": {}, "param_groups": []}, "loader": {"epoch": 1}}
+    state = {
+        "objective": {"weight": torch.ones(3, 2)},
+        "optimizer": {"state": {}, "param_groups": []},
+        "loader": {"epoch": 1},
+    }
     rest = {"scaler": None, "probe": None, "ranks": [], "skipped": 0, "symptoms": {}}
     saved = checkpoint.save(folder, 3, state | rest, keep=1)
     arrays, picture, shard = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    np.savez(arrays, train_x=np.zeros((6, 8, 8, 3), np.uint8), train_y=np.arange(6), classes=np.array(list("abcdef")))
+    np.savez(
+        arrays,
+        train_x=np.zeros((6, 8, 8, 3), np.uint8),
+        train_y=np.arange(6),
+        classes=np.array(list("abcdef")),
+    )
     Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(picture, "JPEG")
     with tarfile.open(fileobj=shard, mode="w") as archive:
-        for name, content in (("a/0.jpg", picture.getvalue()), ("a/0.cls", b"1"), ("b/1.jpg", picture.getvalue()), ("b/1.cls", b"0")):
+        for name, content in (
+            ("a/0.jpg", picture.getvalue()),
+            ("a/0.cls", b"1"),
+            ("b/1.jpg", picture.getvalue()),
+            ("b/1.cls", b"0"),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -120,7 +136,9 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 
 def mutated_archive(content: bytes, chance: random.Random) -> bytes:
-    """A zip file whose members are changed and whose checksums are right, so that the damage reaches the parser inside."""
+    """A zip file whose members are changed and whose checksums are right, so that the damage reaches the
+    parser inside.
+    """
     out = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(content)) as archive,
@@ -130,7 +148,9 @@ def mutated_archive(content: bytes, chance: random.Random) -> bytes:
         victim = chance.choice(members)
         for name in members:
             if name != victim or chance.random() < 0.9:
-                new.writestr(name, mutated(archive.read(name), chance) if name == victim else archive.read(name))
+                new.writestr(
+                    name, mutated(archive.read(name), chance) if name == victim else archive.read(name)
+                )
     return out.getvalue()
 
 
@@ -152,8 +172,19 @@ class Watch:
     def _hear(self, event: str, arguments: tuple[object, ...]) -> None:
         if not self.on:
             return
-        started = event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
-        written = event == "open" and set(str(arguments[1] or "")) & set("wax+") and not str(arguments[0]).startswith(self.allowed)
+        started = event in (
+            "os.system",
+            "subprocess.Popen",
+            "os.exec",
+            "os.posix_spawn",
+            "os.fork",
+            "socket.connect",
+        )
+        written = (
+            event == "open"
+            and set(str(arguments[1] or "")) & set("wax+")
+            and not str(arguments[0]).startswith(self.allowed)
+        )
         if started or (written and str(arguments[0]) != os.devnull):
             self.heard.append(f"{event} {arguments[:2]}")
 
@@ -197,9 +228,15 @@ def fuzz(seconds: float, seed: int, kinds: Sequence[str] = ()) -> dict[str, Any]
             outcome = _outcome(reading[kind], content, watch)
             if outcome in counts[kind]:
                 counts[kind][outcome] += 1
-            elif (finding := f"{kind}: {' '.join(outcome.split())[:100]}") not in findings and len(findings) < 100:
+            elif (finding := f"{kind}: {' '.join(outcome.split())[:100]}") not in findings and len(
+                findings
+            ) < 100:
                 findings[finding] = _kept(kind, content)
-    return {"inputs": sum(sum(count.values()) for count in counts.values()), "by_parser": counts, "findings": findings}
+    return {
+        "inputs": sum(sum(count.values()) for count in counts.values()),
+        "by_parser": counts,
+        "findings": findings,
+    }
 
 
 def _kept(kind: str, content: bytes) -> str:

@@ -1,6 +1,8 @@
-"""The real command, killed at random moments until it has got through: kill_loop.py KILLS STEPS FOLDER. Prints one JSON line.
+"""The real command, killed at random moments until it has got through: kill_loop.py KILLS STEPS FOLDER.
+Prints one JSON line.
 
-Runs are forks of this process, so that a kill finds them training, saving or loading and not importing libraries.
+Runs are forks of this process, so that a kill finds them training, saving or loading and not importing
+libraries.
 """
 
 from __future__ import annotations
@@ -18,8 +20,25 @@ from fastgessl.runs import checkpoint
 
 OPTIONS = (
     *("digits-byol-gessl", "--views.size", "8", "--model.width", "0.0625", "--method.projector_hidden", "32"),
-    *("--method.predictor_hidden", "32", "--train.batch_size", "16", "--train.accumulate", "2", "--train.epochs", "1000"),
-    *("--train.checkpoint_every", "3", "--train.resume", "if_any", "--evaluate.tasks", "geometry", "--log.trackers"),
+    *(
+        "--method.predictor_hidden",
+        "32",
+        "--train.batch_size",
+        "16",
+        "--train.accumulate",
+        "2",
+        "--train.epochs",
+        "1000",
+    ),
+    *(
+        "--train.checkpoint_every",
+        "3",
+        "--train.resume",
+        "if_any",
+        "--evaluate.tasks",
+        "geometry",
+        "--log.trackers",
+    ),
 )
 
 
@@ -44,8 +63,9 @@ def finished(process: int) -> bool:
 
 
 def killed_once(process: int, run: Path, chance: random.Random) -> bool:
-    """False if the run had ended before. A fifth of the kills come within a second of the start; two fifths as soon as a checkpoint is
-    being written, two fifths at any moment, both after the run has got further than the last time."""
+    """False if the run had ended before. A fifth of the kills come within a second of the start; two fifths
+    as soon as a checkpoint is being written, two fifths at any moment, both after the run has got further
+    than the last time."""
     before, kind = checkpoint.complete(run), chance.choice(("early", "saving", "saving", "any", "any"))
     due = time.monotonic() + chance.uniform(0.0, 1.0) if kind == "early" else float("inf")
     while time.monotonic() < due:

@@ -1,4 +1,6 @@
-"""One of any number of ranks in one process: what it sends is written down and goes nowhere, by torch's own fake process group."""
+"""One of any number of ranks in one process: what it sends is written down and goes nowhere, by torch's own
+fake process group.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def _sent(operations: list[dist.P2POp], rank: int) -> list[Call]:
     received = [operation for operation in operations if operation.op is dist.irecv]
     assert [tuple(one.tensor.shape) for one in sent] == [tuple(one.tensor.shape) for one in received]
     size = dist.get_world_size()
-    assert {one.peer for one in sent} <= {(rank + 1) % size} and {one.peer for one in received} <= {(rank - 1) % size}
+    assert {one.peer for one in sent} <= {(rank + 1) % size} and {one.peer for one in received} <= {
+        (rank - 1) % size
+    }
     for one in received:
         one.tensor.zero_()
     return [Call("pass on", sum(one.tensor.nbytes for one in sent))]
@@ -35,7 +39,9 @@ def _sent(operations: list[dist.P2POp], rank: int) -> list[Call]:
 
 @contextmanager
 def recording(rank: int, size: int) -> Iterator[list[Call]]:
-    """Inside, this process is rank `rank` of `size`, all of which hold what it holds. The list grows with its collectives."""
+    """Inside, this process is rank `rank` of `size`, all of which hold what it holds. The list grows with its
+    collectives.
+    """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     calls: list[Call] = []
 

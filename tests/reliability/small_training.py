@@ -1,4 +1,6 @@
-"""A training of milliseconds a step for every registered method, with all that can go wrong between two steps."""
+"""A training of milliseconds a step for every registered method, with all that can go wrong between two
+steps.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from fastgessl.training.loop import _steps
 from fastgessl.training.state import Training
 
 IMAGES = 48
-# Narrow heads, and whatever any method keeps between steps: queues that fill and wrap, prototypes that freeze and thaw.
+# Narrow heads, and whatever any method keeps between steps: queues that fill and wrap, prototypes that freeze
+# and thaw.
 METHOD = {
     "projector_hidden": 12,
     "projector_out": 6,
@@ -47,10 +50,19 @@ def small_config(data: Path, name: str = "simclr", **sections: dict[str, Any]) -
         "method": {"name": name, **METHOD},
         "optim": {"base_lr": 0.1},
         "schedule": {"warmup_epochs": 0.5},
-        "train": {"batch_size": 16, "accumulate": 2, "epochs": 50, "max_steps": 5, "checkpoint_every": 1, "keep_checkpoints": 99},
+        "train": {
+            "batch_size": 16,
+            "accumulate": 2,
+            "epochs": 50,
+            "max_steps": 5,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 99,
+        },
         "log": {"trackers": ()},
     }
-    return Config.model_validate({key: given.get(key, {}) | sections.get(key, {}) for key in given | sections})
+    return Config.model_validate(
+        {key: given.get(key, {}) | sections.get(key, {}) for key in given | sections}
+    )
 
 
 class NoEvaluation:
@@ -94,15 +106,21 @@ def run_steps(training: Training, run: Path, first_step: int = 0, *, one: bool =
 def differences(found: Any, expected: Any, path: str = "") -> list[str]:
     """Where two nested states differ in any bit."""
     if isinstance(expected, torch.Tensor):
-        same = isinstance(found, torch.Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
+        same = (
+            isinstance(found, torch.Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
+        )
         return [] if same else [path]
     if isinstance(expected, dict):
         if not isinstance(found, dict) or found.keys() != expected.keys():
             return [path]
-        return [place for key in expected for place in differences(found[key], expected[key], f"{path}.{key}")]
+        return [
+            place for key in expected for place in differences(found[key], expected[key], f"{path}.{key}")
+        ]
     if isinstance(expected, list | tuple):
         if len(found) != len(expected):
             return [path]
         pairs = enumerate(zip(found, expected, strict=True))
-        return [place for index, (one, other) in pairs for place in differences(one, other, f"{path}[{index}]")]
+        return [
+            place for index, (one, other) in pairs for place in differences(one, other, f"{path}[{index}]")
+        ]
     return [] if found == expected else [path]

@@ -1,4 +1,6 @@
-"""64 ranks in one process: every rank asks for the same collectives in the same order, and for as many bytes as docs/scaling.md says."""
+"""64 ranks in one process: every rank asks for the same collectives in the same order, and for as many bytes
+as docs/scaling.md says.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,17 @@ RANKS, IMAGES, WIDTH = 64, 4, METHOD["projector_out"]
 DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
 
 
-def step(rank, name, *, negatives="global", exchange="gather", settings=None, synchronised=False, cached=False, size=RANKS):
+def step(
+    rank,
+    name,
+    *,
+    negatives="global",
+    exchange="gather",
+    settings=None,
+    synchronised=False,
+    cached=False,
+    size=RANKS,
+):
     """(collectives of the forward and of the backward, trainable bytes) of one step on one of so many ranks."""
     with recording(rank, size) as calls:
         torch.manual_seed(0)
@@ -32,9 +44,13 @@ def step(rank, name, *, negatives="global", exchange="gather", settings=None, sy
         if synchronised:
             synchronise_batch_norm(method)
         settings = settings or GesslConfig()
-        objective = under_ddp(CachedObjective(method, settings, 2) if cached else GeSSL(method, settings), calls)
+        objective = under_ddp(
+            CachedObjective(method, settings, 2) if cached else GeSSL(method, settings), calls
+        )
         calls.clear()
-        views = [torch.randn(IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(view)) for view in range(2)]
+        views = [
+            torch.randn(IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(view)) for view in range(2)
+        ]
         result = objective(views, labels=torch.arange(IMAGES))
         forward = list(calls)
         result.loss.backward()
@@ -45,7 +61,9 @@ def step(rank, name, *, negatives="global", exchange="gather", settings=None, sy
         return forward, backward, calls[calls_before:], trainable
 
 
-@pytest.mark.parametrize("options", [{}, {"synchronised": True}, {"cached": True}], ids=["plain", "synchronised", "cached"])
+@pytest.mark.parametrize(
+    "options", [{}, {"synchronised": True}, {"cached": True}], ids=["plain", "synchronised", "cached"]
+)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_rank_asks_for_the_same_in_the_same_order(name, options):
     first, *others = (step(rank, name, **options) for rank in (0, 1, RANKS - 1))
@@ -55,7 +73,9 @@ def test_every_rank_asks_for_the_same_in_the_same_order(name, options):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_task_of_gessl_is_rank_local_and_only_gradients_travel(name):
-    forward, backward, _, trainable = step(5, name, negatives="local", settings=GesslConfig(w_sigma=1.0, inner_steps=1))
+    forward, backward, _, trainable = step(
+        5, name, negatives="local", settings=GesslConfig(w_sigma=1.0, inner_steps=1)
+    )
     assert {call.name for call in forward + backward} == {"gradients"}
     assert sum(call.nbytes for call in backward) == trainable
 
@@ -73,7 +93,9 @@ def test_passed_on_keys_cost_the_bytes_that_the_page_says():
         forward, backward, *_ = step(rank, "simclr", exchange="ring")
         assert forward == [Call("all-gather", 8), *[Call("pass on", own)] * (RANKS - 1)]
         passed = [call for call in backward if call.name == "pass on"]
-        assert passed == [Call("pass on", own)] * (RANKS - 1 + RANKS)  # keys once around, and their gradients home
+        assert passed == [Call("pass on", own)] * (
+            RANKS - 1 + RANKS
+        )  # keys once around, and their gradients home
 
 
 @pytest.mark.parametrize(("name", "exchanges"), [("simclr", 1), ("mocov3", 2), ("cissl", 1)])

@@ -1,4 +1,6 @@
-"""Kills, full and read-only disks, deleted folders: the newest complete checkpoint loads, nothing is overwritten, one line says it."""
+"""Kills, full and read-only disks, deleted folders: the newest complete checkpoint loads, nothing is
+overwritten, one line says it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,17 @@ from fastgessl.config import UsageError
 from fastgessl.runs import checkpoint
 from fastgessl.training.log import MetricsLog
 
-LIGHT = ("digits-simclr", "--views.size", 8, "--model.width", 0.125, "--method.projector_hidden", 32, "--train.batch_size", 64)
+LIGHT = (
+    "digits-simclr",
+    "--views.size",
+    8,
+    "--model.width",
+    0.125,
+    "--method.projector_hidden",
+    32,
+    "--train.batch_size",
+    64,
+)
 QUICK = (*LIGHT, "--train.checkpoint_every", 1, "--evaluate.tasks", "geometry", "--log.trackers")
 
 
@@ -33,7 +45,15 @@ def data(tmp_path_factory):
 def state_of(step: int) -> dict:
     """A state of 2 MB in which every number tells the step."""
     whole = {"weights": [torch.full((50_000,), float(step)) for _ in range(10)]}
-    none = {"scaler": None, "probe": None, "optimizer": {}, "loader": {}, "symptoms": {}, "ranks": [], "skipped": 0}
+    none = {
+        "scaler": None,
+        "probe": None,
+        "optimizer": {},
+        "loader": {},
+        "symptoms": {},
+        "ranks": [],
+        "skipped": 0,
+    }
     return {"objective": whole, **none}
 
 
@@ -70,7 +90,12 @@ def small_disk(tmp_path):
     """A folder on a disk of its own, of 12 MB; the test is skipped where mounting one is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True, check=False).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
     if not mounted:
         pytest.skip("mounting a tmpfs needs a privilege that this process does not have")
     yield folder
@@ -79,7 +104,9 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_fills_up_stops_with_one_line_and_keeps_what_was_complete(fastgessl, small_disk):
     run = small_disk / "run"
-    outcome = fastgessl("train", *QUICK, "--train.keep_checkpoints", 99, "--train.max_steps", 60, "--train.run_dir", run)
+    outcome = fastgessl(
+        "train", *QUICK, "--train.keep_checkpoints", 99, "--train.max_steps", 60, "--train.run_dir", run
+    )
     assert outcome.code == 2
     last = [line for line in outcome.err.splitlines() if line.startswith("fastgessl train: ")]
     assert len(last) == 1
@@ -92,7 +119,16 @@ def test_a_disk_that_fills_up_stops_with_one_line_and_keeps_what_was_complete(fa
     for folder in kept[:-1]:
         shutil.rmtree(folder)
     done = int(kept[-1].name.removeprefix("step-"))
-    further = ("--train.keep_checkpoints", 1, "--train.max_steps", done + 2, "--train.resume", "auto", "--train.run_dir", run)
+    further = (
+        "--train.keep_checkpoints",
+        1,
+        "--train.max_steps",
+        done + 2,
+        "--train.resume",
+        "auto",
+        "--train.run_dir",
+        run,
+    )
     again = fastgessl("train", *QUICK, *further)
     assert again.code == 0, again.err
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, done + 3))
@@ -135,7 +171,9 @@ def test_a_run_whose_folder_becomes_read_only_is_not_continued_and_not_changed(f
     assert fastgessl("train", *QUICK, "--train.max_steps", 2, "--train.run_dir", run).code == 0
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     before = sorted(run.rglob("*"))
-    outcome = fastgessl("train", *QUICK, "--train.max_steps", 4, "--train.run_dir", run, "--train.resume", "auto")
+    outcome = fastgessl(
+        "train", *QUICK, "--train.max_steps", 4, "--train.run_dir", run, "--train.resume", "auto"
+    )
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert "Read-only file system" in outcome.err
@@ -179,7 +217,11 @@ def test_if_any_starts_continues_and_starts_over_but_never_writes_into_what_is_n
 def test_the_command_that_goes_on_survives_a_shell_whatever_the_folder_is_called(tmp_path):
     run = tmp_path / "it's; touch pwned $(touch pwned) `touch pwned` ü"
     shown = subprocess.run(
-        ["sh", "-c", f"printf '%s\\n' {runs.continuation(run)}"], capture_output=True, text=True, cwd=tmp_path, check=True
+        ["sh", "-c", f"printf '%s\\n' {runs.continuation(run)}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
     )
     assert shown.stdout.splitlines() == [
         "fastgessl",
@@ -196,14 +238,25 @@ def test_the_command_that_goes_on_survives_a_shell_whatever_the_folder_is_called
 def launched(arguments, *, ranks: int, **options) -> subprocess.Popen[str]:
     """The real command on so many gloo processes under torchrun, which restarts them up to three times."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--max_restarts=3"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "--max_restarts=3",
+    ]
     command = [*launcher, "-m", "fastgessl", "train", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
     """The processes that a launcher has started, by rank."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout
     return [int(word) for word in listed.split()]
 
 

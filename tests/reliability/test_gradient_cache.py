@@ -56,7 +56,13 @@ def batch(images: int = 13, dtype: torch.dtype = torch.float64) -> tuple[list[to
 
 
 def gradients(method) -> torch.Tensor:
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in method.parameters() if p.requires_grad])
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+            for p in method.parameters()
+            if p.requires_grad
+        ]
+    )
 
 
 def worst(found, expected):
@@ -69,7 +75,10 @@ def worst(found, expected):
 def test_without_batch_norm_the_step_is_that_of_the_whole_batch(name, chunk, dtype):
     views, labels = batch(dtype=dtype)
     plain, cached = (make(name, batch_norm=False, dtype=dtype) for _ in range(2))
-    expected, found = GeSSL(plain, GesslConfig())(views, labels=labels), CachedObjective(cached, GesslConfig(), chunk)(views, labels=labels)
+    expected, found = (
+        GeSSL(plain, GesslConfig())(views, labels=labels),
+        CachedObjective(cached, GesslConfig(), chunk)(views, labels=labels),
+    )
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
     expected.loss.backward()
@@ -80,7 +89,9 @@ def test_without_batch_norm_the_step_is_that_of_the_whole_batch(name, chunk, dty
     plain.update_state([(expected.outputs, expected.targets)], 0)
     cached.update_state([(found.outputs, found.targets)], 0)
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(cached.state_dict()[name], value, rtol=10 * tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            cached.state_dict()[name], value, rtol=10 * tolerance, atol=tolerance, msg=name
+        )
 
 
 class InChunks(nn.Module):
@@ -92,7 +103,12 @@ class InChunks(nn.Module):
 
     def forward(self, views):
         parts = [self.inner([view.tensor_split(2)[place] for view in views]) for place in range(2)]
-        return Outputs(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("features", "projections")))
+        return Outputs(
+            *(
+                torch.cat([getattr(part, name) for part in parts], dim=1)
+                for name in ("features", "projections")
+            )
+        )
 
 
 def test_with_batch_norm_each_chunk_has_its_own_statistics_and_both_passes_agree():
@@ -105,7 +121,9 @@ def test_with_batch_norm_each_chunk_has_its_own_statistics_and_both_passes_agree
         torch.testing.assert_close(cached.state_dict()[name], value, rtol=1e-12, atol=1e-12)
     whole = make("simclr", batch_norm=True)
     GeSSL(whole, GesslConfig())(views).loss.backward()
-    assert worst(gradients(cached), gradients(whole)) > 1e-3  # as documented: not the statistics of the whole batch
+    assert (
+        worst(gradients(cached), gradients(whole)) > 1e-3
+    )  # as documented: not the statistics of the whole batch
 
 
 def test_dropout_falls_on_the_same_units_in_both_passes():
@@ -131,7 +149,10 @@ def test_under_autocast_the_second_pass_has_a_graph_and_the_gradient_of_the_firs
     views, _ = batch(12, torch.float32)
     plain, cached = (make("simclr", batch_norm=False, dtype=torch.float32) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        expected, found = GeSSL(plain, GesslConfig())(views), CachedObjective(cached, GesslConfig(), chunk=5)(views)
+        expected, found = (
+            GeSSL(plain, GesslConfig())(views),
+            CachedObjective(cached, GesslConfig(), chunk=5)(views),
+        )
     expected.loss.backward()
     found.loss.backward()
     assert gradients(cached).norm() > 0
@@ -183,10 +204,20 @@ def memory(which: str) -> int:
 @pytest.mark.parametrize("images", [1024, pytest.param(65_536, marks=pytest.mark.slow)])
 def test_a_step_of_65_536_images_runs_in_the_memory_of_its_embeddings(tmp_path, images):
     random, dim = np.random.default_rng(0), 128
-    np.savez(tmp_path / "images.npz", train_x=random.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8), train_y=np.arange(images) % 4)
+    np.savez(
+        tmp_path / "images.npz",
+        train_x=random.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8),
+        train_y=np.arange(images) % 4,
+    )
     sections = {
         "method": {"projector_hidden": 64, "projector_out": dim},
-        "train": {"batch_size": images, "accumulate": 1, "epochs": 1, "max_steps": 1, "gradient_cache": images // 64},
+        "train": {
+            "batch_size": images,
+            "accumulate": 1,
+            "epochs": 1,
+            "max_steps": 1,
+            "gradient_cache": images // 64,
+        },
     }
     training = start(small_config(tmp_path / "images.npz", **sections), tmp_path / "run")
     weights = [training.method.backbone.conv1[0].weight, training.method.projector[0].weight]
@@ -195,12 +226,17 @@ def test_a_step_of_65_536_images_runs_in_the_memory_of_its_embeddings(tmp_path, 
     base, began, computing = memory("VmRSS"), time.monotonic(), time.process_time()
     run_steps(training, tmp_path / "run")
     seconds, computing, peak = time.monotonic() - began, time.process_time() - computing, memory("VmHWM")
-    print(f"{images} images, {dim} dimensions: {seconds:.0f} s, {computing:.0f} s of them computing, {base} MiB before, {peak} MiB at most")
+    print(
+        f"{images} images, {dim} dimensions: {seconds:.0f} s, {computing:.0f} s of them computing, {base} "
+        f"MiB before, {peak} MiB at most"
+    )
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
-    # Cosines in [-1, 1] at a temperature of 0.3 keep a row's loss, over all other rows, within 2 / 0.3 of the logarithm of their number.
+    # Cosines in [-1, 1] at a temperature of 0.3 keep a row's loss, over all other rows, within 2 / 0.3 of the
+    # logarithm of their number.
     assert abs(line["loss"] - np.log(2 * images - 1)) < 2 / 0.3
     assert all(not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
-    # Found with 65,536: 768 MiB. The views are 96 MiB and their projections 64; the table of similarities would be 65,536.
+    # Found with 65,536: 768 MiB. The views are 96 MiB and their projections 64; the table of similarities
+    # would be 65,536.
     assert peak - base < 1024
 
 
@@ -227,7 +263,9 @@ def test_outputs_by_row_in_a_field_of_ones_own_are_refused():
 
     class Odd(METHODS["simclr"]):  # type: ignore[misc, name-defined]
         def forward(self, views=None, *, features=None):
-            return Further(**vars(super().forward(views, features=features)), brightness=views[0].mean((1, 2, 3)))
+            return Further(
+                **vars(super().forward(views, features=features)), brightness=views[0].mean((1, 2, 3))
+            )
 
     torch.manual_seed(0)
     method = Odd(MethodConfig(**METHOD), narrow_backbone(), RunFacts())

@@ -57,12 +57,20 @@ CONTENTS = {
     "weights of another shape": {"objective": {"method.backbone.conv1.weight": torch.zeros(1)}},
     "an optimiser without groups": {"optimizer": {"state": {}}},
     "an optimiser of strings": {"optimizer": {"state": "x", "param_groups": []}},
-    "an optimiser of another model": {"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(7)}}, "param_groups": [{"params": [0]}]}},
+    "an optimiser of another model": {
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(7)}}, "param_groups": [{"params": [0]}]}
+    },
     "more optimiser states than weights": {"optimizer": {"state": {999: {}}, "param_groups": []}},
     "no place in the data": {"loader": {}},
-    "a place before the start": {"loader": {"epoch": 0, "iteration": -5, "seed": 0, "batch_size": 8, "images": 48}},
-    "a place that is a tensor": {"loader": {"epoch": torch.tensor(1), "iteration": 0, "seed": 0, "batch_size": 8, "images": 48}},
-    "generators that are no states": {"ranks": [{"torch": 1, "cuda": None, "python": (), "numpy": [], "buffers": {}}]},
+    "a place before the start": {
+        "loader": {"epoch": 0, "iteration": -5, "seed": 0, "batch_size": 8, "images": 48}
+    },
+    "a place that is a tensor": {
+        "loader": {"epoch": torch.tensor(1), "iteration": 0, "seed": 0, "batch_size": 8, "images": 48}
+    },
+    "generators that are no states": {
+        "ranks": [{"torch": 1, "cuda": None, "python": (), "numpy": [], "buffers": {}}]
+    },
     "ranks of numbers": {"ranks": [7]},
     "a step that is no number": {"step": "1"},
     "no version": {"format": ...},
@@ -81,7 +89,9 @@ def test_a_checkpoint_with_other_content_is_refused_in_one_line(saved, tmp_path,
     assert "step-000000001" in str(refused.value)
 
 
-@pytest.mark.parametrize("change", [{"model": {"name": "resnet10t"}}, {"method": {"name": "byol"}}, {"optim": {"name": "adamw"}}])
+@pytest.mark.parametrize(
+    "change", [{"model": {"name": "resnet10t"}}, {"method": {"name": "byol"}}, {"optim": {"name": "adamw"}}]
+)
 def test_a_checkpoint_of_another_model_method_or_optimiser_is_refused(saved, tmp_path, change):
     config, folder = saved
     other = small_config(config.data.root, **change)
@@ -103,7 +113,10 @@ def test_no_pickle_in_a_checkpoint_runs(saved, tmp_path):
 def test_a_checkpoint_that_swells_is_refused_before_it_does(saved, tmp_path):
     file = tmp_path / "step-000000001" / "state.pt"
     file.parent.mkdir()
-    with zipfile.ZipFile(saved[1] / "state.pt") as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(saved[1] / "state.pt") as old,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             with new.open(name, "w") as member:
                 if name.endswith("/data/0"):
@@ -126,7 +139,8 @@ def test_a_tensor_that_claims_more_than_its_file_holds_costs_nothing(saved, tmp_
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefghi", "bcdefghij", strict=True)
 )
 TEXTS = {
     "aliases of aliases": BOMB,
@@ -171,7 +185,9 @@ def test_a_file_that_is_too_large_is_not_even_read(tmp_path):
         load(str(tmp_path / "mine.yaml"))
 
 
-@pytest.mark.parametrize("recipe", ["../../etc/cron.d/x", "/etc/x", "..", ".", "a/b", "~", "$(touch x)", "x" * 500])
+@pytest.mark.parametrize(
+    "recipe", ["../../etc/cron.d/x", "/etc/x", "..", ".", "a/b", "~", "$(touch x)", "x" * 500]
+)
 def test_a_recipe_name_leads_to_no_folder_but_one_under_runs(tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
     folder = runs.run_folder(Config(recipe=recipe))
@@ -181,7 +197,9 @@ def test_a_recipe_name_leads_to_no_folder_but_one_under_runs(tmp_path, monkeypat
 
 
 def test_a_schedule_of_too_many_steps_is_refused_before_it_is_made(fastgessl, tmp_path):
-    outcome = fastgessl("train", "digits-simclr", "--train.epochs", 10**15, "--train.run_dir", tmp_path / "run")
+    outcome = fastgessl(
+        "train", "digits-simclr", "--train.epochs", 10**15, "--train.run_dir", tmp_path / "run"
+    )
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "max_steps" in outcome.err
 
@@ -195,7 +213,13 @@ def test_a_folder_s_name_says_nothing_to_the_terminal(fastgessl, tmp_path):
 def test_a_log_from_anyone_is_continued_without_its_bad_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "loss": 2.0}\n'
-    path.write_bytes(good + b'{"step": "2"}\n[1]\n3\nnull\n{"no": 1}\n' + b"[" * 5000 + b"\n\xff\xfe\n" + good.replace(b"1", b"9", 1))
+    path.write_bytes(
+        good
+        + b'{"step": "2"}\n[1]\n3\nnull\n{"no": 1}\n'
+        + b"[" * 5000
+        + b"\n\xff\xfe\n"
+        + good.replace(b"1", b"9", 1)
+    )
     runs.JsonLines(path, 5).close()
     assert path.read_bytes() == good
 
@@ -224,7 +248,9 @@ def test_an_npz_of_objects_runs_nothing(tmp_path):
 )
 def test_an_npz_whose_header_is_no_description_is_refused(tmp_path, header):
     with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
-        archive.writestr("train_x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(192))
+        archive.writestr(
+            "train_x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(192)
+        )
     with pytest.raises(pipelines.DataError, match=r"cannot be read as an \.npz of plain arrays") as refused:
         pipelines.open_images("npz", tmp_path / "images.npz")
     assert "\n" not in str(refused.value)
@@ -243,7 +269,11 @@ def test_an_npz_that_asks_for_a_password_is_refused(tmp_path):
 def hostile_tar(path: Path, mode: str, aim: Path) -> None:
     """Members that want out: by an absolute name, by .., by a link and through it, and a device."""
     with tarfile.open(path, mode) as archive:
-        for name in (str(aim / "absolute.jpg"), "../../../../../../../.." + str(aim / "relative.jpg"), "inside/../../../escaped.jpg"):
+        for name in (
+            str(aim / "absolute.jpg"),
+            "../../../../../../../.." + str(aim / "relative.jpg"),
+            "inside/../../../escaped.jpg",
+        ):
             member = tarfile.TarInfo(name)
             member.size = 4
             archive.addfile(member, io.BytesIO(b"mine"))

@@ -1,4 +1,6 @@
-"""Numbers going bad: the step is given back, counted, and after so many in a row explained; a dead model is pointed out."""
+"""Numbers going bad: the step is given back, counted, and after so many in a row explained; a dead model is
+pointed out.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def data(tmp_path_factory):
 
 
 class BadViews(BYOL):
-    """Sees views of NaN in the forwards that `bad` names, so that batch norm, momentum encoder and weights are all in danger."""
+    """Sees views of NaN in the forwards that `bad` names, so that batch norm, momentum encoder and weights
+    are all in danger.
+    """
 
     bad: frozenset[int] = frozenset()
     forwards = 0
@@ -43,7 +47,9 @@ def bad_forwards(monkeypatch, *numbers):
     monkeypatch.setattr(BadViews, "forwards", 0)
 
 
-def test_a_step_that_is_not_finite_leaves_weights_statistics_and_momentum_as_they_were(data, tmp_path, monkeypatch):
+def test_a_step_that_is_not_finite_leaves_weights_statistics_and_momentum_as_they_were(
+    data, tmp_path, monkeypatch
+):
     config = small_config(data, "byol", train={"max_steps": 3})
     bad_forwards(monkeypatch, 3)  # two forwards a step: the second of the second step
     run = tmp_path / "run"
@@ -65,7 +71,14 @@ def test_the_run_goes_on_after_a_bad_step_and_counts_it(data, tmp_path, monkeypa
     bad_forwards(monkeypatch, 3, 7)
     training = start(small_config(data, "byol", train={"max_steps": 6}), tmp_path)
     assert run_steps(training, tmp_path) == 6
-    assert [line.get("skipped") for line in read_lines(tmp_path / "metrics.jsonl")] == [None, 1, None, 2, None, None]
+    assert [line.get("skipped") for line in read_lines(tmp_path / "metrics.jsonl")] == [
+        None,
+        1,
+        None,
+        2,
+        None,
+        None,
+    ]
     assert all(weight.isfinite().all() for weight in training.method.state_dict().values())
     saved = [int(folder.name.removeprefix("step-")) for folder in checkpoint.complete(tmp_path)]
     assert saved == [1, 3, 5, 6]
@@ -80,7 +93,10 @@ def test_so_many_in_a_row_stop_the_run_with_a_state_that_repeats_them(data, tmp_
     assert "\n" not in str(stopped.value)
     command = shlex.split(str(stopped.value).rsplit(": ", 1)[1])
     state_before = Path(command[command.index("--train.resume") + 1])
-    assert checkpoint.load(state_before)["loader"] == checkpoint.load(run / "checkpoints" / "step-000000002")["loader"]
+    assert (
+        checkpoint.load(state_before)["loader"]
+        == checkpoint.load(run / "checkpoints" / "step-000000002")["loader"]
+    )
     again = start(config, tmp_path / "again")
     monkeypatch.setattr(BadViews, "forwards", 4)
     with pytest.raises(UsageError, match="3 steps in a row, 3 to 5"):
@@ -145,14 +161,25 @@ class Stuck(MoCo):
         pass
 
 
-@pytest.mark.parametrize(("name", "broken", "flag"), [("simclr", Collapsed, "collapsed"), ("moco", Stuck, "stuck_queue")])
-def test_a_collapse_and_a_stuck_queue_are_flagged_and_healthy_training_is_not(data, tmp_path, monkeypatch, capsys, name, broken, flag):
+@pytest.mark.parametrize(
+    ("name", "broken", "flag"), [("simclr", Collapsed, "collapsed"), ("moco", Stuck, "stuck_queue")]
+)
+def test_a_collapse_and_a_stuck_queue_are_flagged_and_healthy_training_is_not(
+    data, tmp_path, monkeypatch, capsys, name, broken, flag
+):
     monkeypatch.setitem(guard._PATIENCE, "collapsed", 3)
-    run_steps(start(small_config(data, name, train={"max_steps": 6}), tmp_path / "healthy"), tmp_path / "healthy")
-    assert not any({"collapsed", "stuck_queue"} & line.keys() for line in read_lines(tmp_path / "healthy" / "metrics.jsonl"))
+    run_steps(
+        start(small_config(data, name, train={"max_steps": 6}), tmp_path / "healthy"), tmp_path / "healthy"
+    )
+    assert not any(
+        {"collapsed", "stuck_queue"} & line.keys()
+        for line in read_lines(tmp_path / "healthy" / "metrics.jsonl")
+    )
     assert "fastgessl train: step" not in capsys.readouterr().err
     monkeypatch.setitem(METHODS, name, broken)
-    run_steps(start(small_config(data, name, train={"max_steps": 6}), tmp_path / "broken"), tmp_path / "broken")
+    run_steps(
+        start(small_config(data, name, train={"max_steps": 6}), tmp_path / "broken"), tmp_path / "broken"
+    )
     flagged = [line["step"] for line in read_lines(tmp_path / "broken" / "metrics.jsonl") if line.get(flag)]
     assert flagged == ([3, 4, 5, 6] if flag == "collapsed" else [4, 5, 6])
     assert capsys.readouterr().err.count("fastgessl train: step") == 1

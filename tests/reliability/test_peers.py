@@ -1,4 +1,6 @@
-"""When a process dies the others stop within seconds, with its name; when all is well nobody notices the watch."""
+"""When a process dies the others stop within seconds, with its name; when all is well nobody notices the
+watch.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,11 @@ def test_a_rank_whose_collective_fails_because_of_another_names_the_other(tmp_pa
     ends = forked(3, work, tmp_path)
     assert [code for code, _ in ends] == ([EXIT_CODE, -9, EXIT_CODE] if dies else [1, 1, EXIT_CODE])
     if dies:
-        assert "rank 1 (host" in ends[0][1] and "has died" in ends[0][1] and "connection closed" not in ends[0][1]
+        assert (
+            "rank 1 (host" in ends[0][1]
+            and "has died" in ends[0][1]
+            and "connection closed" not in ends[0][1]
+        )
     else:
         assert "RuntimeError: connection closed by peer" in ends[0][1]
         assert "RuntimeError: out of memory" in ends[1][1]
@@ -121,7 +127,10 @@ def test_of_ranks_that_fail_at_once_all_are_named_to_the_others(tmp_path):
 
     ends = forked(3, work, tmp_path)
     assert [code for code, _ in ends] == [EXIT_CODE, 1, 1]
-    assert re.search(r"rank 1 \(.*\) stopped: RuntimeError: connection .*; rank 2 \(.*\) stopped: RuntimeError: out of", ends[0][1])
+    assert re.search(
+        r"rank 1 \(.*\) stopped: RuntimeError: connection .*; rank 2 \(.*\) stopped: RuntimeError: out of",
+        ends[0][1],
+    )
 
 
 def test_ranks_that_end_well_end_well_in_any_order(tmp_path):
@@ -188,7 +197,10 @@ def test_a_rank_0_that_does_not_come_is_named_by_its_neighbour(tmp_path):
 
     ends = forked(3, work, tmp_path)
     assert [code for code, _ in ends] == [0, EXIT_CODE, EXIT_CODE]
-    assert f"rank 0 (host {socket.gethostname()}, process unknown) was not reached at localhost within 2 s" in ends[1][1]
+    assert (
+        f"rank 0 (host {socket.gethostname()}, process unknown) was not reached at localhost within 2 s"
+        in ends[1][1]
+    )
     assert [said.count("\n") for _, said in ends] == [0, 1, 0]
 
 
@@ -218,7 +230,11 @@ def test_ranks_started_again_on_one_store_do_not_call_those_of_before(tmp_path, 
                 os.kill(os.getpid(), signal.SIGKILL)
             torch.distributed.barrier()
 
-    for fails, codes in ((True, [EXIT_CODE, -9, EXIT_CODE]), (True, [EXIT_CODE, -9, EXIT_CODE]), (False, [0, 0, 0])):
+    for fails, codes in (
+        (True, [EXIT_CODE, -9, EXIT_CODE]),
+        (True, [EXIT_CODE, -9, EXIT_CODE]),
+        (False, [0, 0, 0]),
+    ):
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
         ends = forked(3, partial(work, fails=fails), tmp_path)
@@ -241,7 +257,17 @@ def test_a_rank_0_of_before_whose_port_is_somebody_elses_is_not_waited_for(tmp_p
 
 def test_a_port_that_is_taken_is_refused_with_what_to_change(monkeypatch):
     with socket.create_server(("", 0)) as taken:
-        for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": taken.getsockname()[1], "RANK": 0, "WORLD_SIZE": 2}.items():
+        for name, value in {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": taken.getsockname()[1],
+            "RANK": 0,
+            "WORLD_SIZE": 2,
+        }.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(UsageError, match=r"rank 0 cannot open the store at localhost, port .*MASTER_PORT free there"), watched():
+        with (
+            pytest.raises(
+                UsageError, match=r"rank 0 cannot open the store at localhost, port .*MASTER_PORT free there"
+            ),
+            watched(),
+        ):
             pass

@@ -1,4 +1,6 @@
-"""Short forms of what `make soak` does in full: kills in a loop, and twenty thousand steps at constant memory."""
+"""Short forms of what `make soak` does in full: kills in a loop, and twenty thousand steps at constant
+memory.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +70,17 @@ def test_memory_handles_threads_and_logs_stay_flat(tmp_path, monkeypatch, steps)
     run_steps(training, run)
     training.accelerator.end_training()
     memory, handles, threads = zip(*readings, strict=True)
-    print(f"{steps} steps: memory {[round(m / 2**20, 1) for m in memory]} MiB, handles {handles}, threads {threads}")
+    print(
+        f"{steps} steps: memory {[round(m / 2**20, 1) for m in memory]} MiB, handles {handles}, threads "
+        f"{threads}"
+    )
     assert len(set(handles[2:])) == 1, handles
     assert len(set(threads[2:])) == 1, threads
-    # The allocator settles in the first sixth; 20,000 steps that lost one float32 an image would show as 0.6 MB.
+    # The allocator settles in the first sixth; 20,000 steps that lost one float32 an image would show as 0.6
+    # MB.
     assert max(memory[6:]) - max(memory[2:6]) < 2 * 2**20, memory
     assert len(list((run / "checkpoints").iterdir())) == 2
-    written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file() and "checkpoints" not in file.parts)
+    written = sum(
+        file.stat().st_size for file in run.rglob("*") if file.is_file() and "checkpoints" not in file.parts
+    )
     assert written < 3000 * steps

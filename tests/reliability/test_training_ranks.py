@@ -1,4 +1,6 @@
-"""Several processes through the trainer: FSDP2 equals DDP, bad numbers are bad on every rank, and runs change their number of ranks."""
+"""Several processes through the trainer: FSDP2 equals DDP, bad numbers are bad on every rank, and runs change
+their number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ def test_fsdp_equals_ddp_and_each_rank_holds_a_part(reports, label):
     for report in reports:
         expected, found = report["ddp", label], report["fsdp", label]
         for name, weight in expected["weights"].items():
-            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found["weights"][name],
+                weight,
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
         torch.testing.assert_close(found["features"], expected["features"], rtol=1e-4, atol=1e-5)
         assert expected["share"] > 0.99
         assert found["share"] < 0.6
@@ -58,14 +66,21 @@ def test_a_sharded_run_goes_on_in_one_process_and_the_log_of_both_is_alike(repor
 
 
 def test_looking_at_the_encoder_during_training_draws_no_random_number(reports):
-    drew = {key: report[key]["drew"] for report in reports for key in report if isinstance(report[key], dict) and "drew" in report[key]}
+    drew = {
+        key: report[key]["drew"]
+        for report in reports
+        for key in report
+        if isinstance(report[key], dict) and "drew" in report[key]
+    }
     assert len(drew) > 20 and not any(drew.values())
 
 
 def test_keys_passed_around_give_the_weights_of_keys_gathered(reports):
     for report in reports:
         for name, weight in report["global"]["weights"].items():
-            torch.testing.assert_close(report["ring"]["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                report["ring"]["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name
+            )
     assert "byol has none to pass" in reports[0]["nothing to pass"]
 
 
@@ -94,7 +109,10 @@ def test_two_ranks_then_one_equal_one_rank_all_along(reports, folder, tmp_path, 
     run_steps(training, changed, training.load(middle))
     found, expected = (read_lines(run / "metrics.jsonl")[-1] for run in (changed, whole))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-    assert checkpoint.load(middle)["loader"] == checkpoint.load(whole / "checkpoints" / "step-000000001")["loader"]
+    assert (
+        checkpoint.load(middle)["loader"]
+        == checkpoint.load(whole / "checkpoints" / "step-000000001")["loader"]
+    )
 
 
 def test_what_sharding_cannot_do_is_refused_with_the_reason(reports, folder, tmp_path):

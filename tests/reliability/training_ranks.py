@@ -1,4 +1,6 @@
-"""What one of several gloo processes does for test_training_ranks.py: training_ranks.py RANK WORLD_SIZE FOLDER. Writes FOLDER/RANK.pt."""
+"""What one of several gloo processes does for test_training_ranks.py: training_ranks.py RANK WORLD_SIZE
+FOLDER. Writes FOLDER/RANK.pt.
+"""
 
 import os
 import sys
@@ -14,9 +16,15 @@ from fastgessl.methods.simclr import SimCLR
 from fastgessl.runs import checkpoint
 from fastgessl.training.sharding import whole_tensors
 
-PLAIN = {"optim": {"base_lr": 0.1, "clip_gradient": 1.0}, "train": {"max_steps": 2, "batch_size": 8, "accumulate": 1}}
+PLAIN = {
+    "optim": {"base_lr": 0.1, "clip_gradient": 1.0},
+    "train": {"max_steps": 2, "batch_size": 8, "accumulate": 1},
+}
 # Small steps: gradients of norm 30 on batches of four images blow rounding up by a hundred a step.
-GESSL = {"optim": {"base_lr": 0.01}, "train": {"max_steps": 2, "batch_size": 8, "accumulate": 1, "checkpoint_every": 9}}
+GESSL = {
+    "optim": {"base_lr": 0.01},
+    "train": {"max_steps": 2, "batch_size": 8, "accumulate": 1, "checkpoint_every": 9},
+}
 MODES = {
     "K 0": {"w_sigma": 1.0},
     "head": {"w_sigma": 1.0, "inner_steps": 1, "scope": "head"},
@@ -29,11 +37,17 @@ def sharded(sections):
 
 
 def outcome(data, folder, name, sections):
-    """Whole weights after the run, metrics of its last step on this rank, share of the weights that this rank holds."""
+    """Whole weights after the run, metrics of its last step on this rank, share of the weights that this rank
+    holds.
+    """
     training = start(small_config(data, name, **sections), folder)
     held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in training.method.parameters())
     run_steps(training, folder)
-    weights = {key: value.clone() for key, value in whole_tensors(training.method).items() if isinstance(value, torch.Tensor)}
+    weights = {
+        key: value.clone()
+        for key, value in whole_tensors(training.method).items()
+        if isinstance(value, torch.Tensor)
+    }
     generator = torch.get_rng_state()
     encoder = training.encoder()
     drew = not torch.equal(generator, torch.get_rng_state())
@@ -78,7 +92,11 @@ def resumed_over_ranks(data, folder, rank):
     expected = training.method.state_dict()
     training = start(small_config(data, **sections), again)
     run_steps(training, again, training.load(whole / "checkpoints" / "step-000000002"))
-    own = [place for place in differences(training.method.state_dict(), expected) if "running" not in place or rank == 0]
+    own = [
+        place
+        for place in differences(training.method.state_dict(), expected)
+        if "running" not in place or rank == 0
+    ]
     files = [checkpoint.load(run / "checkpoints" / "step-000000004") for run in (whole, again)]
     METHODS["simclr"] = SimCLR
     return own + differences(files[1], files[0]), len(files[0]["ranks"][1]["buffers"])
@@ -93,7 +111,12 @@ def refusal(data, folder, **sections):
 
 
 def main(rank, size, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "ACCELERATE_USE_CPU": "true",
+    }
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
     data, report = folder / "images.npz", {}
     for name in sorted(METHODS):
@@ -107,8 +130,12 @@ def main(rank, size, folder):
     report["ddp", "cached"] = outcome(data, folder / "ddp" / "cached", "simclr", cached)
     report["fsdp", "cached"] = outcome(data, folder / "fsdp" / "cached", "simclr", sharded(cached))
     for negatives in ("global", "ring"):
-        report[negatives] = outcome(data, folder / negatives, "simclr", PLAIN | {"method": {"negatives": negatives}})
-    report["nothing to pass"] = refusal(data, folder / "refused", method={"name": "byol", "negatives": "ring"})
+        report[negatives] = outcome(
+            data, folder / negatives, "simclr", PLAIN | {"method": {"negatives": negatives}}
+        )
+    report["nothing to pass"] = refusal(
+        data, folder / "refused", method={"name": "byol", "negatives": "ring"}
+    )
     METHODS["simclr"] = BadOnOneRank
     report["bad"] = outcome(data, folder / "bad", "simclr", {"train": {"max_steps": 4}})
     METHODS["simclr"] = SimCLR

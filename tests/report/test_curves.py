@@ -11,7 +11,10 @@ from fastgessl.report.curves import HEIGHT, LEFT, RIGHT, WIDTH, _ticks, line_cha
 
 
 def drawn_points(chart: str) -> list[list[tuple[float, float]]]:
-    return [[tuple(map(float, pair.split(","))) for pair in line.split()] for line in re.findall(r'points="([^"]+)"', chart)]
+    return [
+        [tuple(map(float, pair.split(","))) for pair in line.split()]
+        for line in re.findall(r'points="([^"]+)"', chart)
+    ]
 
 
 def test_a_line_goes_through_its_points_between_the_axes():
@@ -32,7 +35,9 @@ def test_a_long_series_keeps_its_mean_and_its_last_point():
     assert points[-1][0] == pytest.approx(WIDTH - RIGHT)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.2, 3.1), (-4e-7, 9e-7), (5.0, 5.0), (0.0, 0.0), (-3.0, 1234567.0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.2, 3.1), (-4e-7, 9e-7), (5.0, 5.0), (0.0, 0.0), (-3.0, 1234567.0)]
+)
 def test_ticks_are_even_and_enclose_the_values(low, high):
     ticks = _ticks(low, high, 4)
 

@@ -1,4 +1,6 @@
-"""The page on real runs: complete, self-contained, with nothing in it that a name could turn into markup; and as a browser shows it."""
+"""The page on real runs: complete, self-contained, with nothing in it that a name could turn into markup; and
+as a browser shows it.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,12 @@ def labelled_run(two_runs, tmp_path) -> Path:
                 Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(file)
     run = Path(shutil.copytree(two_runs[0], tmp_path / "run <i>"))
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"] |= {"name": "folder", "root": str(tmp_path / "photos"), "engine": "torchvision", "workers": 1}
+    config["data"] |= {
+        "name": "folder",
+        "root": str(tmp_path / "photos"),
+        "engine": "torchvision",
+        "workers": 1,
+    }
     config["recipe"] = NASTY
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return run
@@ -74,7 +81,9 @@ def test_the_page_of_several_runs_has_every_section_and_fetches_nothing(page_of_
                     "configuration"):  # fmt: skip
         assert section in outline.ids, section
     assert outline.sources == []
-    assert "@import" not in page_of_two.read_text() and not re.search(r"url\((?!data:)", page_of_two.read_text())
+    assert "@import" not in page_of_two.read_text() and not re.search(
+        r"url\((?!data:)", page_of_two.read_text()
+    )
     assert outline.tags.count("polyline") >= 10
     assert outline.tags.count("circle") == 2 * 599
     for words in ("± ", "PCA", "t-SNE", "effective rank", "learning rate", "images a second", "seed"):
@@ -82,7 +91,9 @@ def test_the_page_of_several_runs_has_every_section_and_fetches_nothing(page_of_
 
 
 def test_its_points_are_data_and_not_markup(page_of_two):
-    embedded = re.search(r'<script type="application/json" id="points">(.*?)</script>', page_of_two.read_text()).group(1)
+    embedded = re.search(
+        r'<script type="application/json" id="points">(.*?)</script>', page_of_two.read_text()
+    ).group(1)
     points = json.loads(embedded)
 
     assert len(points) == 599 and {point["label"] for point in points} == set("0123456789")
@@ -116,12 +127,16 @@ def test_a_skipped_file_moves_no_name_and_no_picture(labelled_run, tmp_path, fas
     config = base_config(str(labelled_run))
     config = config.model_copy(update={"data": config.data.model_copy(update={"bad_files": "skip"})})
     subject = open_subject(str(labelled_run), config)
-    images, test = (pipelines.open_images("folder", tmp_path / "photos", split) for split in ("train", "test"))
+    images, test = (
+        pipelines.open_images("folder", tmp_path / "photos", split) for split in ("train", "test")
+    )
 
     shown = []
     pictures = Gallery._pictures
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Gallery, "_pictures", lambda self, images: shown.append(images) or pictures(self, images))
+        patched.setattr(
+            Gallery, "_pictures", lambda self, images: shown.append(images) or pictures(self, images)
+        )
         gallery = Gallery(subject, images, test, build_accelerator(config, labelled_run))
     points = gallery.points()
 
@@ -146,7 +161,10 @@ def test_a_run_that_was_stopped_gets_its_curves_and_says_what_is_missing(two_run
     assert "has not been trained to its end" in outline.text
 
 
-@pytest.mark.parametrize(("spoil", "expected"), [("config.yaml", "not the folder of a run"), ("metrics.jsonl", "nothing to report")])
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [("config.yaml", "not the folder of a run"), ("metrics.jsonl", "nothing to report")],
+)
 def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(two_runs, tmp_path, fastgessl, spoil, expected):
     run = Path(shutil.copytree(two_runs[0], tmp_path / "run"))
     (run / spoil).unlink()
@@ -158,13 +176,22 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(two_runs, tmp_path,
 
 
 def chromium(page: Path, *options: str) -> str:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", *options, page.as_uri()]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=3000",
+        *options,
+        page.as_uri(),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_runs_the_page_without_an_error(page_of_two, tmp_path):
-    # The page's script is put under a pointer that moves over the first dot, and what the tooltip then shows is read from the DOM.
+    # The page's script is put under a pointer that moves over the first dot, and what the tooltip then shows
+    # is read from the DOM.
     probe = """<script>window.onerror = message => document.documentElement.dataset.error = message;
     document.addEventListener("DOMContentLoaded", () => { const map = document.querySelector(".map"), dot = map.children[0];
     const box = dot.getBoundingClientRect(); map.dispatchEvent(new PointerEvent("pointermove",
@@ -188,7 +215,9 @@ def test_a_browser_runs_the_page_without_an_error(page_of_two, tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_paints_every_part_of_the_page(page_of_two, tmp_path):
-    chromium(page_of_two, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=800,2400", "--hide-scrollbars")
+    chromium(
+        page_of_two, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=800,2400", "--hide-scrollbars"
+    )
 
     pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
     assert pixels.shape[:2] == (2400, 800)

@@ -1,13 +1,14 @@
 """How far one reads to follow a step: the project's files and functions that it visits.
 
-`python -m bench.trace_step` trains digits-simclr for three steps and prints two rows: the way from the command
-to the first step, and the third step. A change of file is a call into another file than the call before it.
+`python -m bench.trace_step` trains digits-simclr and prints two rows: the way from the command to the first
+step, and the third step. A change of file is a call into another file than the call before it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ def walk(calls: Sequence[Call]) -> Walk:
     >>> walk([Call("a.py", "f"), Call("b.py", "g"), Call("b.py", "g"), Call("a.py", "f")])
     Walk(calls=4, functions=2, files=2, changes=2)
     """
-    changes = sum(before.file != after.file for before, after in zip(calls, calls[1:], strict=False))
+    changes = sum(before.file != after.file for before, after in itertools.pairwise(calls))
     return Walk(len(calls), len(set(calls)), len({call.file for call in calls}), changes)
 
 

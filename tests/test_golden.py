@@ -13,6 +13,7 @@ import io
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ def shortened(curves: dict[str, Any]) -> dict[str, list[float | None]]:
     }
 
 
-def _main(target: Path) -> None:
-    """Write every curve to `target`, or compare with it to the bit."""
+def _main(target: Path, recipes: Sequence[str]) -> None:
+    """Write the curves of `recipes` to `target`, or compare with it to the bit."""
     from conftest import in_this_process
 
     def quiet(*arguments: object) -> Any:
@@ -137,7 +138,7 @@ def _main(target: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         images = write_images(Path(folder) / "images.npz")
-        found = {recipe: trajectory(quiet, recipe, images, Path(folder) / recipe) for recipe in RECIPES}
+        found = {recipe: trajectory(quiet, recipe, images, Path(folder) / recipe) for recipe in recipes}
     if target == ASSET or not target.exists():
         rows = found if target != ASSET else {recipe: shortened(curves) for recipe, curves in found.items()}
         target.write_text(
@@ -145,9 +146,9 @@ def _main(target: Path) -> None:
         )
         return
     expected = json.loads(target.read_text())
-    changed = [recipe for recipe in RECIPES if found[recipe] != expected[recipe]]
+    changed = [recipe for recipe in recipes if found[recipe] != expected[recipe]]
     sys.exit(f"changed: {', '.join(changed)}" if changed else 0)
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]) if len(sys.argv) > 1 else ASSET)
+    _main(Path(sys.argv[1]) if len(sys.argv) > 1 else ASSET, sys.argv[2:] or RECIPES)

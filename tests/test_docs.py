@@ -76,13 +76,13 @@ def idle(monkeypatch) -> list[str]:
         "evaluate.subject.base_config": Config(),
         "evaluate.subject.open_subject": None,
         "evaluate.run.evaluate_subject": None,
-        "evaluate.embed.embed": 0,
+        "commands.embed.embed": 0,
         "report.write_report": "report.html",
-        "export.export_run": "export",
-        "prepare.prepare_folder": Report(),
-        "prepare.fetch": None,
-        "view_grid.write_view_grid": Grid(Path(), 2, (), 0.0, 0.0),
-        "doctor.print_findings": None,
+        "commands.export.export_run": "export",
+        "commands.prepare.prepare_folder": Report(),
+        "commands.prepare.fetch": None,
+        "commands.views.write_view_grid": Grid(Path(), 2, (), 0.0, 0.0),
+        "commands.doctor.print_findings": None,
     }
     for name, result in results.items():
         monkeypatch.setattr(

@@ -31,8 +31,9 @@ from bench.attempts import NO_ROOM, NO_TIME, attempt
 from bench.memory import peak_bytes
 from bench.timing import ratio, timed
 from fastgessl import pipelines
-from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
+from fastgessl.build import build_loader, build_objective, make_plan
 from fastgessl.config import Config, GesslConfig, MethodConfig, ModelConfig
+from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate import effective_rank
 from fastgessl.methods import RunFacts, build_method
 from fastgessl.models import build_backbone

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from bench import results
 from bench.studies import summary, with_options
 from fastgessl import pipelines
-from fastgessl.build import build_accelerator, build_loader
+from fastgessl.build import build_loader
 from fastgessl.config import Config, GesslConfig
+from fastgessl.distributed import build_accelerator
 from fastgessl.methods import Method, RunFacts, build_method
 from fastgessl.models import build_backbone
 from fastgessl.objective import GeSSL

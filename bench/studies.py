@@ -27,8 +27,9 @@ from scipy import stats
 from bench import results
 from bench.timing import clock, ratio, wait
 from fastgessl import pipelines
-from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
+from fastgessl.build import build_loader, build_objective, make_plan
 from fastgessl.config import Config
+from fastgessl.distributed import build_accelerator
 from fastgessl.pipelines.sources.images import ArrayImages
 from fastgessl.recipes import load
 

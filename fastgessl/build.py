@@ -4,25 +4,16 @@ work is done.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    set_seed,
-)
+from accelerate.utils import set_seed
 
 from fastgessl import pipelines
 from fastgessl.config import Config, UsageError
+from fastgessl.distributed import choose_precision
 from fastgessl.methods import DSA, Method, RunFacts, build_method
 from fastgessl.models import build_backbone, load_weights, synchronise_batch_norm
 from fastgessl.models.frozen import run_of
@@ -54,81 +45,7 @@ class Plan:
     engine: str
     engine_reason: str
     precision: str
-
-
-def build_accelerator(config: Config, folder: Path, init_method: str | None = None) -> Accelerator:
-    """Device, precision, processes and trackers. UsageError for what this machine does not have.
-
-    `init_method` says where the processes meet, as in `torch.distributed.init_process_group`.
-    """
-    device = config.train.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "train.device is cuda, but torch finds no GPU here. Train with --train.device cpu, or see "
-            "`fastgessl doctor`."
-        )
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    precision = _precision(config, on_cpu)
-    if unknown := [name for name in config.log.trackers if name not in LoggerType.list()]:
-        raise UsageError(
-            f"log.trackers '{unknown[0]}' is no tracker that Accelerate knows. Choose from "
-            f"{', '.join(sorted(LoggerType.list()))}, or give "
-            "--log.trackers without a name for none."
-        )
-    # Accelerate drops them with a warning, and the run would be recorded nowhere.
-    here = {str(tracker) for tracker in get_available_trackers()}
-    if missing := [name for name in config.log.trackers if name not in here and name != "all"]:
-        raise UsageError(
-            f"log.trackers {missing[0]}: its package is not installed here. pip install {missing[0]}, or "
-            "leave it out; "
-            f"installed are {', '.join(sorted(here)) or 'none'}."
-        )
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=list(config.log.trackers) or None,
-        project_config=tracker_folders(folder),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.train.accumulate, sync_with_dataloader=False
-        ),
-        # Batch-norm statistics are synchronised by the norm itself or not at all; broadcasting rank 0's would
-        # be a third meaning.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(init_method=init_method),
-        ],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise UsageError(
-            f"the launcher started {launched} processes, but Accelerate joined {accelerator.num_processes} "
-            "of them. "
-            "On a CPU launch with `ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node "
-            "N -m fastgessl train ...`."
-        )
-    return accelerator
-
-
-def tracker_folders(folder: Path) -> ProjectConfiguration:
-    """The run's folder, and below it the one for trackers that write files."""
-    return ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
-
-
-def _precision(config: Config, on_cpu: bool) -> str:
-    precision = config.train.precision
-    if precision == "auto":
-        return "fp32" if on_cpu else precision_of_gpu()
-    if precision == "fp16" and on_cpu:
-        raise UsageError(
-            "train.precision fp16 needs a GPU (its small range needs a gradient scaler). On a CPU take fp32 "
-            "or bf16."
-        )
-    return precision
-
-
-def precision_of_gpu() -> Literal["bf16", "fp16"]:
-    """What train.precision auto takes on the present GPU: bf16 where it is more than emulated."""
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision_reason: str
 
 
 def view_specs(config: Config) -> tuple[ViewSpec, ...]:
@@ -210,6 +127,7 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
     engine, reason = pipelines.choose_engine(
         images, config.data.engine, str(accelerator.device), config.data.resident_limit
     )
+    precision, precision_reason = choose_precision(config)
     several_plain = accelerator.num_processes > 1 and config.gessl.w_sigma == 0
     negatives = config.method.negatives
     return Plan(
@@ -224,7 +142,8 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
         negatives=("global" if several_plain else "local") if negatives == "auto" else negatives,
         engine=engine,
         engine_reason=reason,
-        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        precision=precision,
+        precision_reason=precision_reason,
     )
 
 

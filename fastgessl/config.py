@@ -346,9 +346,9 @@ class TrainConfig(Section):
     resume: str = "never"
     """never, auto (newest checkpoint in run_dir), if_any (the same, or from the start if there is none: for
     schedulers that requeue and launchers that restart), or a checkpoint's folder."""
-    join_seconds: PositiveFloat = 180.0
-    """Seconds that the processes of a job wait for the next one at the start; then all end and name those
-    that are missing."""
+    timeout_minutes: Annotated[float, Field(gt=0, le=10_080)] = 30.0
+    """Minutes that a rank waits for the others in one collective, at the start too, before it gives up. More
+    than rank 0 needs for a checkpoint and for its part of an evaluation during training."""
     nonfinite_limit: Positive = 10
     """Stop after this many optimiser steps in a row whose loss or gradient is not finite; each is skipped and
     counted."""

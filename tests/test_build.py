@@ -1,4 +1,4 @@
-"""What follows from a configuration: steps, and trackers that are there."""
+"""What follows from a configuration: steps, and batch statistics."""
 
 from __future__ import annotations
 
@@ -24,15 +24,6 @@ def test_epochs_of_a_broken_number_of_steps_end_with_the_last_whole_step(data, t
     train = {"batch_size": 80, "accumulate": 10, "epochs": 50, "max_steps": None}
     plan = start(small_config(data, train=train), tmp_path).plan
     assert (plan.total_steps, plan.steps_per_epoch) == (115, 2.3)
-
-
-def test_a_tracker_whose_package_is_missing_is_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "get_available_trackers", list)
-    with pytest.raises(
-        UsageError,
-        match=r"log.trackers tensorboard: its package is not installed here. pip install tensorboard",
-    ):
-        start(small_config(data, log={"trackers": ("tensorboard",)}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +52,3 @@ def test_keys_that_are_dealt_out_among_ranks_keep_statistics_of_their_own(
             build.make_plan(config, images, range(10), two)
     else:
         assert build.make_plan(config, images, range(10), two).batch_norm == planned
-
-
-@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
-def test_a_gpu_that_only_emulates_bf16_trains_in_fp16(monkeypatch, native, precision):
-    """Without an argument torch counts emulation as support."""
-    monkeypatch.setattr(
-        build.torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
-    )
-    assert build._precision(load("digits-simclr").config, on_cpu=False) == precision

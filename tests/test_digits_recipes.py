@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastgessl import pipelines
-from fastgessl.build import build_accelerator, build_loader, build_objective, make_plan
+from fastgessl.build import build_loader, build_objective, make_plan
 from fastgessl.config import Config
+from fastgessl.distributed import build_accelerator
 from fastgessl.methods import METHODS
 from fastgessl.recipes import load, parts
 

@@ -38,7 +38,7 @@ def _torch() -> tuple[str, str, str]:
 def _gpus() -> list[tuple[str, str, str]]:
     if not torch.cuda.is_available():
         return [("GPU", "none", "training runs on the CPU in fp32")]
-    from fastgessl.build import precision_of_gpu
+    from fastgessl.distributed import precision_of_gpu
 
     rows = []
     for index in range(torch.cuda.device_count()):

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgessl import pipelines, runs
-from fastgessl.build import build_accelerator
 from fastgessl.config import UsageError
+from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate.cache import FeatureCache
 from fastgessl.evaluate.extraction import Extraction
 from fastgessl.evaluate.features import extract_features

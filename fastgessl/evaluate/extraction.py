@@ -16,6 +16,7 @@ from torch.optim.swa_utils import update_bn
 from fastgessl import pipelines
 from fastgessl.build import view_specs
 from fastgessl.config import Config
+from fastgessl.distributed import world_size
 from fastgessl.evaluate.cache import FeatureCache, digest_of, subset
 from fastgessl.evaluate.classifier import ClassifierLoaders
 from fastgessl.evaluate.features import Features, Pixels, extract_views
@@ -62,15 +63,15 @@ class Extraction:
 
         `batch_size` 0 is evaluation's own.
         """
-        world_size = self.accelerator.num_processes if sharded else 1
+        ranks = world_size() if sharded else 1
         return pipelines.build(
             images,
             views,
-            batch_size=(batch_size or self.config.evaluate.batch_size) * world_size,
+            batch_size=(batch_size or self.config.evaluate.batch_size) * ranks,
             engine=self.config.data.engine,
             device=self.accelerator.device,
             rank=self.accelerator.process_index if sharded else 0,
-            world_size=world_size,
+            world_size=ranks,
             seed=self.config.train.seed,
             training=training,
             workers=self.config.data.workers,

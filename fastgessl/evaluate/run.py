@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastgessl import pipelines, runs
-from fastgessl.build import build_accelerator
 from fastgessl.config import Config, EvaluateConfig, UsageError
+from fastgessl.distributed import build_accelerator, continues_alone
 from fastgessl.evaluate.cache import FeatureCache
 from fastgessl.evaluate.extraction import Extraction
 from fastgessl.evaluate.further import Rows, measure_further, require_one_process
@@ -94,6 +94,8 @@ class RunEvaluation:
     ) -> None:
         """Measure raw pixels, the untrained encoder and this one; print the tables, write evaluation.json and
         summary.json.
+
+        The ranks share the extraction of features; then the process group ends, and rank 0 measures alone.
         """
         _adopt_first_ranks_statistics(backbone)
         rows: Rows = {
@@ -109,23 +111,24 @@ class RunEvaluation:
             }
             for number, source in enumerate(sources)
         }
+        if not continues_alone(self._accelerator):
+            return
         reports = [
             self._report(source, features[source.name], transfer=number > 0)
             for number, source in enumerate(sources)
         ]
         further = measure_further(self._tasks, rows, features, sources, self._extraction, run)
-        if self._accelerator.is_main_process:
-            self._show([report for report in reports if report.tasks], further)
-            transfer = {
-                source.name: report.to_json() for source, report in zip(sources[1:], reports[1:], strict=True)
-            }
-            measured = reports[0].to_json() | ({"transfer": transfer} if transfer else {}) | plain(further)
-            runs.write_json(run / "evaluation.json", measured)
-            runs.write_json(
-                run / "summary.json",
-                {"recipe": self._config.recipe, "run": run.name, **facts, "evaluation": measured},
-            )
-            print(f"run folder: {run}", flush=True)
+        self._show([report for report in reports if report.tasks], further)
+        transfer = {
+            source.name: report.to_json() for source, report in zip(sources[1:], reports[1:], strict=True)
+        }
+        measured = reports[0].to_json() | ({"transfer": transfer} if transfer else {}) | plain(further)
+        runs.write_json(run / "evaluation.json", measured)
+        runs.write_json(
+            run / "summary.json",
+            {"recipe": self._config.recipe, "run": run.name, **facts, "evaluation": measured},
+        )
+        print(f"run folder: {run}", flush=True)
 
     def _report(self, source: Source, features: Mapping[str, Extracted], *, transfer: bool) -> Report:
         """The feature tasks on one data set; on a further one those that say something of transfer."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -34,8 +33,6 @@ HELD_OUT_FRACTION = 0.2
 # The pairs of uniformity and retrieval grow with the square of the images: 4,096 take 7 s a row on two busy
 # cores.
 GEOMETRY_IMAGES = 4096
-# A linear probe on a CPU may take hours; that the measuring rank lives is watched elsewhere (`peers`).
-PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -342,20 +339,17 @@ def _geometry(features: Extracted, seed: int) -> dict[str, Any]:
 
 
 def on_first_rank(measure: Callable[[], Measured]) -> Measured:
-    """Measure on rank 0, for however long; every rank returns what it found or raises its error."""
+    """Measure on rank 0; every rank waits for what it found, as long as the process group's timeout allows,
+    and returns it or raises its error."""
     if not (dist.is_available() and dist.is_initialized()):
         return measure()
-    # A group of its own: waiting in one of NCCL's would end the job after Accelerate's ten minutes.
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             outcome = [measure()]
         except Exception as error:
             outcome = [error]
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    dist.destroy_process_group(group)
+    dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgessl import pipelines, runs
-from fastgessl.build import build_accelerator
+from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate.subject import open_subject
 from fastgessl.report.comparison import Kind, comparison_cells, kinds_of
 from fastgessl.report.curves import line_chart

@@ -12,8 +12,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from fastgessl import pipelines, runs
-from fastgessl.build import Plan, build_accelerator, build_loader, make_plan, needs_fresh_views
+from fastgessl.build import Plan, build_loader, make_plan, needs_fresh_views
 from fastgessl.config import Config
+from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate.run import RunEvaluation, trained_on
 from fastgessl.fit import as_chosen_before, fit_to_images, leaves_open
 from fastgessl.pipelines import Batch, Loader
@@ -22,7 +23,6 @@ from fastgessl.schedules import inner_learning_rate, learning_rate, weight_decay
 from fastgessl.training.health import FiniteGuard, poisoned
 from fastgessl.training.log import MetricsLog
 from fastgessl.training.optimizers import set_learning_rate, set_weight_decay
-from fastgessl.training.peers import Job, watched
 from fastgessl.training.progress import opening_lines
 from fastgessl.training.signals import StopRequest
 from fastgessl.training.state import Training
@@ -34,45 +34,41 @@ def train(config: Config) -> int:
     """
     folder = runs.run_folder(config)
     checkpoint.find(folder, config.train.resume)
-    # Nothing is written before every rank has found its arguments right, and has come.
-    with watched(config.train.join_seconds) as job:
-        run, accelerator = _open(config, folder, job)
-        images = pipelines.open_images(config.data.name, config.data.root)
-        assert images is not None  # only a test split can be absent
-        resumed = checkpoint.find(run, config.train.resume)
-        earlier = _earlier_config(config, run, resumed)
-        seen = trained_on(config, images)
-        config = _fitted(config, earlier, len(seen), accelerator)
-        if len(seen) < len(images):
-            accelerator.print(
-                f"held out: {len(images) - len(seen)} of {len(images)} images, to be judged on; there is no "
-                "test split."
-            )
-        loader = build_loader(config, seen, accelerator)
-        plan = make_plan(config, seen, loader, accelerator)
-        evaluation = RunEvaluation(config, images, accelerator)
-        training = Training(
-            config, plan, accelerator, loader, evaluation.probe, filled_later=resumed is not None
+    run, accelerator = _open(config, folder)
+    images = pipelines.open_images(config.data.name, config.data.root)
+    assert images is not None  # only a test split can be absent
+    resumed = checkpoint.find(run, config.train.resume)
+    earlier = _earlier_config(config, run, resumed)
+    seen = trained_on(config, images)
+    config = _fitted(config, earlier, len(seen), accelerator)
+    if len(seen) < len(images):
+        accelerator.print(
+            f"held out: {len(images) - len(seen)} of {len(images)} images, to be judged on; there is no "
+            "test split."
         )
-        first_step = training.load(resumed) if resumed else 0
-        if accelerator.is_main_process:
-            _describe(run, config, plan, resumed, first_step, earlier)
-        accelerator.wait_for_everyone()
-        accelerator.init_trackers("fastgessl", config=runs.hyperparameters(config))
+    loader = build_loader(config, seen, accelerator)
+    plan = make_plan(config, seen, loader, accelerator)
+    evaluation = RunEvaluation(config, images, accelerator)
+    training = Training(config, plan, accelerator, loader, evaluation.probe, filled_later=resumed is not None)
+    first_step = training.load(resumed) if resumed else 0
+    if accelerator.is_main_process:
+        _describe(run, config, plan, resumed, first_step, earlier)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("fastgessl", config=runs.hyperparameters(config))
 
-        with StopRequest() as stop:
-            stopped_at = _steps(training, evaluation, run, first_step, stop)
-        loader.close()
-        if stopped_at < plan.total_steps:
-            accelerator.print(
-                f"stopped by {stop.name} after step {stopped_at} of {plan.total_steps}; a checkpoint is "
-                "written. Continue with:\n"
-                f"  {runs.continuation(run)}"
-            )
-            accelerator.end_training()
-            return stop.exit_code
-        _finish(training, evaluation, run, stopped_at)
+    with StopRequest() as stop:
+        stopped_at = _steps(training, evaluation, run, first_step, stop)
+    loader.close()
+    if stopped_at < plan.total_steps:
+        accelerator.print(
+            f"stopped by {stop.name} after step {stopped_at} of {plan.total_steps}; a checkpoint is "
+            "written. Continue with:\n"
+            f"  {runs.continuation(run)}"
+        )
         accelerator.end_training()
+        return stop.exit_code
+    _finish(training, evaluation, run, stopped_at)
+    accelerator.end_training()
     return 0
 
 
@@ -170,13 +166,11 @@ def _split(batch: Batch, config: Config) -> tuple[list[Tensor], list[Tensor] | N
     return batch.views[:half], batch.views[half:]
 
 
-def _open(config: Config, folder: Path, job: Job) -> tuple[Path, Accelerator]:
+def _open(config: Config, folder: Path) -> tuple[Path, Accelerator]:
     """The run's folder, alike on all ranks, and the processes."""
-    accelerator = build_accelerator(config, folder, job.init_method)
+    accelerator = build_accelerator(config, folder)
     agreed = broadcast_object_list([folder])[0]
     accelerator.project_configuration.set_directories(str(agreed))
-    accelerator.wait_for_everyone()
-    job.joined()
     return agreed, accelerator
 
 

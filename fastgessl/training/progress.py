@@ -72,7 +72,7 @@ def opening_lines(config: Config, plan: Plan, run: Path, resumed: Path | None) -
         f"({plan.steps_per_epoch:g} an epoch)\n"
         f"  processes      {plan.world_size}, each {per_rank} images a forward pass x "
         f"{config.train.accumulate}{chunks}, "
-        f"{plan.precision}{sharding}\n"
+        f"{plan.precision} ({plan.precision_reason}){sharding}\n"
         f"  learning rate  {plan.peak_learning_rate:g} ({scaling}), {optim.name}\n"
         f"  views          engine {plan.engine}: {plan.engine_reason}\n"
         f"  objective      {_objective_line(config)}; batch norm {plan.batch_norm}, negatives "

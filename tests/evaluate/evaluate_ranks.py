@@ -7,8 +7,6 @@ Usage: python evaluate_ranks.py FOLDER RANK WORLD_SIZE
 from __future__ import annotations
 
 import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 
 from fastgessl.config import EvaluateConfig, UsageError
 from fastgessl.evaluate import EvaluationData, OnlineProbe, evaluate, extract_features, extract_views, monitor
-from fastgessl.evaluate.suite import on_first_rank
 
 IMAGES, CLASSES = 45, 3
 
@@ -79,11 +76,6 @@ def everything(mine: Tensor, first_rank_only: Tensor) -> dict:
     }
 
 
-def waited_for() -> str:
-    """What ranks return that wait for the first one for longer than their collectives may take."""
-    return on_first_rank(lambda: time.sleep(6) or "found")
-
-
 def probe_of(net: nn.Module, mine: Tensor) -> OnlineProbe:
     probe = OnlineProbe(6, CLASSES)
     for _ in range(20):
@@ -122,11 +114,5 @@ if __name__ == "__main__":
     # Shards interleave, as a sampler's do, and are of the same length so that rank means are the means of all
     # rows.
     results = everything(torch.arange(rank, IMAGES, world_size), torch.arange(10 if rank == 0 else 0))
-    dist.destroy_process_group()
-    store = dist.FileStore(str(folder / "impatient"), world_size)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=3)
-    )
-    results["waited for"] = waited_for()
     torch.save({"world_size": dist.get_world_size(), **results}, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -56,10 +56,6 @@ def test_an_error_on_the_first_rank_is_raised_on_all(ranks):
     assert all("Row 'this run'" in rank["error"] and "NaN" in rank["error"] for rank in ranks)
 
 
-def test_a_measurement_may_take_longer_than_a_collective(ranks):
-    assert all(rank["waited for"] == "found" for rank in ranks)
-
-
 def test_online_probes_of_all_ranks_equal_one_trained_on_all_rows(ranks, alone):
     for rank, probe in itertools.product(ranks, ("probe", "probe_of_few")):
         for name, value in alone[probe].items():

@@ -12,8 +12,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from fastgessl import pipelines
-from fastgessl.build import build_accelerator, build_loader, make_plan
+from fastgessl.build import build_loader, make_plan
 from fastgessl.config import Config
+from fastgessl.distributed import build_accelerator
 from fastgessl.training.loop import _steps
 from fastgessl.training.state import Training
 

@@ -116,7 +116,7 @@ def test_names_of_classes_files_and_recipes_are_escaped(labelled_run, fastgessl)
 @pytest.mark.filterwarnings("ignore:data.bad_files skip")
 def test_a_skipped_file_moves_no_name_and_no_picture(labelled_run, tmp_path, fastgessl):
     from fastgessl import pipelines
-    from fastgessl.build import build_accelerator
+    from fastgessl.distributed import build_accelerator
     from fastgessl.evaluate.subject import base_config, open_subject
     from fastgessl.report.gallery import Gallery
 

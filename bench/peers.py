@@ -70,13 +70,13 @@ def lightly_dino(backbone: nn.Module, config: MethodConfig) -> Trainer:
 
     def head() -> nn.Module:
         return DINOProjectionHead(
-            _width(backbone), config.projector_hidden, config.projector_out, config.prototypes
+            _width(backbone), config.projector_hidden, config.projector_out, config.dino.prototypes
         )
 
     online = nn.Sequential(backbone, head())
     momentum = nn.Sequential(deepcopy(backbone), head()).requires_grad_(False)
     momentum.load_state_dict(online.state_dict())
-    criterion = DINOLoss(config.prototypes)
+    criterion = DINOLoss(config.dino.prototypes)
 
     def loss(views: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():
@@ -126,7 +126,7 @@ def stable_dino(backbone: nn.Module, config: MethodConfig) -> Trainer:
     with _away_from_the_repository():
         from stable_pretraining.methods import DINO
 
-    model = DINO(backbone, config.projector_hidden, config.projector_out, config.prototypes)
+    model = DINO(backbone, config.projector_hidden, config.projector_out, config.dino.prototypes)
     return Trainer(model, lambda views: model(views[:2], views[2:]).loss, _stable_momentum(model))
 
 

@@ -151,10 +151,10 @@ def _batch_norm(config: Config, several_plain: bool) -> Literal["local", "synchr
     """Statistics of all ranks for plain training, and of one where a mini-batch is a task or its keys are
     dealt out among ranks.
     """
-    shuffles = config.method.name == "moco" and config.method.shuffle_batch_norm
+    shuffles = config.method.name == "moco" and config.method.moco.shuffle_batch_norm
     if config.model.batch_norm == "synchronised" and shuffles:
         raise UsageError(
-            "method.shuffle_batch_norm deals images out so that local batch norm does not tell the batch "
+            "method.moco.shuffle_batch_norm deals images out so that local batch norm does not tell the batch "
             "that a key came in; under "
             "model.batch_norm synchronised there is nothing to hide. Leave out one of the two."
         )

@@ -345,14 +345,9 @@ def _print_matrix() -> None:
 
 
 def _print_recipe(recipe: Recipe) -> None:
-    for section, values in recipe.config.model_dump(mode="json").items():
-        if not isinstance(values, dict):
-            print(f"{section}: {values}")
-            continue
-        print(f"{section}:")
-        for key, value in values.items():
-            source = recipe.sources.get(f"{section}.{key}", "default")
-            print(f"  {key}: {_scalar(value):<40} # {source}")
+    for option, value in recipe.config.options().items():
+        source = recipe.sources.get(option, "default")
+        print(f"{f'{option}: {_scalar(value)}':<56} # {source}")
 
 
 def _scalar(value: object) -> str:

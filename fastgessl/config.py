@@ -8,6 +8,7 @@ field is its `--help` text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,11 +139,86 @@ class ModelConfig(Section):
     the folder of a run."""
     batch_norm: Literal["auto", "local", "synchronised"] = "auto"
     """Whose rows batch norm averages over in training: this rank's, or all ranks'. auto: synchronised for
-    plain SSL, local under GeSSL, where a task is rank-local, and under method.shuffle_batch_norm."""
+    plain SSL, local under GeSSL, where a task is rank-local, and under method.moco.shuffle_batch_norm."""
+
+
+class BarlowConfig(Section):
+    """Barlow Twins."""
+
+    projector_layers: Positive = 2
+    """Linear layers of the projector."""
+    redundancy_weight: NonNegativeFloat = 0.0051
+    """lambda: weight of the off-diagonal terms."""
+    loss_scale: PositiveFloat = 1.0
+    """Factor on the loss, which the published runs scale down."""
+
+
+class MocoConfig(Section):
+    """MoCo v2 and v2+."""
+
+    queue_length: Annotated[int, Field(ge=-1)] = 4096
+    """Keys of earlier batches that are kept per view as negatives. -1 is chosen from the number of images."""
+    symmetric: bool = True
+    """Both views query the momentum encoder of the other (v2+), or the first view only (v2)."""
+    shuffle_batch_norm: bool = False
+    """Deal the momentum encoder's images out among ranks, so that batch norm, which it makes local, tells
+    nothing of the batch they came in; with one process there is nobody to deal to."""
+
+
+class SwavConfig(Section):
+    """SwAV."""
+
+    prototypes: Annotated[int, Field(ge=2)] = 3000
+    """Prototypes that images are assigned to."""
+    sinkhorn_epsilon: PositiveFloat = 0.05
+    """Temperature of the balanced assignment."""
+    sinkhorn_iterations: Positive = 3
+    """Steps of the balanced assignment."""
+    queue_length: Annotated[int, Field(ge=-1)] = 4096
+    """Projections of earlier batches that are kept per view and balanced with the batch; 0 is none. -1 is
+    chosen from the number of images."""
+    queue_start_epoch: NonNegativeFloat = 15.0
+    """Epochs before the rows that enter the queue are counted; it is used once it is full of counted ones."""
+    freeze_epochs: NonNegativeFloat = 1.0
+    """Epochs in which the prototypes are not trained."""
+
+
+class DinoConfig(Section):
+    """DINO."""
+
+    prototypes: Annotated[int, Field(ge=2)] = 3000
+    """Outputs of the last layer."""
+    teacher_temperature: PositiveFloat = 0.04
+    """Temperature of the teacher's softmax after its warm-up."""
+    teacher_temperature_start: PositiveFloat = 0.04
+    """Temperature of the teacher's softmax at the first step."""
+    teacher_warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs from teacher_temperature_start to teacher_temperature, in a straight line."""
+    head_norm: bool = False
+    """Batch norm in the head's hidden layers."""
+    center_momentum: Fraction = 0.9
+    """Share of the centre that stays at each step."""
+    freeze_epochs: NonNegativeFloat = 1.0
+    """Epochs in which the last layer is not trained."""
+
+
+class DisslConfig(Section):
+    """DISSL."""
+
+    prototypes: Annotated[int, Field(ge=2)] = 3000
+    """Equivalence classes that images are assigned to."""
+    assignment_temperature: PositiveFloat = 0.5
+    """Temperature of the teacher's assignment."""
+    entropy_weight: NonNegativeFloat = 2.3
+    """lambda: weight of the mean assignment's entropy."""
+    invariance_weight: NonNegativeFloat = 0.8
+    """beta: weight of the cross-entropy between an image's two assignments."""
 
 
 class MethodConfig(Section):
-    """The self-supervised loss and its heads."""
+    """The self-supervised loss and its heads: what methods share. What one method has alone is in the section
+    of its name.
+    """
 
     name: str = "simclr"
     """Method: see `fastgessl recipes`."""
@@ -153,58 +229,27 @@ class MethodConfig(Section):
     """Hidden width of the projector."""
     projector_out: Positive = 128
     """Output width of the projector."""
-    projector_layers: Positive = 2
-    """Linear layers of the projector (Barlow Twins)."""
     predictor_hidden: Positive = 4096
-    """Hidden width of the predictor (BYOL, MoCo v3)."""
+    """Hidden width of the predictor, in a method that has one."""
     momentum_start: Fraction = 0.99
-    """Momentum of the momentum encoder at the first step; a half cosine leads to momentum_end (BYOL, MoCo,
-    MoCo v3, DINO)."""
+    """Momentum of the momentum encoder, in a method that has one, at the first step; a half cosine leads to
+    momentum_end."""
     momentum_end: Fraction = 1.0
-    """Momentum of the momentum encoder at the last step (BYOL, MoCo, MoCo v3, DINO)."""
-    queue_length: Annotated[int, Field(ge=-1)] = 4096
-    """Rows of earlier batches that are kept, a view: MoCo's negatives; SwAV's further rows of the assignment,
-    where 0 is none. -1 is chosen from the number of images."""
-    queue_start_epoch: NonNegativeFloat = 15.0
-    """Epochs before the rows that enter the queue are counted; it is used once it has been filled with
-    counted ones (SwAV)."""
-    symmetric: bool = True
-    """Both views query the momentum encoder of the other (v2+), or the first view only (v2) (MoCo)."""
-    shuffle_batch_norm: bool = False
-    """Deal the momentum encoder's images out among ranks, so that batch norm, which it makes local, tells
-    nothing of the batch they came in; with one process there is nobody to deal to (MoCo)."""
-    sinkhorn_epsilon: PositiveFloat = 0.05
-    """Temperature of the balanced assignment (SwAV)."""
-    sinkhorn_iterations: Positive = 3
-    """Steps of the balanced assignment (SwAV)."""
-    freeze_epochs: NonNegativeFloat = 1.0
-    """Epochs in which the last layer is not trained: SwAV's prototypes, DINO's last layer."""
-    teacher_temperature: PositiveFloat = 0.04
-    """Temperature of the teacher's softmax after its warm-up (DINO)."""
-    teacher_temperature_start: PositiveFloat = 0.04
-    """Temperature of the teacher's softmax at the first step (DINO)."""
-    teacher_warmup_epochs: NonNegativeFloat = 0.0
-    """Epochs from teacher_temperature_start to teacher_temperature, in a straight line (DINO)."""
-    head_norm: bool = False
-    """Batch norm in the head's hidden layers (DINO)."""
-    center_momentum: Fraction = 0.9
-    """Share of the centre that stays at each step (DINO)."""
-    redundancy_weight: NonNegativeFloat = 0.0051
-    """lambda: weight of the off-diagonal terms (Barlow Twins)."""
-    loss_scale: PositiveFloat = 1.0
-    """Factor on the loss (Barlow Twins, whose published runs scale it down)."""
-    prototypes: Annotated[int, Field(ge=2)] = 3000
-    """Outputs of the last layer: prototypes (SwAV, DINO) or equivalence classes of images (DISSL)."""
-    assignment_temperature: PositiveFloat = 0.5
-    """Temperature of the teacher's assignment to prototypes (DISSL)."""
-    entropy_weight: NonNegativeFloat = 2.3
-    """lambda: weight of the mean assignment's entropy (DISSL)."""
-    invariance_weight: NonNegativeFloat = 0.8
-    """beta: weight of the cross-entropy between an image's two assignments (DISSL)."""
+    """Momentum of the momentum encoder at the last step."""
     negatives: Literal["auto", "local", "global", "ring"] = "auto"
     """Whose images a loss compares or averages over: this rank's or all ranks'. auto: global for plain SSL,
     local under GeSSL. ring: all ranks', passed around one rank's after the other, for keys that do not fit
     together (SimCLR, MoCo v3, CISSL)."""
+    barlow: BarlowConfig = BarlowConfig()
+    """Barlow Twins."""
+    moco: MocoConfig = MocoConfig()
+    """MoCo v2 and v2+."""
+    swav: SwavConfig = SwavConfig()
+    """SwAV."""
+    dino: DinoConfig = DinoConfig()
+    """DINO."""
+    dissl: DisslConfig = DisslConfig()
+    """DISSL."""
 
 
 class GesslConfig(Section):
@@ -463,6 +508,15 @@ class Config(Section):
     log: LogConfig = LogConfig()
     """What is written down during training."""
 
+    def options(self) -> dict[str, Any]:
+        """Every option by its dotted name, with its value as config.yaml has it.
+
+        >>> options = Config().options()
+        >>> options["recipe"], options["train.seed"], options["method.swav.prototypes"]
+        ('custom', 0, 3000)
+        """
+        return flat(self.model_dump(mode="json"))
+
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
         if self.train.batch_size % self.train.accumulate:
@@ -472,3 +526,15 @@ class Config(Section):
                 "micro-batches. Choose a multiple."
             )
         return self
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys.
+
+    >>> flat({"recipe": "mine", "method": {"name": "moco", "moco": {"symmetric": False}}})
+    {'recipe': 'mine', 'method.name': 'moco', 'method.moco.symmetric': False}
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

@@ -4,7 +4,7 @@ touched.
 
 from __future__ import annotations
 
-from fastgessl.config import Config, UsageError
+from fastgessl.config import Config, MethodConfig, UsageError
 
 # Enough for a ResNet-18 to converge on a few thousand photos, a night on one GPU; published CIFAR runs have
 # 195,000, ImageNet's 31,000 up.
@@ -13,10 +13,9 @@ EPOCHS = (100, 1000)
 BATCHES = (16, 256)
 # Longest queue by method, and what a queue of the images themselves would do: MoCo's is of negatives, SwAV's
 # balances its assignment.
-LONGEST_QUEUE = {"moco": 65_536, "swav": 3_840}
-_WHY_SHORT = {
-    "moco": "so that few negatives are older views of the image itself",
-    "swav": "so that few images count twice in a balanced assignment",
+QUEUES = {
+    "moco": (65_536, "so that few negatives are older views of the image itself"),
+    "swav": (3_840, "so that few images count twice in a balanced assignment"),
 }
 
 
@@ -29,7 +28,7 @@ def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, 
 
     >>> from fastgessl.recipes import load
     >>> config, reasons = fit_to_images(load("folder-moco").config, 1200)
-    >>> config.train.batch_size, config.train.epochs, config.method.queue_length
+    >>> config.train.batch_size, config.train.epochs, config.method.moco.queue_length
     (64, 1000, 576)
     >>> fit_to_images(load("digits-moco").config, 1198)[1]
     []
@@ -49,15 +48,13 @@ def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, 
             f"train.epochs {train.epochs}: {STEPS:,} steps at {steps} an epoch, from {EPOCHS[0]} to "
             f"{EPOCHS[1]} epochs"
         )
-    if method.queue_length < 0:
+    if _queue_length(method) < 0:
         forward = train.batch_size // train.accumulate
-        longest = LONGEST_QUEUE.get(method.name, max(LONGEST_QUEUE.values()))
-        method = method.model_copy(
-            update={"queue_length": max(min(images // 2, longest) // forward, 1) * forward}
-        )
-        why = _WHY_SHORT.get(method.name, "so that few rows are older views of the image itself")
+        longest, why = QUEUES[method.name]
+        length = max(min(images // 2, longest) // forward, 1) * forward
+        method = _with_queue_length(method, length)
         reasons.append(
-            f"method.queue_length {method.queue_length}: whole batches, half of the images and {longest:,} "
+            f"method.{method.name}.queue_length {length}: whole batches, half of the images and {longest:,} "
             f"rows at most, {why}"
         )
     return config.model_copy(update={"train": train, "method": method}), reasons
@@ -65,7 +62,7 @@ def fit_to_images(config: Config, images: int, parts: int = 1) -> tuple[Config, 
 
 def leaves_open(config: Config) -> bool:
     """Whether something is to be chosen from the number of images."""
-    return config.train.batch_size == 0 or config.train.epochs == 0 or config.method.queue_length < 0
+    return config.train.batch_size == 0 or config.train.epochs == 0 or _queue_length(config.method) < 0
 
 
 def as_chosen_before(config: Config, earlier: Config) -> Config:
@@ -82,13 +79,20 @@ def as_chosen_before(config: Config, earlier: Config) -> Config:
         for name in ("batch_size", "epochs")
         if getattr(config.train, name) == 0
     }
-    method = {"queue_length": earlier.method.queue_length} if config.method.queue_length < 0 else {}
-    return config.model_copy(
-        update={
-            "train": config.train.model_copy(update=train),
-            "method": config.method.model_copy(update=method),
-        }
-    )
+    method = config.method
+    if _queue_length(method) < 0:
+        method = _with_queue_length(method, _queue_length(earlier.method))
+    return config.model_copy(update={"train": config.train.model_copy(update=train), "method": method})
+
+
+def _queue_length(method: MethodConfig) -> int:
+    """Rows of the method's queue; 0 for a method that has none."""
+    return getattr(method, method.name).queue_length if method.name in QUEUES else 0
+
+
+def _with_queue_length(method: MethodConfig, length: int) -> MethodConfig:
+    own = getattr(method, method.name).model_copy(update={"queue_length": length})
+    return method.model_copy(update={method.name: own})
 
 
 def _batch(images: int, parts: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 from reliability.small_training import small_config, start
 
 from fastgessl import build, pipelines
-from fastgessl.config import UsageError
+from fastgessl.config import MocoConfig, UsageError
 from fastgessl.recipes import load
 
 
@@ -41,7 +41,7 @@ def test_keys_that_are_dealt_out_among_ranks_keep_statistics_of_their_own(
 ):
     base = load(recipe).config
     method, model = (
-        base.method.model_copy(update={"shuffle_batch_norm": shuffles}),
+        base.method.model_copy(update={"moco": MocoConfig(shuffle_batch_norm=shuffles)}),
         base.model.model_copy(update={"batch_norm": asked}),
     )
     config = base.model_copy(update={"method": method, "model": model})

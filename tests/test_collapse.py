@@ -70,7 +70,7 @@ def test_even_assignments_are_flagged_and_those_that_tell_images_apart_are_not(
         first["information"] == pytest.approx(first["maximality"] - first["determinism"], abs=1e-5)
         and first["information"] > 0.05
     )
-    outcome = fastgessl(*run, tmp_path / "even", "--method.assignment_temperature", 1000)
+    outcome = fastgessl(*run, tmp_path / "even", "--method.dissl.assignment_temperature", 1000)
     flagged = [
         line["step"] for line in read_lines(tmp_path / "even" / "metrics.jsonl") if line.get("uninformed")
     ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgessl.config import UsageError
+from fastgessl.config import MocoConfig, UsageError
 from fastgessl.fit import as_chosen_before, fit_to_images
 from fastgessl.recipes import load
 
@@ -19,7 +19,7 @@ from fastgessl.recipes import load
 )
 def test_batch_epochs_and_queue_follow_the_number_of_images(images, parts, batch, epochs, queue):
     config, reasons = fit_to_images(load("folder-moco").config, images, parts)
-    assert (config.train.batch_size, config.train.epochs, config.method.queue_length) == (
+    assert (config.train.batch_size, config.train.epochs, config.method.moco.queue_length) == (
         batch,
         epochs,
         queue,
@@ -27,14 +27,14 @@ def test_batch_epochs_and_queue_follow_the_number_of_images(images, parts, batch
     assert [reason.split(":")[0] for reason in reasons] == [
         f"train.batch_size {batch}",
         f"train.epochs {epochs}",
-        f"method.queue_length {queue}",
+        f"method.moco.queue_length {queue}",
     ]
 
 
 @pytest.mark.parametrize(("images", "queue"), [(1200, 512), (50_000, 24_832), (1_000_000, 65_536)])
 def test_an_npz_s_queue_of_negatives_is_no_longer_than_half_of_its_images(images, queue):
     config, reasons = fit_to_images(load("npz-moco").config, images)
-    assert config.method.queue_length == queue
+    assert config.method.moco.queue_length == queue
     assert "negatives are older views" in reasons[0]
 
 
@@ -44,7 +44,7 @@ def test_an_npz_s_queue_of_negatives_is_no_longer_than_half_of_its_images(images
 )
 def test_swav_s_queue_is_the_published_one_or_what_fits(recipe, images, queue):
     config, reasons = fit_to_images(load(recipe).config, images)
-    assert config.method.queue_length == queue
+    assert config.method.swav.queue_length == queue
     assert "negatives" not in reasons[-1] and "balanced assignment" in reasons[-1]
 
 
@@ -62,10 +62,8 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_on_other_processes(recipe):
 
 def test_what_the_user_gives_is_kept():
     config = load("folder-moco").config
-    train, method = (
-        config.train.model_copy(update={"batch_size": 48, "epochs": 7}),
-        config.method.model_copy(update={"queue_length": 96}),
-    )
+    train = config.train.model_copy(update={"batch_size": 48, "epochs": 7})
+    method = config.method.model_copy(update={"moco": MocoConfig(queue_length=96)})
     given = config.model_copy(update={"train": train, "method": method})
     assert fit_to_images(given, 5000) == (given, [])
 
@@ -79,7 +77,7 @@ def test_a_queue_holds_whole_micro_batches():
     config = load("folder-swav").config
     train = config.train.model_copy(update={"batch_size": 96, "accumulate": 2})
     fitted, _ = fit_to_images(config.model_copy(update={"train": train}), 1000, 2)
-    assert fitted.method.queue_length == 480
+    assert fitted.method.swav.queue_length == 480
 
 
 def test_too_few_images_for_a_batch_are_refused():

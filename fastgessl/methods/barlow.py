@@ -34,7 +34,8 @@ class BarlowTwins(Method):
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
-    >>> config = MethodConfig(name="barlow", projector_hidden=16, projector_out=4, projector_layers=3)
+    >>> from fastgessl.config import BarlowConfig
+    >>> config = MethodConfig(name="barlow", projector_hidden=16, projector_out=4, barlow=BarlowConfig(projector_layers=3))
     >>> method = BarlowTwins(config, backbone, RunFacts())
     >>> out = method([torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)])
     >>> tuple(out.projections.shape), tuple(method.loss(out).shape)
@@ -48,9 +49,9 @@ class BarlowTwins(Method):
         self.backbone = backbone
         width = feature_width(backbone)
         self.projector = Projector(
-            width, config.projector_hidden, config.projector_out, layers=config.projector_layers
+            width, config.projector_hidden, config.projector_out, layers=config.barlow.projector_layers
         )
-        self.redundancy_weight, self.loss_scale = config.redundancy_weight, config.loss_scale
+        self.redundancy_weight, self.loss_scale = config.barlow.redundancy_weight, config.barlow.loss_scale
         self.temperature = config.temperature
         self.gathers = facts.negatives == "global"
 

@@ -49,7 +49,8 @@ class DINO(Method):
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
-    >>> config = MethodConfig(name="dino", projector_hidden=16, projector_out=4, prototypes=32)
+    >>> from fastgessl.config import DinoConfig
+    >>> config = MethodConfig(name="dino", projector_hidden=16, projector_out=4, dino=DinoConfig(prototypes=32))
     >>> method = DINO(config, backbone, RunFacts(total_steps=100))
     >>> views = [torch.randn(5, 3, 2, 2) for _ in range(4)]
     >>> out, teacher = method(views), method.targets(views)
@@ -64,30 +65,30 @@ class DINO(Method):
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
-        check_prototypes(config, facts)
+        check_prototypes("method.dino.prototypes", config.dino.prototypes, facts)
         self.backbone = backbone
         self.projector = BottleneckHead(
-            feature_width(backbone), config.projector_hidden, config.projector_out, norm=config.head_norm
+            feature_width(backbone), config.projector_hidden, config.projector_out, norm=config.dino.head_norm
         )
-        self.last_layer = nn.Linear(config.projector_out, config.prototypes, bias=False)
+        self.last_layer = nn.Linear(config.projector_out, config.dino.prototypes, bias=False)
         self.momentum_backbone = momentum_copy(self.backbone)
         self.momentum_projector = momentum_copy(self.projector)
         self.momentum_last_layer = momentum_copy(self.last_layer)
         self.momentum = cosine_momentum(
             config.momentum_start, config.momentum_end, facts.total_steps
         ).tolist()
-        warmup = round(config.teacher_warmup_epochs * facts.steps_per_epoch)
+        warmup = round(config.dino.teacher_warmup_epochs * facts.steps_per_epoch)
         # One more than there are steps: the temperature is set for the step to come.
         self.temperatures = linear_warmup(
-            config.teacher_temperature_start,
-            config.teacher_temperature,
+            config.dino.teacher_temperature_start,
+            config.dino.teacher_temperature,
             facts.total_steps + 1,
             warmup_steps=warmup,
         ).tolist()
-        self.register_buffer("center", torch.zeros(config.prototypes))
+        self.register_buffer("center", torch.zeros(config.dino.prototypes))
         self.register_buffer("teacher_temperature", torch.tensor(self.temperatures[0]))
-        self.temperature, self.center_momentum = config.temperature, config.center_momentum
-        self.frozen_steps = round(config.freeze_epochs * facts.steps_per_epoch)
+        self.temperature, self.center_momentum = config.temperature, config.dino.center_momentum
+        self.frozen_steps = round(config.dino.freeze_epochs * facts.steps_per_epoch)
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Views, or their features (V, N, F) -> the student's unit projections (V, N, D) and unit last layer

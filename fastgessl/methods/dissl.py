@@ -32,7 +32,8 @@ class DISSL(Method):
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
-    >>> config = MethodConfig(name="dissl", projector_hidden=16, projector_out=4, prototypes=32)
+    >>> from fastgessl.config import DisslConfig
+    >>> config = MethodConfig(name="dissl", projector_hidden=16, projector_out=4, dissl=DisslConfig(prototypes=32))
     >>> method = DISSL(config, backbone, RunFacts(classes=10))
     >>> out = method([torch.randn(5, 3, 2, 2) for _ in range(3)])
     >>> tuple(out.projections.shape), tuple(out.predictions.shape), tuple(method.loss(out).shape)
@@ -44,14 +45,20 @@ class DISSL(Method):
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
-        check_prototypes(config, facts)
+        check_prototypes("method.dissl.prototypes", config.dissl.prototypes, facts)
         self.backbone = backbone
         width = feature_width(backbone)
         self.teacher = Projector(width, config.projector_hidden, config.projector_out)
-        self.teacher_prototypes = nn.Linear(config.projector_out, config.prototypes, bias=False)
-        self.student_prototypes = nn.Linear(width, config.prototypes, bias=False)
-        self.temperature, self.assignment_temperature = config.temperature, config.assignment_temperature
-        self.entropy_weight, self.invariance_weight = config.entropy_weight, config.invariance_weight
+        self.teacher_prototypes = nn.Linear(config.projector_out, config.dissl.prototypes, bias=False)
+        self.student_prototypes = nn.Linear(width, config.dissl.prototypes, bias=False)
+        self.temperature, self.assignment_temperature = (
+            config.temperature,
+            config.dissl.assignment_temperature,
+        )
+        self.entropy_weight, self.invariance_weight = (
+            config.dissl.entropy_weight,
+            config.dissl.invariance_weight,
+        )
         self.gathers = facts.negatives == "global"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:

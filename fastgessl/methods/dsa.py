@@ -283,6 +283,6 @@ def _projection_width(method: Method, facts: RunFacts, view_size: int) -> int:
         raise UsageError(
             f"dsa compares the projections of two views of full size, and {type(method).__name__} projects "
             f"{projected} of "
-            f"{facts.global_views} with these settings. Set --method.symmetric True, or --dsa.weight 0."
+            f"{facts.global_views} with these settings. Set --method.moco.symmetric True, or --dsa.weight 0."
         )
     return width

@@ -53,7 +53,8 @@ class MoCo(Method):
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
-    >>> config = MethodConfig(name="moco", projector_hidden=16, projector_out=4, queue_length=20)
+    >>> from fastgessl.config import MocoConfig
+    >>> config = MethodConfig(name="moco", projector_hidden=16, projector_out=4, moco=MocoConfig(queue_length=20))
     >>> method = MoCo(config, backbone, RunFacts(total_steps=100, images_per_forward=5))
     >>> views = [torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)]
     >>> out, keys = method(views), method.targets(views)
@@ -67,12 +68,12 @@ class MoCo(Method):
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
-        if config.queue_length == 0:
+        if config.moco.queue_length == 0:
             raise UsageError(
-                "method.queue_length is 0, and MoCo's negatives come from the queue. Set it above 0, or "
+                "method.moco.queue_length is 0, and MoCo's negatives come from the queue. Set it above 0, or "
                 "take mocov3."
             )
-        check_queue(config, facts)
+        check_queue("method.moco.queue_length", config.moco.queue_length, facts)
         self.backbone = backbone
         self.projector = PlainProjector(
             feature_width(backbone), config.projector_hidden, config.projector_out
@@ -83,10 +84,10 @@ class MoCo(Method):
             config.momentum_start, config.momentum_end, facts.total_steps
         ).tolist()
         self.temperature = config.temperature
-        self.symmetric, self.shuffles = config.symmetric, config.shuffle_batch_norm
+        self.symmetric, self.shuffles = config.moco.symmetric, config.moco.shuffle_batch_norm
         queues = 2 if self.symmetric else 1
         self.register_buffer(
-            "queue", normalize(torch.randn(queues, config.queue_length, config.projector_out), dim=-1)
+            "queue", normalize(torch.randn(queues, config.moco.queue_length, config.projector_out), dim=-1)
         )
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgessl.config import MethodConfig, UsageError
+from fastgessl.config import UsageError
 from fastgessl.distributed import world_group
 from fastgessl.kernels.collectives import all_gather_rows
 from fastgessl.methods.base import RunFacts
@@ -25,14 +25,14 @@ def enqueued(queue: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([queue[:, rows.shape[1] :], rows[:, -queue.shape[1] :]], dim=1)
 
 
-def check_queue(config: MethodConfig, facts: RunFacts) -> None:
+def check_queue(option: str, length: int, facts: RunFacts) -> None:
     """Raise UsageError unless the queue holds a whole number of batches (He et al., CVPR 2020, and every code
     after it).
     """
-    length, batch = config.queue_length, facts.images_per_forward
+    batch = facts.images_per_forward
     if length % batch:
         near = max(round(length / batch), 1) * batch
         raise UsageError(
-            f"method.queue_length {length} does not hold a whole number of batches of {batch} images. "
-            f"Set --method.queue_length {near}, or a batch size that divides it."
+            f"{option} {length} does not hold a whole number of batches of {batch} images. "
+            f"Set --{option} {near}, or a batch size that divides it."
         )

@@ -66,11 +66,10 @@ def _check_views(name: str, method: type[Method], facts: RunFacts) -> None:
         )
 
 
-def check_prototypes(config: MethodConfig, facts: RunFacts) -> None:
+def check_prototypes(option: str, count: int, facts: RunFacts) -> None:
     """Raise UsageError if there are no more prototypes than classes: two classes would have to share one."""
-    if facts.classes is not None and config.prototypes <= facts.classes:
+    if facts.classes is not None and count <= facts.classes:
         raise UsageError(
-            f"method.prototypes is {config.prototypes}, and the training images have {facts.classes} "
-            "classes: no representation could "
-            f"tell them all apart. Choose more of them, such as --method.prototypes {10 * facts.classes}."
+            f"{option} is {count}, and the training images have {facts.classes} classes: no representation "
+            f"could tell them all apart. Choose more of them, such as --{option} {10 * facts.classes}."
         )

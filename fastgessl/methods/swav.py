@@ -49,7 +49,8 @@ class SwAV(Method):
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
-    >>> config = MethodConfig(name="swav", projector_hidden=16, projector_out=4, prototypes=32, queue_length=0)
+    >>> from fastgessl.config import SwavConfig
+    >>> config = MethodConfig(name="swav", projector_hidden=16, projector_out=4, swav=SwavConfig(prototypes=32, queue_length=0))
     >>> method = SwAV(config, backbone, RunFacts())
     >>> views = [torch.randn(5, 3, size, size) for size in (2, 2, 2)]
     >>> out = method(views)
@@ -63,25 +64,27 @@ class SwAV(Method):
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
-        check_prototypes(config, facts)
-        check_queue(config, facts)
+        check_prototypes("method.swav.prototypes", config.swav.prototypes, facts)
+        check_queue("method.swav.queue_length", config.swav.queue_length, facts)
         self.backbone = backbone
         self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out)
         self.prototypes = nn.Parameter(
-            normalize(torch.randn(config.prototypes, config.projector_out), dim=-1)
+            normalize(torch.randn(config.swav.prototypes, config.projector_out), dim=-1)
         )
         self.temperature, self.epsilon, self.iterations = (
             config.temperature,
-            config.sinkhorn_epsilon,
-            config.sinkhorn_iterations,
+            config.swav.sinkhorn_epsilon,
+            config.swav.sinkhorn_iterations,
         )
         self.gathers = facts.negatives == "global"
-        self.frozen_steps = round(config.freeze_epochs * facts.steps_per_epoch)
-        self.queue_start = round(config.queue_start_epoch * facts.steps_per_epoch)
-        self.queue_length = config.queue_length
+        self.frozen_steps = round(config.swav.freeze_epochs * facts.steps_per_epoch)
+        self.queue_start = round(config.swav.queue_start_epoch * facts.steps_per_epoch)
+        self.queue_length = config.swav.queue_length
         self.register_buffer(
             "queue",
-            torch.zeros(2, config.queue_length, config.projector_out) if config.queue_length else None,
+            torch.zeros(2, config.swav.queue_length, config.projector_out)
+            if config.swav.queue_length
+            else None,
         )
         self.queued = 0
 

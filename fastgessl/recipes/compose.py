@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from fastgessl.config import Config, UsageError
+from fastgessl.config import Config, UsageError, flat
 from fastgessl.recipes.yaml_file import read_yaml
 
 DEFAULT_PRESET = "fast"
@@ -173,16 +173,23 @@ def _layer(file: str, part: dict[str, Any]) -> tuple[str, dict[str, Any], dict[s
 
 
 def _from_layers(recipe: str, layers: list[tuple[str, dict[str, Any], dict[str, str]]]) -> Recipe:
-    merged: dict[str, dict[str, Any]] = {}
+    merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for file, config, source in layers:
-        for section, values in config.items():
-            merged.setdefault(section, {}).update(values)
-            for key in values:
-                dotted = f"{section}.{key}"
-                reason = source.get(dotted) or source.get(section)
-                sources[dotted] = f"{file}: {reason}" if reason else file
+        _merge(merged, config)
+        for option in flat(config):
+            reason = source.get(option) or source.get(option.split(".")[0])
+            sources[option] = f"{file}: {reason}" if reason else file
     return Recipe(_validate({"recipe": recipe, **merged}, recipe), sources)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    """Write `above` over `below`, section into section."""
+    for key, value in above.items():
+        if isinstance(value, Mapping):
+            _merge(below.setdefault(key, {}), value)
+        else:
+            below[key] = value
 
 
 def _from_file(path: Path) -> Recipe:
@@ -198,13 +205,7 @@ def _from_file(path: Path) -> Recipe:
             f"{type(loaded).__name__}."
         )
     config = _validate({"recipe": path.stem, **loaded}, str(path))
-    sources = {
-        f"{section}.{key}": str(path)
-        for section, values in loaded.items()
-        if isinstance(values, dict)
-        for key in values
-    }
-    return Recipe(config, sources)
+    return Recipe(config, dict.fromkeys(flat(loaded), str(path)))
 
 
 def _validate(values: dict[str, Any], origin: str) -> Config:
@@ -233,10 +234,11 @@ def describe(error: ValidationError) -> str:
     return " ".join(findings)
 
 
-def dotted_keys() -> list[str]:
-    """Every option as `section.option`, and the sections themselves."""
+def dotted_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every option by its dotted name, such as `method.moco.symmetric`, and the sections themselves."""
     keys = []
-    for section, field in Config.model_fields.items():
-        fields = getattr(field.annotation, "model_fields", {})
-        keys += [section, *(f"{section}.{name}" for name in fields)]
+    for name, field in section.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += dotted_keys(field.annotation, f"{prefix}{name}.")
     return keys

@@ -26,7 +26,10 @@ MEASURES = (
     ("geometry", "crowding", "crowding", 1, 2),
 )
 # What may differ between two runs that are one experiment.
-INDIFFERENT = {"train": ("seed", "run_dir", "resume", "device", "keep_checkpoints", "checkpoint_every")}
+INDIFFERENT = {
+    f"train.{name}"
+    for name in ("seed", "run_dir", "resume", "device", "keep_checkpoints", "checkpoint_every")
+}
 
 
 @dataclass(frozen=True)
@@ -153,14 +156,8 @@ def _decimals(heading: str) -> int:
 
 def _options(record: Record) -> dict[str, Any]:
     """Dotted option -> value, without what does not make another experiment."""
-    found: dict[str, Any] = {}
-    for section, values in record.config.model_dump(mode="json").items():
-        if not isinstance(values, dict):
-            found[section] = values
-        elif section not in ("evaluate", "log"):
-            found |= {
-                f"{section}.{key}": value
-                for key, value in values.items()
-                if key not in INDIFFERENT.get(section, ())
-            }
-    return found
+    return {
+        option: value
+        for option, value in record.config.options().items()
+        if not option.startswith(("evaluate.", "log.")) and option not in INDIFFERENT
+    }

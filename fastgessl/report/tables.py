@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from fastgessl.config import Config, EvaluateConfig
+from fastgessl.config import Config, EvaluateConfig, flat
 from fastgessl.evaluate.report import Report
 
 
@@ -148,11 +148,11 @@ def configuration(config: Config) -> str:
     for section, values in config.model_dump(mode="json").items():
         if not isinstance(values, dict):
             continue
-        defaults = getattr(Config(), section).model_dump(mode="json")
+        defaults = flat(getattr(Config(), section).model_dump(mode="json"))
         rows = "".join(
             f"<tr{' class=changed' if value != defaults[key] else ''}><th "
             f'scope="row">{escape(key)}</th><td>{escape(str(value))}</td></tr>'
-            for key, value in values.items()
+            for key, value in flat(values).items()
         )
         parts.append(
             f"<details><summary>{escape(section)}</summary><div "

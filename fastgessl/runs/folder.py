@@ -55,8 +55,10 @@ def run_folder(config: Config) -> Path:
     folder, resume = config.train.run_dir, config.train.resume
     if folder is None:
         if resume in ("auto", "if_any"):
-            raise UsageError(f"--train.resume {resume} needs --train.run_dir, the folder of the run to "
-                             "continue. None was given.")
+            raise UsageError(
+                f"--train.resume {resume} needs --train.run_dir, the folder of the run to "
+                "continue. None was given."
+            )
         return _unused(Path("runs") / f"{_file_name(config.recipe)}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"train.run_dir '{folder}' is a file. Name a folder.")
@@ -66,7 +68,11 @@ def run_folder(config: Config) -> Path:
     if occupied and (resume == "never" or (resume == "if_any" and not ours)):
         raise UsageError(
             f"train.run_dir '{folder}' is not empty, and nothing in it will be overwritten. "
-            + ("Continue that run with --train.resume auto, or name another folder." if ours else "It is no run's. Name another folder.")
+            + (
+                "Continue that run with --train.resume auto, or name another folder."
+                if ours
+                else "It is no run's. Name another folder."
+            )
         )
     return folder
 
@@ -102,7 +108,7 @@ def record_changes(folder: Path, earlier: Config, config: Config, since: str) ->
     The earlier one stays as config-before-<since>.yaml. Returns `section.option: before -> now` for each
     change. UsageError if that fails.
     """
-    before, now = _options(earlier), _options(_repeatable(config))
+    before, now = earlier.options(), _repeatable(config).options()
     changes = [f"{name}: {before[name]} -> {value}" for name, value in now.items() if value != before[name]]
     if changes:
         kept = _unused(folder / f"config-before-{since}", ".yaml")
@@ -113,7 +119,9 @@ def record_changes(folder: Path, earlier: Config, config: Config, since: str) ->
 
 
 def _repeatable(config: Config) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update={"run_dir": None, "resume": "never"})})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"run_dir": None, "resume": "never"})}
+    )
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -127,19 +135,23 @@ def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
     >>> hyperparameters(Config())["log.trackers"]
     "['tensorboard']"
     """
-    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in _options(config).items()}
-
-
-def _options(config: Config) -> dict[str, Any]:
-    """Every option by its dotted name, as config.yaml has it."""
-    sections = config.model_dump(mode="json")
-    recipe = sections.pop("recipe")
-    return {"recipe": recipe} | {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in config.options().items()
+    }
 
 
 def continuation(folder: Path, resume: str = "auto") -> str:
     """The command that goes on with a run, safe to paste into a shell whatever the folder is called."""
-    words = ["fastgessl", "train", folder / "config.yaml", "--train.run_dir", folder, "--train.resume", resume]
+    words = [
+        "fastgessl",
+        "train",
+        folder / "config.yaml",
+        "--train.run_dir",
+        folder,
+        "--train.resume",
+        resume,
+    ]
     return shlex.join(str(word) for word in words)
 
 
@@ -168,8 +180,10 @@ def read_config(folder: str | Path) -> Config:
     """The configuration of a run. UsageError if the folder is no run."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
-        raise UsageError(f"'{folder}' is not the folder of a run: it holds no config.yaml. `fastgessl "
-                         "train` prints the folder it wrote.")
+        raise UsageError(
+            f"'{folder}' is not the folder of a run: it holds no config.yaml. `fastgessl "
+            "train` prints the folder it wrote."
+        )
     try:
         return Config.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -239,7 +253,10 @@ class JsonLines:
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one object; a number that is not finite becomes null, since JSON has none."""
         if self._file is not None:
-            finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()
+            }
             with writing(self._path):
                 self._file.write(json.dumps(finite, allow_nan=False) + "\n")
                 self._file.flush()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from toys import toy_method
 
 from fastgessl.config import GesslConfig, MethodConfig, UsageError
 from fastgessl.evaluate.learning import adapt, weights_of_method
@@ -70,12 +71,7 @@ def test_swav_s_codes_are_those_of_the_model_itself():
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
     backbone.num_features = 8
-    swav = build_method(
-        MethodConfig(name="swav", projector_hidden=16, projector_out=8, prototypes=6, queue_length=0),
-        backbone,
-        RunFacts(),
-    )
-    swav.double()
+    swav = toy_method("swav", backbone=backbone, prototypes=6, queue_length=0)
     views = list(torch.randn(2, 12, 3, 2, 2, generator=torch.Generator().manual_seed(1)).double())
     model = copy.deepcopy(swav).train()
     codes = model.settle(model(views).detached(), model.targets(views))

@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from toys import method_config
 
-from fastgessl.config import DsaConfig, GesslConfig, MethodConfig, UsageError
+from fastgessl.config import DsaConfig, GesslConfig, UsageError
 from fastgessl.methods import DSA, RunFacts, build_method
 from fastgessl.models import synchronise_batch_norm
 from fastgessl.objective import GeSSL
 
 SETTINGS = DsaConfig(weight=1.0, prior_weight=0.1, neighbours=4, discriminator_hidden=6, helper_momentum=0.9)
 BI_LEVEL = GesslConfig(inner_steps=1, inner_lr=0.05, w_sigma=1.0)
-HEADS = {"projector_hidden": 8, "projector_out": 4, "predictor_hidden": 8}
 OPTIONS = {
     "swav": {
         "prototypes": 9,
@@ -34,7 +34,7 @@ def toy(name="simclr", negatives="local", settings=SETTINGS, images=8, **facts):
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Tanh())
     backbone.num_features = 6
     facts = RunFacts(total_steps=10, images_per_forward=images, negatives=negatives, **facts)
-    method = build_method(MethodConfig(**{"name": name} | HEADS | OPTIONS.get(name, {})), backbone, facts)
+    method = build_method(method_config(name, **OPTIONS.get(name, {})), backbone, facts)
     return DSA(settings, method, facts, view_size=2).double()
 
 

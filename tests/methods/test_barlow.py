@@ -2,17 +2,13 @@ import pytest
 import torch
 from methods.lightly_heads import assert_heads_agree
 from torch import nn
+from toys import toy_method
 
-from fastgessl.config import MethodConfig
-from fastgessl.methods import Outputs, RunFacts, build_method
+from fastgessl.methods import Outputs
 
 
 def toy(**options):
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
-    backbone.num_features = 6
-    return build_method(
-        MethodConfig(name="barlow", projector_hidden=8, projector_out=4, **options), backbone, RunFacts()
-    ).double()
+    return toy_method("barlow", **options)
 
 
 def projections(seed=0, images=9, width=4):

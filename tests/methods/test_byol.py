@@ -4,6 +4,7 @@ import pytest
 import torch
 from methods.lightly_heads import assert_heads_agree
 from torch import nn
+from toys import toy_backbone, toy_method
 
 from fastgessl.config import MethodConfig, ModelConfig
 from fastgessl.methods import Outputs, RunFacts, build_method
@@ -11,11 +12,7 @@ from fastgessl.models import build_backbone
 
 
 def toy(total_steps=10, **options):
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-    backbone.num_features = 6
-    config = MethodConfig(name="byol", projector_hidden=8, projector_out=4, predictor_hidden=8, **options)
-    return build_method(config, backbone, RunFacts(total_steps=total_steps)).double()
+    return toy_method("byol", RunFacts(total_steps=total_steps), toy_backbone(norm=True), **options)
 
 
 def views(seed=0):

@@ -1,17 +1,12 @@
 import pytest
 import torch
-from torch import nn
+from toys import toy_method
 
-from fastgessl.config import MethodConfig
-from fastgessl.methods import Outputs, RunFacts, build_method
+from fastgessl.methods import Outputs, RunFacts
 
 
 def toy(negatives="local", temperature=0.07):
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
-    backbone.num_features = 6
-    config = MethodConfig(name="cissl", projector_hidden=8, projector_out=4, temperature=temperature)
-    return build_method(config, backbone, RunFacts(negatives=negatives)).double()
+    return toy_method("cissl", RunFacts(negatives=negatives), temperature=temperature)
 
 
 def outputs(seed=0, images=7):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from toys import toy_method
 
-from fastgessl.config import GesslConfig, MethodConfig, UsageError
-from fastgessl.methods import METHODS, Outputs, RunFacts, build_method
+from fastgessl.config import GesslConfig, UsageError
+from fastgessl.methods import METHODS, Outputs, RunFacts
 from fastgessl.methods.crops import other_views
 from fastgessl.objective import GeSSL
 
@@ -24,10 +25,8 @@ def toy(name, **facts):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone.num_features = 6
-    config = MethodConfig(
-        name=name, projector_hidden=8, projector_out=4, predictor_hidden=8, **OPTIONS.get(name, {})
-    )
-    return build_method(config, backbone, RunFacts(total_steps=10, images_per_forward=5, **facts)).double()
+    facts = RunFacts(total_steps=10, images_per_forward=5, **facts)
+    return toy_method(name, facts, backbone, **OPTIONS.get(name, {}))
 
 
 def crops(sizes, seed=0):

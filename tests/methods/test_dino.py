@@ -3,19 +3,17 @@ import math
 import pytest
 import torch
 from torch import nn
+from toys import toy_backbone, toy_method
 
-from fastgessl.config import MethodConfig, UsageError
-from fastgessl.methods import Outputs, RunFacts, build_method
+from fastgessl.config import UsageError
+from fastgessl.methods import Outputs, RunFacts
 from fastgessl.methods.dino import Teacher
 
 
 def toy(classes=None, steps_per_epoch=4.0, total_steps=12, **options):
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-    backbone.num_features = 6
-    given = {"name": "dino", "projector_hidden": 8, "projector_out": 4, "prototypes": 9, "temperature": 0.1}
     facts = RunFacts(total_steps=total_steps, steps_per_epoch=steps_per_epoch, classes=classes)
-    return build_method(MethodConfig(**given | options), backbone, facts).double()
+    given = {"prototypes": 9, "temperature": 0.1}
+    return toy_method("dino", facts, toy_backbone(norm=True), **given | options)
 
 
 def views(seed=0, count=4):
@@ -211,5 +209,7 @@ def test_a_batch_norm_stands_in_front_of_each_gelu_if_asked_for():
 
 
 def test_too_few_outputs_are_refused():
-    with pytest.raises(UsageError, match=r"method.prototypes is 9, and the training images have 10 classes"):
+    with pytest.raises(
+        UsageError, match=r"method.dino.prototypes is 9, and the training images have 10 classes"
+    ):
         toy(classes=10)

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from toys import toy_method
 
-from fastgessl.config import MethodConfig, UsageError
-from fastgessl.methods import Outputs, RunFacts, build_method
+from fastgessl.config import UsageError
+from fastgessl.methods import Outputs, RunFacts
 
 SETTINGS = {
     "entropy_weight": 2.3,
@@ -16,13 +16,7 @@ SETTINGS = {
 
 
 def toy(facts=None, **options):
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
-    backbone.num_features = 6
-    config = MethodConfig(
-        name="dissl", projector_hidden=8, projector_out=4, **{"prototypes": 12, **SETTINGS, **options}
-    )
-    return build_method(config, backbone, facts or RunFacts()).double()
+    return toy_method("dissl", facts, **{"prototypes": 12, **SETTINGS, **options})
 
 
 def outputs(views=2, images=7):
@@ -107,6 +101,6 @@ def test_dissl_s_measures_are_those_of_its_teacher_s_assignment():
 
 
 def test_no_more_prototypes_than_classes_are_refused():
-    with pytest.raises(UsageError, match=r"prototypes is 10, and the training images have 10 classes"):
+    with pytest.raises(UsageError, match=r"dissl.prototypes is 10, and the training images have 10 classes"):
         toy(RunFacts(classes=10), prototypes=10)
     toy(RunFacts(classes=10), prototypes=11)

@@ -8,6 +8,7 @@ from methods.dsa_ranks import BI_LEVEL, SETTINGS, step, toy, views
 from rank_launch import launch
 from tiny_run import TINY
 from torch import nn
+from toys import toy_method
 
 from fastgessl.config import DsaConfig, GesslConfig, MethodConfig, UsageError
 from fastgessl.methods import DSA, Method, RunFacts, build_method, dsa
@@ -332,11 +333,10 @@ def test_a_method_that_projects_one_of_the_two_views_is_refused():
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     backbone.num_features = 6
     facts = RunFacts(images_per_forward=8, local_views=1)
-    heads = MethodConfig(name="moco", projector_hidden=8, projector_out=4, queue_length=16)
-    DSA(SETTINGS, build_method(heads, backbone, facts), facts, view_size=2)
-    asymmetric = build_method(heads.model_copy(update={"symmetric": False}), backbone, facts)
+    DSA(SETTINGS, toy_method("moco", facts, queue_length=16), facts, view_size=2)
+    asymmetric = toy_method("moco", facts, queue_length=16, symmetric=False)
     with pytest.raises(
-        UsageError, match=r"MoCo projects 1 of 2 with these settings\. Set --method\.symmetric True"
+        UsageError, match=r"MoCo projects 1 of 2 with these settings\. Set --method\.moco\.symmetric True"
     ):
         DSA(SETTINGS, asymmetric, facts, view_size=2)
 

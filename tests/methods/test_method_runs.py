@@ -13,12 +13,12 @@ from fastgessl.schedules import learning_rate, weight_decay
 # Two steps fill the queues, which the third is the first to see; the centre and the teacher's temperature
 # move at every step.
 STATEFUL = {
-    "moco": ("--method.queue_length", 128),
-    "swav": ("--method.queue_length", 128, "--method.queue_start_epoch", 0),
+    "moco": ("--method.moco.queue_length", 128),
+    "swav": ("--method.swav.queue_length", 128, "--method.swav.queue_start_epoch", 0),
     "dino": (
-        "--method.teacher_temperature_start",
+        "--method.dino.teacher_temperature_start",
         0.02,
-        "--method.teacher_warmup_epochs",
+        "--method.dino.teacher_warmup_epochs",
         1,
         "--schedule.end_weight_decay",
         10,
@@ -111,7 +111,8 @@ def test_the_loop_decays_by_the_schedule_and_clips_each_gradient(fastgessl, tmp_
 def test_the_loop_leaves_a_frozen_last_layer_alone_for_its_epochs(fastgessl, tmp_path, method, still):
     run = tmp_path / "run"
     # 19 steps are an epoch of 64 images: 0.1 epochs are two steps.
-    options = ("--method.freeze_epochs", 0.1, "--train.checkpoint_every", 1, "--train.keep_checkpoints", 9)
+    options = (f"--method.{method}.freeze_epochs", 0.1)
+    options += ("--train.checkpoint_every", 1, "--train.keep_checkpoints", 9)
     assert fastgessl("train", f"digits-{method}", *TINY, *options, "--train.run_dir", run).code == 0
     first, second, fourth = (state_of(run, step)["objective"][still] for step in (1, 2, 4))
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)

@@ -2,23 +2,16 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from toys import toy_backbone, toy_method
 
-from fastgessl.config import MethodConfig, UsageError
-from fastgessl.methods import Outputs, RunFacts, build_method
+from fastgessl.config import UsageError
+from fastgessl.methods import Outputs, RunFacts
 from fastgessl.methods.moco import Keys
 
 
 def toy(images_per_forward=5, total_steps=10, **options):
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-    backbone.num_features = 6
-    config = MethodConfig(
-        **{"name": "moco", "projector_hidden": 8, "projector_out": 4, "queue_length": 15} | options
-    )
-    return build_method(
-        config, backbone, RunFacts(total_steps=total_steps, images_per_forward=images_per_forward)
-    ).double()
+    facts = RunFacts(total_steps=total_steps, images_per_forward=images_per_forward)
+    return toy_method("moco", facts, toy_backbone(norm=True), **{"queue_length": 15} | options)
 
 
 def views(seed=0, count=2):
@@ -196,7 +189,7 @@ def test_the_queue_starts_with_unit_vectors_in_all_directions():
     ("length", "batch", "said"),
     [
         (0, 5, "negatives come from the queue"),
-        (16, 5, "of 5 images. Set --method.queue_length 15"),
+        (16, 5, "of 5 images. Set --method.moco.queue_length 15"),
         (3, 5, "5 im"),
     ],
 )

@@ -4,18 +4,14 @@ import pytest
 import timm
 import torch
 from torch import nn
+from toys import toy_backbone, toy_method
 
-from fastgessl.config import MethodConfig
-from fastgessl.methods import Outputs, RunFacts, build_method
+from fastgessl.methods import Outputs, RunFacts
 
 
 def toy(total_steps=10, backbone=None, **options):
-    torch.manual_seed(0)
-    if backbone is None:
-        backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-        backbone.num_features = 6
-    config = MethodConfig(name="mocov3", projector_hidden=8, projector_out=4, predictor_hidden=8, **options)
-    return build_method(config, backbone, RunFacts(total_steps=total_steps)).double()
+    facts = RunFacts(total_steps=total_steps)
+    return toy_method("mocov3", facts, backbone or toy_backbone(norm=True), **options)
 
 
 def views(seed=0, count=2):

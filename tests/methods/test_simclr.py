@@ -2,16 +2,14 @@ import pytest
 import torch
 from methods.lightly_heads import assert_heads_agree
 from torch import nn
+from toys import toy_method
 
 from fastgessl.config import MethodConfig, UsageError
 from fastgessl.methods import Outputs, RunFacts, build_method
 
 
 def toy(negatives="local", temperature=0.5):
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
-    backbone.num_features = 6
-    config = MethodConfig(projector_hidden=8, projector_out=4, temperature=temperature)
-    return build_method(config, backbone, RunFacts(negatives=negatives)).double()
+    return toy_method("simclr", RunFacts(negatives=negatives), temperature=temperature)
 
 
 def projections(seed=0, images=7):

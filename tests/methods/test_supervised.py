@@ -1,19 +1,16 @@
 import pytest
 import torch
-from torch import nn
+from toys import toy_method
 
-from fastgessl.config import GesslConfig, MethodConfig, UsageError
-from fastgessl.methods import RunFacts, build_method
+from fastgessl.config import GesslConfig, UsageError
+from fastgessl.methods import RunFacts
 from fastgessl.objective import GeSSL, measure_sigma
 
 LABELS = torch.tensor([0, 2, 1, 2, 0])
 
 
 def toy(classes=3):
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
-    backbone.num_features = 6
-    return build_method(MethodConfig(name="supervised"), backbone, RunFacts(classes=classes)).double()
+    return toy_method("supervised", RunFacts(classes=classes))
 
 
 def views(count=2):

@@ -4,30 +4,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from toys import toy_backbone, toy_method
 
-from fastgessl.config import MethodConfig, UsageError
-from fastgessl.methods import Outputs, RunFacts, build_method
+from fastgessl.config import UsageError
+from fastgessl.methods import Outputs, RunFacts
 
 
 def toy(classes=None, images_per_forward=5, steps_per_epoch=4.0, **options):
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6))
-    backbone.num_features = 6
-    given = {
-        "name": "swav",
-        "projector_hidden": 8,
-        "projector_out": 4,
-        "prototypes": 9,
-        "queue_length": 0,
-        "temperature": 0.1,
-    }
     facts = RunFacts(
         total_steps=40,
         steps_per_epoch=steps_per_epoch,
         images_per_forward=images_per_forward,
         classes=classes,
     )
-    return build_method(MethodConfig(**given | options), backbone, facts).double()
+    given = {"prototypes": 9, "queue_length": 0, "temperature": 0.1}
+    return toy_method("swav", facts, toy_backbone(norm=True), **given | options)
 
 
 def views(seed=0, count=2):
@@ -216,7 +207,9 @@ def test_the_gradient_of_a_step_reaches_prototypes_that_are_not_normalised_withi
 
 
 def test_too_few_prototypes_and_a_queue_of_parts_of_batches_are_refused():
-    with pytest.raises(UsageError, match=r"method.prototypes is 9, and the training images have 9 classes"):
+    with pytest.raises(
+        UsageError, match=r"method.swav.prototypes is 9, and the training images have 9 classes"
+    ):
         toy(classes=9)
     toy(classes=8)
     with pytest.raises(UsageError, match="queue_length 12 does not hold a whole number of batches of 5"):

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
+from toys import method_config
 
-from fastgessl.config import MethodConfig
 from fastgessl.distributed import rank_local
 from fastgessl.methods import RunFacts, build_method
 from fastgessl.models import shuffled_over_ranks
@@ -20,14 +20,8 @@ def moco(shuffles):
     torch.manual_seed(1)
     backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12))
     backbone.num_features = 12
-    options = {
-        "name": "moco",
-        "projector_hidden": 8,
-        "projector_out": 4,
-        "queue_length": 12,
-        "shuffle_batch_norm": shuffles,
-    }
-    return build_method(MethodConfig(**options), backbone, RunFacts(total_steps=2))
+    config = method_config("moco", queue_length=12, shuffle_batch_norm=shuffles)
+    return build_method(config, backbone, RunFacts(total_steps=2))
 
 
 def keys_by_hand(everyone):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from toys import method_config
 
-from fastgessl.config import GesslConfig, MethodConfig
+from fastgessl.config import GesslConfig
 from fastgessl.methods import RunFacts, build_method
 from fastgessl.models import BottleneckHead
 
@@ -62,10 +63,8 @@ def toy_method(name, *, negatives="local", dropout=0.0, dtype=torch.float64, mak
         "predictor_hidden": 8,
         "momentum_start": 0.9,
     } | OPTIONS.get(name, {})
-    config = MethodConfig(name=name, **options)
-    method = build_method(
-        config, make_backbone(dropout), RunFacts(total_steps=10, negatives=negatives, classes=3)
-    )
+    facts = RunFacts(total_steps=10, negatives=negatives, classes=3)
+    method = build_method(method_config(name, **options), make_backbone(dropout), facts)
     for module in list(method.modules()):
         if isinstance(module, BottleneckHead):
             # Its small first weights make outputs of norm 1e-4, on whose directions central differences see

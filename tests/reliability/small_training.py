@@ -25,12 +25,12 @@ METHOD = {
     "projector_hidden": 12,
     "projector_out": 6,
     "predictor_hidden": 8,
-    "prototypes": 10,
     "temperature": 0.3,
-    "queue_length": 32,
-    "queue_start_epoch": 0.0,
-    "freeze_epochs": 0.5,
     "momentum_start": 0.9,
+    "moco": {"queue_length": 32},
+    "swav": {"prototypes": 10, "queue_length": 32, "queue_start_epoch": 0.0, "freeze_epochs": 0.5},
+    "dino": {"prototypes": 10, "freeze_epochs": 0.5},
+    "dissl": {"prototypes": 10},
 }
 
 

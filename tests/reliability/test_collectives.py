@@ -34,7 +34,8 @@ def step(
     with recording(rank, size) as calls:
         torch.manual_seed(0)
         facts = RunFacts(total_steps=10, images_per_forward=IMAGES * size, negatives=negatives, classes=4)
-        config = MethodConfig(name=name, **METHOD | {"queue_length": IMAGES * size})
+        queues = {key: METHOD[key] | {"queue_length": IMAGES * size} for key in ("moco", "swav")}
+        config = MethodConfig(name=name, **METHOD | queues)
         method = build_method(config, narrow_backbone(), facts)
         method.exchange = exchange
         if synchronised:

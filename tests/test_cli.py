@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from fastgessl.cli import COMMANDS, main
 from fastgessl.config import Config
@@ -28,17 +29,23 @@ def _run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["train", "digits-simclr", "--train.batch_siz", "3"], "--train.batch_size"),
         (
             ["train", "digits-simclr", "--train.accumulate", "0"],
-            "--train.accumulate: input should be greater than or equal to 1, found 0",
+            "train.accumulate: input should be greater than or equal to 1, found '0'",
         ),
         (["train", "digits-simclr", "--train.batch_size", "many"], "'many'"),
-        (["train", "digits-simclr", "--train.batch_size"], "Missing value"),
-        (["train", "digits-simclr", "--gessl.inner_lr", "nan"], "finite number, found nan"),
-        (["train", "digits-simclr", "--gessl.scope", "tail"], "'all', 'head'"),
+        (["train", "digits-simclr", "--train.batch_size"], "--train.batch_size: expected one argument"),
+        (["train", "digits-simclr", "--gessl.inner_lr", "nan"], "finite number, found 'nan'"),
+        (["train", "digits-simclr", "--gessl.scope", "tail"], "'all' or 'head'"),
         (
             ["train", "digits-simclr", "--train.batch_size", "10", "--train.accumulate", "3"],
             "does not divide",
         ),
+        (
+            ["train", "digits-simclr", "--method.symmetric", "False"],
+            "Perhaps you meant --method.moco.symmetric",
+        ),
+        (["train", "digits-simclr", "--views.crop_scale", "1"], "views.crop_scale: "),
         (["train", "digits-simclr", "leftover"], "leftover"),
+        (["views", "digits-simclr", "--images", "few"], "invalid int value: 'few'"),
         (["evaluate", "no-such-run"], "not the folder of a run"),
         (["recipes", "digits-nothing"], "no recipe"),
     ],
@@ -66,22 +73,27 @@ def test_train_help_explains_every_option_with_its_default(capsys):
     assert "(default: 256)" in out
 
 
-def test_options_override_the_recipe_and_print_config_shows_it(capsys):
-    code, out, _ = _run(
-        capsys,
-        "train",
-        "digits-simclr-gessl",
-        "--train.batch_size",
-        "64",
-        "--gessl.every=3",
-        "--train.compile",
-        "True",
-        "--print_config",
-    )
+@pytest.mark.parametrize(
+    ("words", "option", "value"),
+    [
+        (["--train.batch_size", "64"], "train.batch_size", 64),
+        (["--gessl.every=3"], "gessl.every", 3),
+        (["--train.checkpoint-every", "3"], "train.checkpoint_every", 3),
+        (["--method.moco.queue_length", "-1"], "method.moco.queue_length", -1),
+        (["--train.compile", "True"], "train.compile", True),
+        (["--train.max_steps", "7", "--train.max_steps", "None"], "train.max_steps", None),
+        (["--data.root", "some/where"], "data.root", "some/where"),
+        (["--evaluate.tasks", "knn", "linear"], "evaluate.tasks", ["knn", "linear"]),
+        (["--log.trackers"], "log.trackers", []),
+        (["--views.crop_scale", "0.2", "1"], "views.crop_scale", [0.2, 1.0]),
+        (["--views.crop_scale", "None"], "views.crop_scale", None),
+        (["--views.blur_probability", "0.5"], "views.blur_probability", [0.5]),
+    ],
+)
+def test_an_option_overrides_the_recipe_and_print_config_shows_it(capsys, words, option, value):
+    code, out, _ = _run(capsys, "train", "digits-simclr-gessl", *words, "--print_config")
     assert code == 0
-    assert "batch_size: 64" in out
-    assert "every: 3" in out
-    assert "compile: true" in out
+    assert Config.model_validate(yaml.safe_load(out)).options()[option] == value
 
 
 def test_recipes_lists_every_combination(capsys):
@@ -109,8 +121,20 @@ def test_recipes_name_shows_every_number_with_its_source(capsys):
     assert "solo-learn" in line
 
 
+def test_a_base_install_is_told_what_is_missing():
+    code = "import sys; sys.modules['pydantic'] = None; from fastgessl.cli import main; main(['train', 'digits'])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr == (
+        "fastgessl train: the package pydantic is missing. Run pip install 'fastgessl[train]'.\n"
+    )
+
+
 def test_help_needs_neither_torch_nor_two_seconds():
-    code = "import sys, fastgessl.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys, fastgessl.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'pydantic', 'yaml', 'rich'} & set(sys.modules)"
+    )
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert (

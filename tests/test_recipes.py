@@ -6,14 +6,14 @@ import pytest
 import yaml
 
 from fastgessl.config import Config, UsageError
-from fastgessl.recipes import backbones, dotted_keys, load, names, parts
+from fastgessl.recipes import backbones, load, names, parts
 
 
 @pytest.mark.parametrize("name", names())
 def test_every_recipe_is_a_valid_configuration(name):
     recipe = load(name)
     assert recipe.config.recipe == name
-    assert set(recipe.sources) <= set(dotted_keys())
+    assert set(recipe.sources) <= set(Config().options())
 
 
 @pytest.mark.parametrize(

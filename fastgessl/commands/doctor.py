@@ -10,7 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastgessl.recipes import Parser
 from fastgessl.runs import PACKAGES
+
+
+def main(words: list[str]) -> None:
+    """Run the command."""
+    Parser(program="doctor", description=__doc__).parse_args(words)
+    print_findings()
 
 
 def findings() -> list[tuple[str, str, str]]:
@@ -92,7 +99,6 @@ def _nccl() -> tuple[str, str, str]:
 def _missing() -> list[tuple[str, str, str]]:
     """The packages of `fastgessl[train]` that are absent, so that an ImportError surprises nobody."""
     needed = [name for name in PACKAGES if not name.startswith(("nvidia-dali", "triton"))] + [
-        "tyro",
         "pydantic",
         "rich",
         "safetensors",

@@ -14,8 +14,25 @@ from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate.cache import FeatureCache
 from fastgessl.evaluate.extraction import Extraction
 from fastgessl.evaluate.features import extract_features
-from fastgessl.evaluate.subject import Subject
+from fastgessl.evaluate.subject import Subject, base_config, open_subject
 from fastgessl.pipelines.sources.images import Images
+from fastgessl.recipes import Parser, override
+
+
+def main(words: list[str]) -> None:
+    """Run the command. UsageError or DataError for what cannot be done."""
+    parser = Parser(
+        program="embed", description=__doc__, epilog="Further options as of `fastgessl evaluate`."
+    )
+    parser.add_argument("target", help="the folder of a run, timm:NAME, or a .safetensors file")
+    parser.add_argument("path", type=Path, help="folder of images, or an .npz")
+    parser.add_argument(
+        "--out", type=Path, default=Path("embeddings.npz"), help="file to write (default: embeddings.npz)"
+    )
+    given, options = parser.parse_known_args(words)
+    config = override(base_config(given.target), options, f"embed {given.target}")
+    count = embed(open_subject(given.target, config), given.path, given.out)
+    print(f"{count} images: {given.out}")
 
 
 def embed(subject: Subject, path: Path, out: Path) -> int:

@@ -22,11 +22,22 @@ from fastgessl.config import Config, UsageError
 from fastgessl.evaluate.subject import description
 from fastgessl.models import build_backbone, dimension
 from fastgessl.models.dimension import Widening
+from fastgessl.recipes import Parser
 from fastgessl.runs import read_config, write_bytes, write_json
 
 KINDS = ("safetensors", "torchvision", "timm", "hub-folder")
 # A vision transformer was trained on views of some size, and takes others, as in `build_backbone`.
 _ANY_SIZE = {"dynamic_img_size": True}
+
+
+def main(words: list[str]) -> None:
+    """Run the command. UsageError for what cannot be done."""
+    parser = Parser(program="export", description="Write a run's encoder for timm, torchvision or the hub.")
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("--to", required=True, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--out", type=Path, help="folder to write (default: export-KIND in the run's folder)")
+    given = parser.parse_args(words)
+    print(export_run(given.run, given.to, given.out))
 
 
 def export_run(run: str | Path, kind: str, out: Path | None = None) -> Path:
@@ -85,7 +96,8 @@ def _timm_code(config: Config, backbone: nn.Module) -> str:
     written out.
     """
     lines = [
-        '"""Load the encoder with timm: `from load import load; encoder = load()`, (B, 3, S, S) -> (B, F)."""',
+        '"""Load the encoder with timm: `from load import load; encoder = load()`, (B, 3, S, S) -> '
+        '(B, F)."""',
         "",
     ]
     lines += [
@@ -229,8 +241,9 @@ def _as_attribute(name: str) -> str:
 def _convolution(module: nn.Module) -> str:
     if not isinstance(module, nn.Conv2d):
         return ""
-    shape = f"{module.in_channels}, {module.out_channels}, {module.kernel_size}, {module.stride}, {module.padding}"
-    return f"Conv2d({shape}, bias={module.bias is not None})"
+    channels = f"{module.in_channels}, {module.out_channels}"
+    shape = f"{module.kernel_size}, {module.stride}, {module.padding}"
+    return f"Conv2d({channels}, {shape}, bias={module.bias is not None})"
 
 
 def _preprocessing(config: Config) -> str:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,11 +13,12 @@ from fastgessl.config import UsageError
 from fastgessl.pipelines import NAMES
 from fastgessl.pipelines.prepare import prepare_folder
 from fastgessl.pipelines.sources.fetch import FETCHABLE, fetch
+from fastgessl.recipes import Parser
 
 
-def prepare(arguments: list[str], description: str) -> None:
+def main(words: list[str]) -> None:
     """Run the command. UsageError or DataError for what cannot be done."""
-    options = _parser(description).parse_args(arguments)
+    options = _parser().parse_args(words)
     if options.source in FETCHABLE:
         fetch(options.source, options.out)
         print(
@@ -48,8 +48,11 @@ def prepare(arguments: list[str], description: str) -> None:
     )
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastgessl prepare", description=description)
+def _parser() -> Parser:
+    parser = Parser(
+        program="prepare",
+        description="Make a folder of pictures into tar shards or an .npz, or fetch a data set by name.",
+    )
     parser.add_argument(
         "source",
         metavar="FOLDER|NAME",

@@ -15,9 +15,37 @@ from fastgessl import pipelines
 from fastgessl.build import view_specs
 from fastgessl.config import Config, UsageError
 from fastgessl.pipelines.sources.images import Images
+from fastgessl.recipes import Parser, load, override
 
 _GAP, _LABEL = 4, 14
 _BACKGROUND, _INK = (255, 255, 255), (60, 60, 60)
+
+
+def main(words: list[str]) -> None:
+    """Run the command. UsageError or DataError for what cannot be done."""
+    parser = Parser(program="views", description=__doc__, epilog="Further options as of `fastgessl train`.")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a composed name such as digits-simclr-gessl, or a YAML file"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("views.png"), help="file to write (default: views.png)"
+    )
+    parser.add_argument("--images", type=int, default=8, help="images to show, one per row (default: 8)")
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="ENGINE",
+        help="second engine, which shows the same draw below the first one",
+    )
+    given, options = parser.parse_known_args(words)
+    config = override(load(given.recipe).config, options, f"views {given.recipe}")
+    grid = write_view_grid(config, given.out, count=given.images, against=given.against)
+    print(f"{grid.path}: {grid.views} views per image by {' and '.join(grid.engines)}")
+    if given.against:
+        print(
+            f"they differ by {grid.mean_difference:.2f} of 255 on average, {grid.largest_difference:.1f} at "
+            "most"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,8 +97,13 @@ def _views(config: Config, images: Images, engine: str, count: int) -> tuple[str
     views = config.views
     whole = pipelines.evaluation_view(views.size, mean=views.mean, std=views.std)
     loader = pipelines.build(
-        images, [*view_specs(config), whole], batch_size=count, engine=engine, seed=config.train.seed, workers=config.data.workers
-    )  # fmt: skip
+        images,
+        [*view_specs(config), whole],
+        batch_size=count,
+        engine=engine,
+        seed=config.train.seed,
+        workers=config.data.workers,
+    )
     batch = next(iter(loader))
     loader.close()
     mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))

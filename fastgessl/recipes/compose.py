@@ -223,15 +223,32 @@ def describe(error: ValidationError) -> str:
     for finding in error.errors(include_url=False)[:5]:
         location = ".".join(str(word) for word in finding["loc"])[:100]
         if finding["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(location, dotted_keys(), n=3, cutoff=0.5)
-            findings.append(
-                f"unknown option '{location}'." + (f" Perhaps you meant {', '.join(near)}." if near else "")
-            )
+            findings.append(unknown_option(location))
         elif finding["type"] == "value_error":
             findings.append(finding["msg"].removeprefix("Value error, "))
         else:
-            findings.append(f"{location}: {finding['msg']}, found {finding['input']!r:.200}.")
-    return " ".join(findings)
+            problem = finding["msg"][0].lower() + finding["msg"][1:]
+            findings.append(f"{_option_in(location)}: {problem}, found {finding['input']!r:.200}.")
+    return " ".join(dict.fromkeys(findings))
+
+
+def unknown_option(name: str) -> str:
+    """What to say of an option that does not exist, with near names.
+
+    >>> unknown_option("--train.batch_siz")
+    "unknown option '--train.batch_siz'. Perhaps you meant --train.batch_size."
+    """
+    dashes = "--" if name.startswith("--") else ""
+    near = difflib.get_close_matches(name.removeprefix("--"), dotted_keys(), n=3, cutoff=0.6)
+    meant = f" Perhaps you meant {', '.join(dashes + key for key in near)}." if near else ""
+    return f"unknown option '{name}'.{meant}"
+
+
+def _option_in(location: str) -> str:
+    """The option that pydantic's location begins with; a place in a list or a union's member may follow."""
+    while location not in dotted_keys() and "." in location:
+        location = location.rpartition(".")[0]
+    return location
 
 
 def dotted_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import evaluation_tables
-from fastgessl.cli import _override
+from fastgessl.recipes import override
 from fastgessl.recipes import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def test_the_page_names_the_commands_that_are_run(commands, tmp_path):
     assert " ".join(commands[1][4:]) in page and " ".join(commands[2][2:]) in page
     config = load(evaluation_tables.RECIPE).config
     for _, _, *options in commands:
-        _override(
+        override(
             config,
             [
                 {"--tasks": "--evaluate.tasks", "--transfer": "--evaluate.transfer"}.get(word, word)

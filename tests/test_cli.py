@@ -122,7 +122,7 @@ def test_recipes_name_shows_every_number_with_its_source(capsys):
 
 
 def test_a_base_install_is_told_what_is_missing():
-    code = "import sys; sys.modules['pydantic'] = None; from fastgessl.cli import main; main(['train', 'digits'])"
+    code = "import sys; sys.modules['pydantic'] = None; from fastgessl.cli import main; main(['train'])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert found.stderr == (

@@ -76,6 +76,8 @@ def idle(monkeypatch) -> list[str]:
         "evaluate.subject.base_config": Config(),
         "evaluate.subject.open_subject": None,
         "evaluate.run.evaluate_subject": None,
+        "commands.embed.base_config": Config(),
+        "commands.embed.open_subject": None,
         "commands.embed.embed": 0,
         "report.write_report": "report.html",
         "commands.export.export_run": "export",

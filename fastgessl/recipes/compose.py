@@ -235,11 +235,12 @@ def describe(error: ValidationError) -> str:
 def unknown_option(name: str) -> str:
     """What to say of an option that does not exist, with near names.
 
-    >>> unknown_option("--train.batch_siz")
-    "unknown option '--train.batch_siz'. Perhaps you meant --train.batch_size."
+    >>> unknown_option("--data.enigne")
+    "unknown option '--data.enigne'. Perhaps you meant --data.engine, --data.name."
     """
     dashes = "--" if name.startswith("--") else ""
-    near = difflib.get_close_matches(name.removeprefix("--"), dotted_keys(), n=3, cutoff=0.6)
+    known = Config().options() if dashes else dotted_keys()
+    near = difflib.get_close_matches(name.removeprefix("--"), known, n=3, cutoff=0.6)
     meant = f" Perhaps you meant {', '.join(dashes + key for key in near)}." if near else ""
     return f"unknown option '{name}'.{meant}"
 

@@ -2,8 +2,7 @@
 
 Each command is a file of `fastgessl/commands/`, which parses its own words. Exit codes: 0 done; 2 a mistake
 that the message tells how to mend; 130 / 138 / 143 stopped by Ctrl-C / SIGUSR1 / SIGTERM with a checkpoint
-written; 75 another process of the job has died. Nothing heavy is imported before it is known that there is
-work to do.
+written. Nothing heavy is imported before it is known that there is work to do.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _fail(command, f"the package {error.name} is missing. Run pip install 'fastgessl[train]'.")
     try:
-        if code := run(words[1:]):
+        if (code := run(words[1:])) is not None:
             sys.exit(code)
     except ValueError as error:
         if not isinstance(error, _mistakes()):

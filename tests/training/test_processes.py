@@ -128,29 +128,23 @@ def test_under_torchrun_a_killed_rank_is_named_and_the_others_end(tmp_path, rank
         ends_and_names(job, run, rank)
 
 
-def restarted(run: Path, rank: int) -> str:
-    """What a job said that was killed in the middle, once it has got through all the same."""
-    steps = 60
-    restarts, variable = ("--max_restarts", 2), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_under_torchrun_with_restarts_the_run_continues_every_time(tmp_path, kills):
+    run, steps = tmp_path / "run", 10 * (kills + 1)
+    launcher = (*TORCHRUN, "--max_restarts", kills)
     options = ("--train.max_steps", steps, "--train.resume", "if_any", "--evaluate.tasks", "knn")
-    with launched(run, (*TORCHRUN, *restarts), *options, **variable) as job:
-        killed(job, run, rank, "training")
+    with launched(run, launcher, *options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as job:
+        for kill in range(kills):
+            wait_until(lambda kill=kill: said(run).count("  folder   ") > kill, job, run)
+            before = checkpoint.complete(run)[-1:]
+            wait_until(lambda before=before: checkpoint.complete(run)[-1:] != before, job, run)
+            processes(job)[str(kill % 2)].send_signal(signal.SIGKILL)
         assert job.wait(timeout=150) == 0, said(run)[-3000:]
+    print(f"{said(run).count('continued from step-')} of {kills} restarts continued")
+    assert said(run).count("continued from step-") == kills
+    assert "a restart may hang" not in said(run)
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, steps + 1))
     assert (run / "evaluation.json").is_file()
-    return said(run)
-
-
-def test_under_torchrun_with_restarts_the_run_continues(tmp_path):
-    words = restarted(tmp_path / "run", 0)
-    assert "continued from step-" in words
-    assert "a restart may hang" not in words
-
-
-@pytest.mark.slow
-def test_twenty_of_twenty_restarts_continue(tmp_path):
-    for number in range(20):
-        restarted(tmp_path / str(number), number % 2)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from fastgessl.objective import GeSSL, measure_sigma
 from fastgessl.objective.task import rank_local_task
 from fastgessl.recipes import load
 from fastgessl.schedules import learning_rate
-from fastgessl.training.optimizers import build_optimizer, set_learning_rate
+from fastgessl.training.optimizers import build_optimizer
 
 PRESETS = {name: load(f"digits-simclr-gessl-{name}").config.gessl for name in ("fast", "head", "exact")}
 CONTENDERS = {
@@ -209,7 +209,8 @@ def _run(config: Config, every: int) -> Iterator[dict[str, float]]:
     batches = (batch for _ in iter(int, 1) for batch in loader)
     yield _measured(objective, tasks, 0)
     for step in range(plan.total_steps):
-        set_learning_rate(optimizer, float(rates[step]))
+        for group in optimizer.param_groups:
+            group["lr"] = float(rates[step])
         result = objective(next(batches).views, step)
         result.loss.backward()
         optimizer.step()

@@ -21,10 +21,20 @@ from fastgessl.objective import GeSSL
 from fastgessl.objective.gradient_cache import CachedObjective
 from fastgessl.pipelines import Loader, ViewSpec
 from fastgessl.pipelines.sources.images import Images
-from fastgessl.training.optimizers import scaled_learning_rate
+from fastgessl.schedules import scaled_learning_rate
 
 # The schedules are arrays with a number a step; a year of 20 steps a second has 6e8.
 _MOST_STEPS = 10**9
+# Enough for a ResNet-18 to converge on a few thousand photos, a night on one GPU; published CIFAR runs have
+# 195,000, ImageNet's 31,000 up.
+_STEPS = 20_000
+_EPOCHS = (100, 1000)
+_BATCHES = (16, 256)
+# Longest queue by method, and why it is no longer than half of the images.
+_QUEUES = {
+    "moco": (65_536, "so that few negatives are older views of the image itself"),
+    "swav": (3_840, "so that few images count twice in a balanced assignment"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,72 @@ class Plan:
     engine_reason: str
     precision: str
     precision_reason: str
+
+
+def complete(
+    config: Config, images: int, processes: int = 1, earlier: Config | None = None
+) -> tuple[Config, list[str]]:
+    """Fill in what a recipe leaves open (batch_size 0, epochs 0, queue_length -1): as in the `earlier`
+    configuration that is continued, else from the number of images. What the user gives is never touched.
+
+    Returns the configuration, and for each choice a line that says why. Raises UsageError if there are too
+    few images.
+
+    >>> from fastgessl.recipes import load
+    >>> config, reasons = complete(load("folder-moco").config, 1200)
+    >>> config.train.batch_size, config.train.epochs, config.method.moco.queue_length
+    (64, 1000, 576)
+    >>> complete(load("digits-moco").config, 1198)[1]
+    []
+    """
+    name = config.method.name
+    batch, epochs = config.train.batch_size, config.train.epochs
+    queue = getattr(config.method, name).queue_length if name in _QUEUES else 0
+    if earlier is not None:
+        batch = batch or earlier.train.batch_size
+        epochs = epochs or earlier.train.epochs
+        queue = getattr(earlier.method, name).queue_length if queue < 0 else queue
+    reasons = []
+    if batch == 0:
+        batch = _batch_for(images, processes * config.train.accumulate)
+        reasons.append(
+            f"train.batch_size {batch}: the power of two next below a sixteenth of {images} images, from "
+            f"{_BATCHES[0]} to {_BATCHES[1]}"
+        )
+    if epochs == 0:
+        steps = max(images // batch, 1)
+        epochs = min(max(round(_STEPS / steps), _EPOCHS[0]), _EPOCHS[1])
+        reasons.append(
+            f"train.epochs {epochs}: {_STEPS:,} steps at {steps} per epoch, from {_EPOCHS[0]} to "
+            f"{_EPOCHS[1]} epochs"
+        )
+    if queue < 0:
+        forward = batch // config.train.accumulate
+        longest, why = _QUEUES[name]
+        queue = max(min(images // 2, longest) // forward, 1) * forward
+        reasons.append(
+            f"method.{name}.queue_length {queue}: whole batches, at most half of the images and {longest:,} rows, "
+            f"{why}"
+        )
+    train = config.train.model_copy(update={"batch_size": batch, "epochs": epochs})
+    method = config.method
+    if name in _QUEUES:
+        own = getattr(method, name).model_copy(update={"queue_length": queue})
+        method = method.model_copy(update={name: own})
+    return config.model_copy(update={"train": train, "method": method}), reasons
+
+
+def _batch_for(images: int, parts: int) -> int:
+    """The power of two next below a sixteenth of the images, within bounds, as a multiple of `parts`."""
+    smallest, largest = _BATCHES
+    wanted = min(max(1 << max((images // 16).bit_length() - 1, 0), smallest), largest)
+    batch = max(wanted // parts, 1) * parts
+    if batch > images:
+        raise UsageError(
+            f"train.batch_size is left open, and {images} images are too few for a batch of {batch}. Give "
+            "--train.batch_size, or more images."
+        )
+    return batch
 
 
 def view_specs(config: Config) -> tuple[ViewSpec, ...]:
@@ -137,7 +213,9 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
         images_per_forward=_images_per_forward(config, accelerator.num_processes),
         steps_per_epoch=len(loader) / config.train.accumulate,
         total_steps=max(total_steps, 1),
-        peak_learning_rate=scaled_learning_rate(config.optim, config.train.batch_size),
+        peak_learning_rate=scaled_learning_rate(
+            config.optim.base_lr, config.train.batch_size, config.optim.lr_scaling
+        ),
         batch_norm=_batch_norm(config, several_plain),
         negatives=("global" if several_plain else "local") if negatives == "auto" else negatives,
         engine=engine,

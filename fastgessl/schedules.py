@@ -5,6 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 
+def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
+    """Peak learning rate for `batch_size` images per optimizer step: base x batch_size / 256 where `scaling`
+    is "linear" (Goyal et al. 2017), else `base` itself.
+
+    >>> scaled_learning_rate(0.1, 512, "linear")
+    0.2
+    """
+    return base * batch_size / 256 if scaling == "linear" else base
+
+
 def learning_rate(
     peak: float, total_steps: int, *, warmup_steps: int = 0, shape: str = "cosine", end: float = 0.0
 ) -> np.ndarray:

@@ -10,6 +10,7 @@ from fastgessl.schedules import (
     inner_learning_rate,
     learning_rate,
     linear_warmup,
+    scaled_learning_rate,
     weight_decay,
 )
 
@@ -64,3 +65,8 @@ def test_alpha_is_constant_half_a_cosine_or_a_multiple_of_the_outer_rate():
         assert cosine[step] == pytest.approx(0.015 * (1 + math.cos(math.pi * step / 40)))
     assert cosine[-1] > 0
     assert inner_learning_rate(0.03, outer, shape="times_lr").tolist() == [0.03 * rate for rate in outer]
+
+
+def test_learning_rate_scales_with_the_batch_unless_told_not_to():
+    assert scaled_learning_rate(0.3, 4096, "linear") == pytest.approx(4.8)
+    assert scaled_learning_rate(0.3, 4096, "none") == 0.3

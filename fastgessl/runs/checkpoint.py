@@ -7,7 +7,6 @@ untouched.
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import zipfile
@@ -19,16 +18,12 @@ import torch
 from fastgessl.config import UsageError
 from fastgessl.runs.folder import writing
 
-FORMAT = 2
+FORMAT = 3
 _PREFIX = "step-"
-# Of a run that goes on from an earlier step: what tells how it came to the later ones, and what came of them.
-_COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl")
-_RESULTS = ("encoder.safetensors", "evaluation.json", "summary.json")
 # Types of what every checkpoint of this format holds; a file without them is not ours, whatever it says.
 _CONTENT: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "skipped": int,
-    "symptoms": dict,
     "objective": dict,
     "optimizer": dict,
     "scaler": (dict, type(None)),
@@ -45,11 +40,10 @@ def save(run: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
     One of the same step is replaced. Raises UsageError if the disk is full or cannot be written; what was
     there is then as it was.
     """
-    folder = run / "checkpoints"
-    target = folder / f"{_PREFIX}{step:09d}"
+    target = folder_of(run, step)
     with writing(target):
-        folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob("*.part"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for torn in target.parent.glob("*.part"):
             shutil.rmtree(torn)
         _write(target, {"format": FORMAT, "step": step} | state)
         # Only now: until the new one is complete, no older one is given up.
@@ -57,6 +51,11 @@ def save(run: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
         for old in others[: max(len(others) - keep + 1, 0)]:
             shutil.rmtree(old)
     return target
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint before optimizer step `step` is, or would be."""
+    return run / "checkpoints" / f"{_PREFIX}{step:09d}"
 
 
 def _write(target: Path, state: dict[str, Any]) -> None:
@@ -83,7 +82,9 @@ def _write(target: Path, state: dict[str, Any]) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable. Windows opens no folder, and keeps names durable by itself."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,64 +94,43 @@ def _flush_folder(folder: Path) -> None:
 
 def complete(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob(f"{_PREFIX}*") if path.suffix != ".part" and (path / "state.pt").is_file())
+    return sorted(
+        path
+        for path in (run / "checkpoints").glob(f"{_PREFIX}*")
+        if path.suffix != ".part" and (path / "state.pt").is_file()
+    )
 
 
 def find(run: Path, resume: str) -> Path | None:
     """What --train.resume means: None for never, the newest of `run` for auto and if_any, else the named
     folder.
 
-    UsageError if there is none, except for if_any, which then gives None.
+    UsageError if there is none, except for if_any, which then gives None; and if `run` has a newer one than
+    the named: a run is never written backwards.
     """
     if resume == "never":
         return None
+    found = complete(run)
+    newest = found[-1] if found else None
+    if resume == "auto" and newest is None:
+        raise UsageError(
+            f"--train.resume auto found no checkpoint in '{run / 'checkpoints'}'. Start the run with "
+            "--train.resume never, or if_any."
+        )
     if resume in ("auto", "if_any"):
-        found = complete(run)
-        if not found and resume == "auto":
-            raise UsageError(
-                f"--train.resume auto found no checkpoint in '{run / 'checkpoints'}'. Start the run with "
-                "--train.resume never, or if_any."
-            )
-        return found[-1] if found else None
-    if not (Path(resume) / "state.pt").is_file():
+        return newest
+    named = Path(resume)
+    if not (named / "state.pt").is_file():
         raise UsageError(
             f"--train.resume '{resume}' is not a checkpoint (it holds no state.pt). "
             "Give never, auto, if_any, or a folder checkpoints/step-<n>."
         )
-    return Path(resume)
-
-
-def set_aside(run: Path, resumed: Path, step: int) -> Path | None:
-    """Before `run` goes on from `resumed`, the checkpoint before `step`: move what it did after that into
-    `run/branch-<n>`; returns it.
-
-    Otherwise the later checkpoints would count as the newest. The branch is a run's folder itself, with
-    configuration, logs and results, and can be continued. None if there is nothing later. Raises UsageError
-    if the disk refuses.
-    """
-    own = resumed.resolve()
-    later = [path for path in complete(run) if _step_of(path) >= step and path.resolve() != own]
-    if not later:
-        return None
-    branch = next(folder for number in itertools.count(1) if not (folder := run / f"branch-{number}").exists())
-    with writing(branch):
-        (branch / "checkpoints").mkdir(parents=True)
-        for name in _COPIED:
-            if (run / name).is_file():
-                shutil.copyfile(run / name, branch / name)
-        for path in [run / name for name in _RESULTS if (run / name).is_file()]:
-            os.replace(path, branch / path.name)
-        # The newest last: a kill in between leaves one to be found, and the next start moves the rest.
-        for path in later:
-            os.replace(path, branch / "checkpoints" / path.name)
-        _flush_folder(branch / "checkpoints")
-        _flush_folder(run / "checkpoints")
-    return branch
-
-
-def _step_of(path: Path) -> int:
-    digits = path.name.removeprefix(_PREFIX)
-    return int(digits) if digits.isdecimal() else -1
+    if (run / "config.yaml").is_file() and (newest is None or newest.resolve() != named.resolve()):
+        raise UsageError(
+            f"train.run_dir '{run}' is not at '{resume}', and a run is never written backwards. Continue "
+            "from there in another --train.run_dir, or this run with --train.resume auto."
+        )
+    return named
 
 
 def load(checkpoint: Path) -> dict[str, Any]:
@@ -170,9 +150,13 @@ def load(checkpoint: Path) -> dict[str, Any]:
     found = state.get("format") if isinstance(state, dict) else None
     if type(found) is not int or found != FORMAT:
         shown = found if type(found) is int else "none"
-        raise UsageError(f"checkpoint '{checkpoint}' has format {shown}, this version reads {FORMAT}. Use "
-                         "the version that wrote it.")
-    wrong = [name for name, kind in _CONTENT.items() if name not in state or not isinstance(state[name], kind)]
+        raise UsageError(
+            f"checkpoint '{checkpoint}' has format {shown}, this version reads {FORMAT}. Use the version "
+            "that wrote it."
+        )
+    wrong = [
+        name for name, kind in _CONTENT.items() if name not in state or not isinstance(state[name], kind)
+    ]
     if wrong:
         raise UsageError(
             f"checkpoint '{checkpoint}' lacks {', '.join(wrong)}, so it is not one of ours. Resume from "

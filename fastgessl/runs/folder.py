@@ -1,12 +1,13 @@
-"""A run's folder: what it holds, who may write there, and how it is read again.
+"""Names, writes and reads the files of a run's folder.
 
-config.yaml            the complete configuration; `fastgessl train config.yaml` repeats the run. config-before-step-<n>.yaml: the
-                       earlier one of a run that was continued with other options
-environment.json       versions, device, processes, and the numbers that were derived (learning rate, batch sizes, engine)
-metrics.jsonl          one line a logged step, the same to the last digit in two runs with one seed on one machine
+config.yaml            the complete configuration; `fastgessl train config.yaml` repeats the run
+environment.json       versions, device, processes, and the numbers that were derived (learning rate, batch
+                       sizes, engine); environment-step-<n>.json: the same of a continuation, and which
+                       options changed
+metrics.jsonl          one line per logged step, the same to the last digit in two runs with one seed on one
+                       machine
 timing.jsonl           images/s and seconds of the same steps, which never repeat
 checkpoints/           step-<n>/, the newest k, each complete or absent
-branch-<n>/            what the run did after a step from which it was continued once more
 encoder.safetensors    the backbone's weights, by timm's names
 evaluation.json        every measured number;  summary.json  the outcome on one page
 """
@@ -56,8 +57,8 @@ def run_folder(config: Config) -> Path:
     if folder is None:
         if resume in ("auto", "if_any"):
             raise UsageError(
-                f"--train.resume {resume} needs --train.run_dir, the folder of the run to "
-                "continue. None was given."
+                f"--train.resume {resume} needs --train.run_dir, the folder of the run to continue. None was "
+                "given."
             )
         return _unused(Path("runs") / f"{_file_name(config.recipe)}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and not folder.is_dir():
@@ -65,14 +66,14 @@ def run_folder(config: Config) -> Path:
     with writing(folder):
         occupied = folder.is_dir() and any(path.suffix != ".part" for path in folder.iterdir())
     ours = (folder / "config.yaml").is_file()
-    if occupied and (resume == "never" or (resume == "if_any" and not ours)):
+    if occupied and (resume == "never" or (resume != "auto" and not ours)):
+        advice = (
+            "Continue that run with --train.resume auto, or name another folder."
+            if ours
+            else "It is no run's. Name another folder."
+        )
         raise UsageError(
-            f"train.run_dir '{folder}' is not empty, and nothing in it will be overwritten. "
-            + (
-                "Continue that run with --train.resume auto, or name another folder."
-                if ours
-                else "It is no run's. Name another folder."
-            )
+            f"train.run_dir '{folder}' is not empty, and nothing in it will be overwritten. {advice}"
         )
     return folder
 
@@ -82,51 +83,40 @@ def _file_name(recipe: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", recipe).lstrip(".")[:100] or "run"
 
 
-def _unused(path: Path, ending: str = "") -> Path:
+def _unused(path: Path) -> Path:
     """`path`, or path-2, path-3 ... if that is taken, as by two runs that start within one second."""
-    candidate, count = path.with_name(path.name + ending), 1
+    candidate, count = path, 1
     while candidate.exists():
         count += 1
-        candidate = path.with_name(f"{path.name}-{count}{ending}")
+        candidate = path.with_name(f"{path.name}-{count}")
     return candidate
 
 
-def create(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
+def create(folder: Path, config: Config, facts: Mapping[str, Any], continued: str = "") -> None:
     """Make the folder and write config.yaml, which repeats the run in another one, and environment.json.
-    UsageError if that fails.
+
+    `continued` names the checkpoint from which a run of this folder continues: config.yaml then has the
+    options that it continues with, and the environment is environment-<continued>.json. UsageError if that
+    fails.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    _write_config(folder, _repeatable(config))
-    write_json(folder / "environment.json", environment() | dict(facts))
+    values = _repeatable(config).model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    write_bytes(folder / "config.yaml", text.encode())
+    name = f"environment-{continued}.json" if continued else "environment.json"
+    write_json(folder / name, environment() | dict(facts))
 
 
-def record_changes(folder: Path, earlier: Config, config: Config, since: str) -> list[str]:
-    """Where a continued run's `config` is not the `earlier` one of config.yaml: write it there, so that the
-    next continuation has it too.
-
-    The earlier one stays as config-before-<since>.yaml. Returns `section.option: before -> now` for each
-    change. UsageError if that fails.
-    """
-    before, now = earlier.options(), _repeatable(config).options()
-    changes = [f"{name}: {before[name]} -> {value}" for name, value in now.items() if value != before[name]]
-    if changes:
-        kept = _unused(folder / f"config-before-{since}", ".yaml")
-        with writing(kept):
-            write_bytes(kept, (folder / "config.yaml").read_bytes())
-        _write_config(folder, _repeatable(config))
-    return changes
+def changes(earlier: Config, config: Config) -> list[str]:
+    """`section.option: before -> now` for each option that a continuation changes."""
+    before, now = _repeatable(earlier).options(), _repeatable(config).options()
+    return [f"{name}: {before[name]} -> {value}" for name, value in now.items() if value != before[name]]
 
 
 def _repeatable(config: Config) -> Config:
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"run_dir": None, "resume": "never"})}
-    )
-
-
-def _write_config(folder: Path, config: Config) -> None:
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    write_bytes(folder / "config.yaml", text.encode())
+    train = config.train.model_copy(update={"run_dir": None, "resume": "never"})
+    return config.model_copy(update={"train": train})
 
 
 def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
@@ -141,17 +131,15 @@ def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
     }
 
 
-def continuation(folder: Path, resume: str = "auto") -> str:
-    """The command that goes on with a run, safe to paste into a shell whatever the folder is called."""
-    words = [
-        "fastgessl",
-        "train",
-        folder / "config.yaml",
-        "--train.run_dir",
-        folder,
-        "--train.resume",
-        resume,
-    ]
+def continuation(folder: Path, before: Path | None = None) -> str:
+    """The command that continues a run, or starts one from its checkpoint `before` in a new folder. Safe to
+    paste into a shell whatever the folder is called.
+    """
+    words = ["fastgessl", "train", folder / "config.yaml"]
+    if before is None:
+        words += ["--train.run_dir", folder, "--train.resume", "auto"]
+    else:
+        words += ["--train.resume", before]
     return shlex.join(str(word) for word in words)
 
 
@@ -181,8 +169,8 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UsageError(
-            f"'{folder}' is not the folder of a run: it holds no config.yaml. `fastgessl "
-            "train` prints the folder it wrote."
+            f"'{folder}' is not the folder of a run: it holds no config.yaml. `fastgessl train` prints the "
+            "folder it wrote."
         )
     try:
         return Config.model_validate(read_yaml(path))

@@ -1,12 +1,12 @@
-"""Numbers going bad: a step that is not finite is given back, and a model that has stopped learning is
-pointed out.
-"""
+"""Numbers going bad: skips a step that is not finite, and warns of a model that has collapsed."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -16,25 +16,28 @@ from torch.nn.functional import normalize
 from fastgessl import runs
 from fastgessl.config import UsageError
 from fastgessl.objective import Result
-from fastgessl.training.collapse import directions_of
-from fastgessl.training.sharding import total_norm
-from fastgessl.training.state import Moment, Training
+from fastgessl.training.state import Training, total_norm
 
-_FLAGS = {"spread": "collapsed", "directions": "one_direction", "information": "uninformed"}
-# Spread of the projections, 1 = evenly over the sphere: 0.12 to 0.99 in the first 40 steps of eight methods
-# on digits; 0 after a collapse. Directions that they use: 1.08 (MoCo) to 6.4 at the least in the first 60
-# steps of ten methods on digits; 1 on a line. Information, nats: CISSL 0.98 at the least and DISSL 2.3 in the
-# end in five runs on digits; 1e-5 in DISSL runs that stay at even assignments.
-_FLAGGED_BELOW = {"spread": 0.02, "directions": 1.05, "information": 0.05}
-# Readings in a row: a collapse may pass in the first steps of a teacher-student method, and DISSL's
-# assignments were even for up to 88 steps of runs that went well; a queue changes with every step or not at
-# all.
-_PATIENCE = {"collapsed": 100, "one_direction": 100, "uninformed": 200, "stuck_queue": 3}
+# Spread in the first 40 steps of eight methods on digits: 0.12 to 0.99; after a collapse 0.
+COLLAPSED = 0.02
+# Logged steps in a row: a teacher-student method may collapse in its first steps and recover.
+PATIENCE = 100
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the host learns of a step before the optimizer moves."""
+
+    gradient_norm: float
+    metrics: dict[str, float]
+    """Means over ranks and micro-batches; empty if the step is not logged."""
+    stopping: bool
+    """Whether some rank was asked to stop."""
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The loss with its value; if that is not finite, every gradient becomes NaN, and so do all ranks' when
-    they are averaged.
+    """Returns the loss; if it is not finite, every gradient becomes NaN, and so do all ranks' when they are
+    averaged.
 
     All ranks then agree to skip the step without a collective or a wait of its own.
 
@@ -46,62 +49,94 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-class FiniteGuard:
-    """Skips the optimiser step, method state and batch-norm statistics of a step whose loss or gradient is
-    not finite.
+def shape_of(projections: Tensor) -> Tensor:
+    """Tells a collapse from projections (V, N, D): (2,), spread and directions in use, means over the views.
 
-    Raises UsageError after `limit` such steps in a row, with the state before the first of them in
-    `run/nonfinite`.
+    Spread: standard deviation over the images of the normalized projections, times sqrt(D); 1 evenly over the
+    sphere, 0 where all images are one point. Chen and He, "Exploring Simple Siamese Representation Learning",
+    CVPR 2021, section 4.1.
+
+    Directions: (Σλ)² / Σλ² of the eigenvalues λ of their covariance; between 1, all images on a line, and
+    min(N - 1, D). It needs the covariance's trace and norm only: eigenvalues would cost more than a narrow
+    network's step (RankMe, Garrido et al. 2023, is measured at the end of a run).
+
+    >>> line = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]])
+    >>> [round(value, 1) for value in shape_of(line).tolist()]
+    [0.6, 1.1]
+    """
+    rows = normalize(projections.detach().float(), dim=-1)
+    spread = rows.std(dim=1, correction=0).mean() * rows.shape[-1] ** 0.5
+    rows = rows - rows.mean(1, keepdim=True)
+    gram = rows @ rows.mT if rows.shape[1] < rows.shape[2] else rows.mT @ rows
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+    square = gram.square().sum((1, 2)).clamp_min(torch.finfo(gram.dtype).tiny)
+    return torch.stack([spread, (trace.square() / square).mean()])
+
+
+class Health:
+    """Skips the optimizer step, method state and batch-norm statistics of a step whose loss or gradient is
+    not finite, and warns once when the projections have collapsed.
+
+    Raises UsageError after `train.nonfinite_limit` such steps in a row, with the state before the first of
+    them in `run/nonfinite`.
     """
 
-    def __init__(self, training: Training, run: Path, limit: int) -> None:
-        self._training, self._run, self._limit = training, run, limit
-        self._first: Moment | None = None
-        self._present: Moment | None = None
-        self.in_a_row = 0
+    def __init__(self, training: Training, run: Path) -> None:
+        self._training = training
+        self._run = run
+        self._skipped_in_a_row = 0
+        self._collapsed_in_a_row = 0
+        self._generators: dict[str, Any] = {}
 
-    def remember(self, step: int) -> None:
-        """Call it before the step consumes anything."""
-        self._present = self._training.moment(step)
-
-    def passes(self, gradient_norm: float, results: Sequence[Result]) -> bool:
+    def passes(self, reading: Reading, results: Sequence[Result]) -> bool:
         """Whether the step may be taken; every rank gets the same answer, because the norm is that of the
         averaged gradient.
         """
-        if -torch.inf < gradient_norm < torch.inf:
-            self.in_a_row, self._first = 0, None
-            return True
         training = self._training
-        self.in_a_row += 1
+        if -torch.inf < reading.gradient_norm < torch.inf:
+            self._skipped_in_a_row = 0
+            self._watch(reading)
+            return True
+        if self._skipped_in_a_row == 0:
+            self._generators = training.generators
+        self._skipped_in_a_row += 1
         training.skipped += 1
-        self._first = self._first or self._present
         training.forget_forward()
         if training.accelerator.scaler is not None:
             training.optimizer.step()  # GradScaler takes no such step either, but lowers its scale
-        if self.in_a_row == self._limit:
+        if self._skipped_in_a_row == training.config.train.nonfinite_limit:
             self._give_up(results)
         return False
 
+    def _watch(self, reading: Reading) -> None:
+        spread = reading.metrics.get("spread")
+        if spread is None:
+            return
+        self._collapsed_in_a_row = self._collapsed_in_a_row + 1 if spread < COLLAPSED else 0
+        if self._collapsed_in_a_row == PATIENCE and self._training.accelerator.is_main_process:
+            print(
+                f"fastgessl train: step {self._training.step + 1}: the projections have collapsed to one "
+                f"point (spread {spread:.2g}, of 1). Nothing is learned like this: lower --optim.base_lr, or "
+                "check the momentum and the batch norm of the heads.",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _give_up(self, results: Sequence[Result]) -> None:
-        training, first = self._training, self._first
-        assert first is not None
+        training, count = self._training, self._skipped_in_a_row
         # All of them, since the norms of sharded tensors are collectives that every rank must join.
         found = gather_object([[*_offenders(training, results), "the norm of the gradient"][0]])
         rank, name = next(
             ((rank, name) for rank, name in enumerate(found) if not name.startswith("the gradient")),
             (0, found[0]),
         )
-        folder = self._run / "nonfinite"
-        training.save_moment(folder, first)
-        again = runs.continuation(self._run, str(folder / "checkpoints" / f"step-{first.step:09d}"))
+        before = training.save_before_skipped(self._run / "nonfinite", count, self._generators)
         raise UsageError(
-            f"{self.in_a_row} steps in a row, {first.step + 1} to {first.step + self.in_a_row}, had a loss "
-            "or gradient that is not finite; "
-            f"they were skipped. In the last one, {name} was the first that was not finite (rank {rank}). "
-            "Lower --optim.base_lr or "
-            "--gessl.inner_lr, or train with --train.precision fp32. To see it again, start from the state "
-            "before these steps in a "
-            f"folder of your choice: {again}"
+            f"{count} steps in a row, {training.step + 2 - count} to {training.step + 1}, had a loss or "
+            f"gradient that is not finite; they were skipped. In the last one, {name} was the first that was "
+            f"not finite (rank {rank}). Lower --optim.base_lr or --gessl.inner_lr, or train with "
+            "--train.precision fp32. To see it again, start from the state before these steps in a new "
+            f"folder: {runs.continuation(self._run, before)}"
         )
 
 
@@ -123,88 +158,3 @@ def _offenders(training: Training, results: Sequence[Result]) -> Iterator[str]:
     for name, parameter in training.method.named_parameters():
         if parameter.grad is not None and not total_norm([parameter.grad]).isfinite():
             yield f"the gradient of {name}"
-
-
-class Symptoms:
-    """Signs that training runs but teaches nothing: collapsed projections, assignments that do not depend on
-    the image, and a queue that no key enters any more."""
-
-    def __init__(self, training: Training) -> None:
-        self._training = training
-
-    def measure(self, results: Sequence[Result]) -> dict[str, Tensor]:
-        """Numbers to be read with the step's metrics, each (): the spread, the directions in use, the
-        information of assignments where a method measures them, and a sum over each queue."""
-        spread = torch.stack([spread_of(result.outputs.projections) for result in results]).mean()
-        # By name, since a method may replace its queue instead of writing into it.
-        queues = {
-            name: buffer for name, buffer in self._training.method.named_buffers() if _is_queue(name, buffer)
-        }
-        directions = torch.stack([directions_of(result.outputs.projections) for result in results]).mean()
-        signs = {"spread": spread, "directions": directions}
-        if {"maximality", "determinism"} <= results[0].metrics.keys():
-            # H[mean p] - mean H[p] is what an assignment says of its image.
-            signs["information"] = torch.stack(
-                [result.metrics["maximality"] - result.metrics["determinism"] for result in results]
-            ).mean()
-        return signs | {name: queue.double().sum().float() for name, queue in queues.items()}
-
-    def judge(self, step: int, measured: dict[str, float]) -> dict[str, float]:
-        """What to log of them: all but the queues, and collapsed, one_direction, uninformed or stuck_queue
-        (1.0) for as long as it lasts, said once."""
-        readings, seen = self._training.symptoms["readings"], self._training.symptoms["seen"]
-        # A queue of zeros has not begun to fill.
-        stuck = {
-            name: value != 0 and seen.get(name) == value
-            for name, value in measured.items()
-            if name not in _FLAGS
-        }
-        flags = {name: measured[name] for name in _FLAGS if name in measured}
-        low = {name: value < _FLAGGED_BELOW[name] for name, value in flags.items()}
-        for name, present in (low | stuck).items():
-            flag = _FLAGS.get(name, "stuck_queue")
-            readings[name] = readings.get(name, 0) + 1 if present else 0
-            if readings[name] >= _PATIENCE[flag]:
-                flags[flag] = 1.0
-            if readings[name] == _PATIENCE[flag] and self._training.accelerator.is_main_process:
-                print(f"fastgessl train: step {step}: {_advice(name, measured)}", file=sys.stderr, flush=True)
-        seen.update(measured)
-        return flags
-
-
-def spread_of(projections: Tensor) -> Tensor:
-    """Standard deviation over the images of their normalised projections (V, N, D), times sqrt(D): (). 1
-    evenly over the sphere, 0 where all images are one point. Chen and He, "Exploring Simple Siamese
-    Representation Learning", CVPR 2021, section 4.1.
-
-    >>> spread_of(torch.ones(2, 8, 4))
-    tensor(0.)
-    """
-    directions = normalize(projections.detach().float(), dim=-1)
-    return directions.std(dim=1, correction=0).mean() * directions.shape[-1] ** 0.5
-
-
-def _is_queue(name: str, buffer: Tensor) -> bool:
-    return "queue" in name and buffer.is_floating_point()
-
-
-def _advice(name: str, measured: dict[str, float]) -> str:
-    if name == "directions":
-        return (
-            f"the projections lie on a line ({measured['directions']:.2g} directions). Lower "
-            "--optim.base_lr, or lengthen "
-            "--schedule.warmup_epochs."
-        )
-    if name == "spread":
-        return (
-            f"the projections have collapsed to one point (spread {measured['spread']:.2g}, of 1). Nothing "
-            "is learned like this: lower "
-            "--optim.base_lr, or check the momentum and the batch norm of the heads."
-        )
-    if name == "information":
-        return (
-            f"the assignments hardly depend on the image ({measured['information']:.2g} nats of "
-            "information). Lower --optim.base_lr or the "
-            "temperatures, or take a narrower representation."
-        )
-    return f"the method's {name} no longer changes: no key enters it. The method's update_state does not run, or its keys are constant."

@@ -1,4 +1,4 @@
-"""The outer optimiser by name, with the parameter groups that self-supervised recipes mean."""
+"""Builds the outer optimizer by name, with the parameter groups that self-supervised recipes mean."""
 
 from __future__ import annotations
 
@@ -12,23 +12,13 @@ from torch import nn
 from fastgessl.config import OptimConfig
 
 
-def scaled_learning_rate(config: OptimConfig, batch_size: int) -> float:
-    """Peak learning rate for `batch_size` images an optimiser step: base_lr x batch_size / 256 (Goyal et al.
-    2017), or base_lr itself.
-
-    >>> scaled_learning_rate(OptimConfig(base_lr=0.1), 512)
-    0.2
-    """
-    return config.base_lr * batch_size / 256 if config.lr_scaling == "linear" else config.base_lr
-
-
 def build_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """SGD with momentum, LARS or AdamW over the trainable parameters; vectors (biases, normalisation) get no
+    """SGD with momentum, LARS or AdamW over the trainable parameters; vectors (biases, normalization) get no
     weight decay.
 
     LARS also leaves its trust ratio off vectors, as SimCLR and BYOL use it (You et al. 2017). timm's LARS
-    would by default drop the ratio of every group without weight decay, matrices too, hence `always_adapt` by
-    group.
+    would by default drop the ratio of every group without weight decay, matrices too, hence `always_adapt`
+    per group.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -70,16 +60,3 @@ def clip_each(parameters: Iterable[nn.Parameter], longest: float) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for gradient, norm in zip(gradients, torch._foreach_norm(gradients) if gradients else (), strict=True):
         gradient.mul_((longest / norm).clamp_max(1))
-
-
-def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """Give the parameter groups that decay the weight decay of the present step."""
-    for group in optimizer.param_groups:
-        if group["weight_decay"] > 0:
-            group["weight_decay"] = weight_decay
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every parameter group the learning rate of the present step."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate

@@ -5,22 +5,25 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+_SIGNALS: list[signal.Signals] = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
 
 
 class StopRequest:
-    """True once a signal has come. The second one acts as if nobody listened, so that a hanging step can
-    still be killed.
+    """`received` is the signal that has come. A second one acts as if nobody listened, so that a hanging step
+    can still be killed.
 
-    >>> import os, signal
+    >>> import os
     >>> with StopRequest() as stop:
     ...     os.kill(os.getpid(), signal.SIGTERM)
-    ...     (bool(stop), stop.name, stop.exit_code)
+    ...     (stop.received is not None, stop.name, stop.exit_code)
     (True, 'SIGTERM', 143)
     """
 
     def __init__(self) -> None:
-        self._received: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -32,19 +35,15 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        for other, handler in self._previous.items():
-            signal.signal(other, handler)  # type: ignore[arg-type]
-
-    def __bool__(self) -> bool:
-        return self._received is not None
+        self.received = signal.Signals(number)
+        self.__exit__()  # the next one finds the handlers of before
 
     @property
     def name(self) -> str:
         """The signal's name; 'another process' if this rank only heard of it."""
-        return self._received.name if self._received else "another process"
+        return self.received.name if self.received else "another process"
 
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as shells count; SIGTERM's if this rank only heard of it."""
-        return 128 + (self._received or signal.SIGTERM)
+        return 128 + (self.received or signal.SIGTERM)

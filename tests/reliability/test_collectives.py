@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from objective.test_gradient_cache import narrow_backbone
 from reliability.recorded import Call, recording, under_ddp
-from reliability.small_training import METHOD
-from reliability.test_gradient_cache import narrow_backbone
+from small_training import METHOD
 
 from fastgessl.config import GesslConfig, MethodConfig
 from fastgessl.methods import METHODS, RunFacts, build_method

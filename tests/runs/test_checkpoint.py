@@ -16,7 +16,6 @@ STATE = {
     "probe": None,
     "ranks": [],
     "skipped": 0,
-    "symptoms": {},
 }
 
 
@@ -124,31 +123,26 @@ def test_what_was_just_written_is_never_the_one_that_is_deleted(tmp_path):
         assert len(checkpoint.complete(tmp_path)) == keep
 
 
-def test_what_comes_after_the_step_that_a_run_goes_on_from_is_set_aside_whole(tmp_path):
-    for step in (2, 4, 6, 8):
-        checkpoint.save(tmp_path, step, STATE | {"objective": {"step": step}}, keep=9)
-    for name in ("config.yaml", "metrics.jsonl", "encoder.safetensors"):
-        (tmp_path / name).write_text(name)
-    resumed = tmp_path / "checkpoints" / "step-000000004"
-    assert checkpoint.set_aside(tmp_path, resumed, 4) == tmp_path / "branch-1"
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000000002", "step-000000004"]
-    assert [
-        checkpoint.load(path)["objective"]["step"] for path in checkpoint.complete(tmp_path / "branch-1")
-    ] == [6, 8]
-    assert {path.name for path in (tmp_path / "branch-1").iterdir()} == {
-        "checkpoints",
-        "config.yaml",
-        "metrics.jsonl",
-        "encoder.safetensors",
-    }
-    assert not (tmp_path / "encoder.safetensors").exists() and (tmp_path / "metrics.jsonl").exists()
-    assert checkpoint.set_aside(tmp_path, resumed, 4) is None
-    # Back on the first branch: what the second one made of the same step and later ones goes, earlier ones
-    # stay.
-    checkpoint.save(tmp_path, 6, {}, keep=9)
-    assert (
-        checkpoint.set_aside(tmp_path, tmp_path / "branch-1" / "checkpoints" / "step-000000006", 6)
-        == tmp_path / "branch-2"
-    )
-    assert [path.name for path in checkpoint.complete(tmp_path / "branch-2")] == ["step-000000006"]
-    assert len(checkpoint.complete(tmp_path / "branch-1")) == 2
+def test_a_run_is_never_written_backwards(tmp_path):
+    older, newest = (checkpoint.save(tmp_path, step, {}, keep=2) for step in (3, 4))
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UsageError, match=r"never written backwards.*another --train.run_dir") as refused:
+        checkpoint.find(tmp_path, str(older))
+    assert "\n" not in str(refused.value)
+    assert checkpoint.find(tmp_path, str(newest)) == newest
+    assert checkpoint.find(tmp_path / "elsewhere", str(older)) == older
+
+
+def test_folders_need_no_flushing_where_the_system_opens_none(tmp_path, monkeypatch):
+    """As on Windows, where `os.open` refuses a folder."""
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    opened = os.open
+
+    def refused(path, *rest, **named):
+        if os.path.isdir(path):
+            raise PermissionError(path)
+        return opened(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refused)
+    saved = checkpoint.save(tmp_path, 5, {}, keep=1)
+    assert checkpoint.complete(tmp_path) == [saved]

@@ -1,4 +1,4 @@
-"""What one of several gloo processes does for test_training_ranks.py: training_ranks.py RANK WORLD_SIZE
+"""What one of several gloo processes does for training/test_ranks.py: training_ranks.py RANK WORLD_SIZE
 FOLDER. Writes FOLDER/RANK.pt.
 """
 
@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from reliability.small_training import differences, run_steps, small_config, start
+from small_training import differences, run_steps, small_config, start
 
 from fastgessl.config import UsageError
 from fastgessl.methods import METHODS
 from fastgessl.methods.simclr import SimCLR
 from fastgessl.runs import checkpoint
-from fastgessl.training.sharding import whole_tensors
+from fastgessl.training.state import whole_tensors
 
 PLAIN = {
     "optim": {"base_lr": 0.1, "clip_gradient": 1.0},
@@ -90,8 +90,8 @@ def resumed_over_ranks(data, folder, rank):
     training = start(small_config(data, **sections), whole)
     run_steps(training, whole)
     expected = training.method.state_dict()
-    training = start(small_config(data, **sections), again)
-    run_steps(training, again, training.load(whole / "checkpoints" / "step-000000002"))
+    training = start(small_config(data, **sections), again, whole / "checkpoints" / "step-000000002")
+    run_steps(training, again)
     own = [
         place
         for place in differences(training.method.state_dict(), expected)

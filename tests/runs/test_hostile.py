@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reliability.fuzz import fuzz
-from reliability.small_training import run_steps, small_config, start, write_images
+from programs.fuzz import fuzz
+from small_training import run_steps, small_config, start, write_images
 
 from fastgessl import pipelines, runs
 from fastgessl.config import Config, UsageError
@@ -82,9 +82,8 @@ CONTENTS = {
 @pytest.mark.parametrize("content", CONTENTS)
 def test_a_checkpoint_with_other_content_is_refused_in_one_line(saved, tmp_path, content):
     config, _ = saved
-    training = start(config, tmp_path / "run")
     with pytest.raises(UsageError) as refused:
-        training.load(altered(saved, tmp_path / "step-000000001", **CONTENTS[content]))
+        start(config, tmp_path / "run", altered(saved, tmp_path / "step-000000001", **CONTENTS[content]))
     assert "\n" not in str(refused.value)
     assert "step-000000001" in str(refused.value)
 
@@ -95,13 +94,13 @@ def test_a_checkpoint_with_other_content_is_refused_in_one_line(saved, tmp_path,
 def test_a_checkpoint_of_another_model_method_or_optimiser_is_refused(saved, tmp_path, change):
     config, folder = saved
     other = small_config(config.data.root, **change)
-    with pytest.raises(UsageError, match="belongs to another model or optimiser"):
-        start(other, tmp_path).load(folder)
+    with pytest.raises(UsageError, match="belongs to another model or optimizer"):
+        start(other, tmp_path, folder)
 
 
 def test_no_pickle_in_a_checkpoint_runs(saved, tmp_path):
     canary = tmp_path / "canary"
-    folder = altered(saved, tmp_path / "step-000000001", symptoms={"x": Runs(canary)})
+    folder = altered(saved, tmp_path / "step-000000001", probe={"x": Runs(canary)})
     with pytest.raises(UsageError, match="cannot be read"):
         checkpoint.load(folder)
     (folder / "state.pt").write_bytes(pickle.dumps(Runs(canary)))
@@ -135,7 +134,7 @@ def test_a_tensor_that_claims_more_than_its_file_holds_costs_nothing(saved, tmp_
     name = next(iter(state))
     folder = altered(saved, tmp_path / "step-000000001", objective=state | {name: huge})
     with pytest.raises(UsageError, match="belongs to another model"):
-        start(saved[0], tmp_path / "run").load(folder)
+        start(saved[0], tmp_path / "run", folder)
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_run import TINY, read_lines
 
-from fastgessl import fit
+from fastgessl import build
 from fastgessl.methods.dissl import DISSL
 from fastgessl.models import build_backbone
 from fastgessl.recipes import load
@@ -122,7 +122,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(fastgessl, tmp_pa
         assert (whole / file).read_bytes() == (resumed / file).read_bytes(), file
 
 
-def test_a_run_that_started_from_weights_goes_on_when_they_are_gone(fastgessl, tmp_path):
+def test_a_run_that_started_from_weights_continues_when_they_are_gone(fastgessl, tmp_path):
     source, run = tmp_path / "source.safetensors", tmp_path / "run"
     save_file(
         build_backbone(load("digits-simclr").config.model.model_copy(update={"width": 0.125})).state_dict(),
@@ -172,53 +172,47 @@ def test_a_method_is_measured_on_the_steps_that_are_logged_and_trains_the_same(
     assert second == every[1::2] and "maximality" in second[0]
 
 
-def test_going_on_from_an_older_checkpoint_is_the_run_from_then_on_and_loses_nothing(fastgessl, tmp_path):
+def test_an_older_checkpoint_continues_in_a_folder_of_its_own_and_never_in_the_run_s(fastgessl, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    options = (*GESSL, "--train.checkpoint_every", 1, "--train.keep_checkpoints", 2)
+    assert fastgessl("train", *options, "--train.run_dir", run).code == 0
+    older = ("--train.resume", run / "checkpoints" / "step-000000003")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = fastgessl("train", *options, "--train.run_dir", run, *older)
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "never written backwards" in refused.err and "another --train.run_dir" in refused.err
+
+    same = fastgessl("train", *options, "--train.run_dir", tmp_path / "same", *older)
+    assert same.code == 0, same.err
+    assert "changed:" not in same.out
+    for file in ("encoder.safetensors", "evaluation.json"):
+        assert (tmp_path / "same" / file).read_bytes() == (run / file).read_bytes(), file
+    changed = fastgessl("train", *options, "--train.run_dir", other, *older, "--optim.base_lr", 0.5)
+    assert "changed: optim.base_lr: 0.01 -> 0.5\n" in changed.out
+    assert [line["step"] for line in read_lines(other / "metrics.jsonl")] == [4]
+    assert (other / "encoder.safetensors").read_bytes() != (run / "encoder.safetensors").read_bytes()
+    assert (read_config(other).optim.base_lr, read_config(run).optim.base_lr) == (0.5, 0.01)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_option_that_is_changed_holds_for_the_next_continuation_too(fastgessl, tmp_path):
     run, again = tmp_path / "run", tmp_path / "again"
-    options = (*GESSL, "--train.checkpoint_every", 1, "--train.keep_checkpoints", 2, "--train.max_steps")
-    assert fastgessl("train", *options, 4, "--train.run_dir", run).code == 0
-    finished = load_file(run / "encoder.safetensors")
-    older = run / "checkpoints" / "step-000000003"
-    outcome = fastgessl(
-        "train", *options, 4, "--train.run_dir", run, "--train.resume", older, "--optim.base_lr", 0.5
-    )
-    assert outcome.code == 0, outcome.err
-    assert "changed: optim.base_lr: 0.01 -> 0.5\n" in outcome.out
-    branch = run / "branch-1"
-    assert f"--train.run_dir {branch} --train.resume auto" in outcome.out
-    # The checkpoint of step 4 is the new one: its weights are those of the encoder that was written at the
-    # end.
-    weights, kept = load_file(run / "encoder.safetensors"), load_file(branch / "encoder.safetensors")
-    saved = checkpoint.load(run / "checkpoints" / "step-000000004")["objective"]
-    assert all(torch.equal(saved[f"method.backbone.{name}"], value) for name, value in weights.items())
-    assert all(torch.equal(kept[name], value) for name, value in finished.items())
-    assert any(not torch.equal(weights[name], value) for name, value in finished.items())
-    # What was overridden is written down, so that the command that goes on keeps it.
-    assert (read_config(run).optim.base_lr, read_config(branch).optim.base_lr) == (0.5, 0.01)
+    options = (*GESSL, "--train.resume", "if_any", "--train.max_steps")
+    assert fastgessl("train", *options, 2, "--train.run_dir", run).code == 0
+    changed = fastgessl("train", *options, 3, "--train.run_dir", run, "--optim.base_lr", 0.5)
+    assert "changed: optim.base_lr: 0.01 -> 0.5\n" in changed.out
+    noted = json.loads((run / "environment-step-000000002.json").read_text())["changed"]
+    assert noted == ["optim.base_lr: 0.01 -> 0.5", "train.max_steps: 2 -> 3"]
     shutil.copytree(run, again)
-    assert (
-        fastgessl(
-            "train",
-            run / "config.yaml",
-            "--train.run_dir",
-            run,
-            "--train.resume",
-            "auto",
-            "--train.max_steps",
-            5,
-        ).code
-        == 0
-    )
-    assert (
-        fastgessl(
-            "train", *options, 5, "--optim.base_lr", 0.5, "--train.run_dir", again, "--train.resume", "auto"
-        ).code
-        == 0
-    )
+    for folder, start in ((run, run / "config.yaml"), (again, GESSL[0])):
+        words = (*TINY, "--optim.base_lr", 0.5) if folder == again else ()
+        further = ("--train.max_steps", 4, "--train.resume", "auto", "--train.run_dir", folder)
+        assert fastgessl("train", start, *words, *further).code == 0
     assert (run / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_run_that_goes_on_keeps_the_batch_that_was_chosen_for_it(fastgessl, tmp_path, monkeypatch):
+def test_a_continued_run_keeps_the_batch_that_was_chosen_for_it(fastgessl, tmp_path, monkeypatch):
     options = (
         *GESSL,
         "--train.batch_size",
@@ -232,7 +226,7 @@ def test_a_run_that_goes_on_keeps_the_batch_that_was_chosen_for_it(fastgessl, tm
     first = fastgessl("train", *options, 2)
     assert "chosen: train.batch_size 64" in first.out
     # As on other processes, or beside other images: another batch would be chosen now.
-    monkeypatch.setattr(fit, "BATCHES", (16, 32))
+    monkeypatch.setattr(build, "_BATCHES", (16, 32))
     second = fastgessl("train", *options, 4)
     assert second.code == 0, second.err
     assert "4 steps of 64 images" in second.out and "chosen:" not in second.out
@@ -242,7 +236,7 @@ def test_a_run_that_goes_on_keeps_the_batch_that_was_chosen_for_it(fastgessl, tm
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 )
-def test_a_signal_ends_the_step_saves_and_prints_how_to_go_on(tmp_path, number, code):
+def test_a_signal_ends_the_step_saves_and_prints_how_to_continue(tmp_path, number, code):
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -306,7 +300,7 @@ def test_evaluation_during_training_changes_no_bit_of_the_encoder(fastgessl, tmp
 
 def test_accumulated_micro_batches_are_tasks_of_one_step(fastgessl, tmp_path):
     outcome = fastgessl("train", *GESSL, "--train.accumulate", 4, "--train.run_dir", tmp_path / "run")
-    assert "each 16 images a forward pass x 4" in outcome.out
+    assert "each 16 images per forward pass x 4" in outcome.out
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs.training_ranks import MODES, PLAIN
 from rank_launch import launch
 from reliability.forked import free_port
-from reliability.small_training import run_steps, small_config, start, write_images
-from reliability.training_ranks import MODES, PLAIN
+from small_training import run_steps, small_config, start, write_images
 from tiny_run import read_lines
 
 from fastgessl.config import UsageError
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reports(folder):
-    return launch(Path(__file__).with_name("training_ranks.py"), 2, folder)
+    return launch(Path(__file__).parents[1] / "programs" / "training_ranks.py", 2, folder)
 
 
 @pytest.mark.parametrize("label", [*sorted(METHODS), *MODES, "cached"])
@@ -50,14 +50,15 @@ def test_fsdp_equals_ddp_and_each_rank_holds_a_part(reports, label):
 
 
 @pytest.mark.parametrize("label", sorted(METHODS))
-def test_a_sharded_run_goes_on_in_one_process_and_the_log_of_both_is_alike(reports, folder, tmp_path, label):
+def test_a_sharded_run_continues_in_one_process_and_both_logs_are_alike(
+    reports, folder, tmp_path, label
+):
     logs = [read_lines(folder / kind / label / "metrics.jsonl") for kind in ("ddp", "fsdp")]
     for line, other in zip(*logs, strict=True):
         assert {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in line.items()} == other
-    training = start(small_config(folder / "images.npz", label, **PLAIN), tmp_path)
     newest = checkpoint.find(folder / "fsdp" / label, "auto")
-    assert newest is not None
-    assert training.load(newest) == 2
+    training = start(small_config(folder / "images.npz", label, **PLAIN), tmp_path, newest)
+    assert training.step == 2
     expected = reports[0]["fsdp", label]["weights"]
     found = training.method.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items() if "running" not in name)
@@ -92,7 +93,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all(reports, folder):
     assert [line.get("skipped") for line in lines] == [None, 1, None, None]
 
 
-def test_ranks_with_state_of_their_own_go_on_to_the_bit(reports):
+def test_ranks_with_state_of_their_own_continue_to_the_bit(reports):
     assert [report["resumed"] for report in reports] == [([], 1), ([], 1)]
 
 
@@ -102,11 +103,9 @@ def test_two_ranks_then_one_equal_one_rank_all_along(reports, folder, tmp_path, 
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     synchronised = {"model": {"batch_norm": "synchronised"}, "method": {"negatives": "global"}}
     config = small_config(data, label, **PLAIN | synchronised)
-    training = start(config, whole)
-    run_steps(training, whole)
-    training = start(config, changed)
+    run_steps(start(config, whole), whole)
     middle = folder / "ddp" / label / "checkpoints" / "step-000000001"
-    run_steps(training, changed, training.load(middle))
+    run_steps(start(config, changed, middle), changed)
     found, expected = (read_lines(run / "metrics.jsonl")[-1] for run in (changed, whole))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     assert (

@@ -1,4 +1,4 @@
-"""Damaged and hostile files for every parser of a run: python tests/reliability/fuzz.py SECONDS [SEED [PARSER
+"""Damaged and hostile files for every parser of a run: python tests/programs/fuzz.py SECONDS [SEED [PARSER
 ...]]. Prints one JSON line.
 
 A parser may read a file or refuse it with a UsageError or DataError. Anything else, anything that starts a
@@ -54,7 +54,7 @@ def valid_files(folder: Path) -> dict[str, bytes]:
         "optimizer": {"state": {}, "param_groups": []},
         "loader": {"epoch": 1},
     }
-    rest = {"scaler": None, "probe": None, "ranks": [], "skipped": 0, "symptoms": {}}
+    rest = {"scaler": None, "probe": None, "ranks": [], "skipped": 0}
     saved = checkpoint.save(folder, 3, state | rest, keep=1)
     arrays, picture, shard = io.BytesIO(), io.BytesIO(), io.BytesIO()
     np.savez(
@@ -74,7 +74,10 @@ def valid_files(folder: Path) -> dict[str, bytes]:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    config = b"train: {epochs: 3, seed: 1}\noptim:\n  base_lr: 0.1\nviews: {crop_scale: [0.2, 1.0]}\nevaluate: {tasks: [knn]}\n"
+    config = (
+        b"train: {epochs: 3, seed: 1}\noptim:\n  base_lr: 0.1\nviews: {crop_scale: [0.2, 1.0]}\n"
+        b"evaluate: {tasks: [knn]}\n"
+    )
     return {
         "recipe": config,
         "config": config,

@@ -1,13 +1,11 @@
 """The run's folder: never overwritten, readable again."""
 
-import itertools
 import json
 
 import pytest
 
 from fastgessl import runs
 from fastgessl.config import Config, UsageError
-from fastgessl.recipes import load
 
 
 def _config(**train: object) -> Config:
@@ -26,8 +24,9 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
 
 def test_a_folder_with_something_in_it_is_in_the_way_unless_resumed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="not empty"):
-        runs.run_folder(_config(run_dir=tmp_path))
+    for resume in ("never", "if_any", "elsewhere/checkpoints/step-000000003"):
+        with pytest.raises(UsageError, match="not empty"):
+            runs.run_folder(_config(run_dir=tmp_path, resume=resume))
     assert runs.run_folder(_config(run_dir=tmp_path, resume="auto")) == tmp_path
 
 
@@ -57,22 +56,14 @@ def test_the_configuration_comes_back_as_written(tmp_path):
     assert environment["versions"]["torch"]
 
 
-def test_a_changed_configuration_is_written_and_the_earlier_ones_are_kept(tmp_path):
-    configs = [_config(epochs=epochs) for epochs in (3, 4, 5)]
-    runs.create(tmp_path, configs[0], {})
-    assert (
-        runs.record_changes(
-            tmp_path, configs[0], _config(epochs=3, run_dir=tmp_path, resume="auto"), "step-9"
-        )
-        == []
-    )
-    assert not list(tmp_path.glob("config-*"))
-    for before, now in itertools.pairwise(configs):
-        changes = runs.record_changes(tmp_path, before, now, "step-9")
-        assert changes == [f"train.epochs: {before.train.epochs} -> {now.train.epochs}"]
-    assert runs.read_config(tmp_path) == configs[-1]
-    kept = [load(str(tmp_path / f"config-before-step-9{number}.yaml")).config for number in ("", "-2")]
-    assert kept == configs[:-1]
+def test_a_continuation_s_configuration_is_written_and_its_changes_are_named(tmp_path):
+    before, now = _config(epochs=3), _config(epochs=4, run_dir=tmp_path, resume="auto")
+    runs.create(tmp_path, before, {})
+    runs.create(tmp_path, now, {"fact": 1}, continued="step-9")
+    assert runs.changes(before, now) == ["train.epochs: 3 -> 4"]
+    assert runs.read_config(tmp_path) == _config(epochs=4)
+    assert json.loads((tmp_path / "environment-step-9.json").read_text())["fact"] == 1
+    assert "fact" not in json.loads((tmp_path / "environment.json").read_text())
 
 
 def test_a_configuration_of_another_version_is_refused(tmp_path):

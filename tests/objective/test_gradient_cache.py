@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reliability.small_training import METHOD, run_steps, small_config, start
+from small_training import METHOD, run_steps, small_config, start
 from tiny_run import read_lines
 from torch import nn
 
@@ -23,9 +23,13 @@ from fastgessl.objective.gradient_cache import CachedObjective
 def narrow_backbone(dropout: float = 0.0, *, norm: bool = True) -> nn.Module:
     """(B, 3, 6, 6) -> (B, 6)."""
     backbone = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6) if norm else nn.GroupNorm(2, 6), nn.ReLU(), nn.Dropout(dropout), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6) if norm else nn.GroupNorm(2, 6),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-    )  # fmt: skip
+    )
     backbone.num_features = 6
     return backbone
 

@@ -13,14 +13,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from reliability.small_training import run_steps, small_config, start, write_images
+from small_training import run_steps, small_config, start, write_images
 
 from fastgessl.training.log import MetricsLog
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(2, 45), pytest.param(50, 600, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(tmp_path, kills, steps):
-    program = Path(__file__).with_name("kill_loop.py")
+    program = Path(__file__).parents[1] / "programs" / "kill_loop.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(program), str(kills), str(steps), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -42,9 +42,9 @@ def test_memory_handles_threads_and_logs_stay_flat(tmp_path, monkeypatch, steps)
     readings = []
     write = MetricsLog.write
 
-    def read(log, step, *rest, **named):
-        write(log, step, *rest, **named)
-        if step % (steps // 12) == 0:
+    def read(log, *rest, **named):
+        write(log, *rest, **named)
+        if training.step % (steps // 12) == 0:
             gc.collect()
             readings.append((resident(), len(os.listdir("/proc/self/fd")), threading.active_count()))
 

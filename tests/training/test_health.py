@@ -1,5 +1,5 @@
-"""Numbers going bad: the step is given back, counted, and after so many in a row explained; a dead model is
-pointed out.
+"""Numbers going bad: a step that is not finite is skipped, counted, and after so many in a row explained; a
+collapse is pointed out.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from reliability.small_training import differences, run_steps, small_config, start, write_images
+from small_training import differences, run_steps, small_config, start, write_images
 from tiny_run import read_lines
 
 from fastgessl.config import UsageError
 from fastgessl.methods import METHODS
 from fastgessl.methods.byol import BYOL
-from fastgessl.methods.moco import MoCo
 from fastgessl.methods.simclr import SimCLR
 from fastgessl.runs import checkpoint
-from fastgessl.training import health as guard
+from fastgessl.training import health
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +53,9 @@ def test_a_step_that_is_not_finite_leaves_weights_statistics_and_momentum_as_the
     bad_forwards(monkeypatch, 3)  # two forwards a step: the second of the second step
     run = tmp_path / "run"
     run_steps(start(config, run), run, one=True)
-    training = start(config, run)
-    first = checkpoint.find(run, "auto")
+    training = start(config, run, checkpoint.find(run, "auto"))
     monkeypatch.setattr(BadViews, "forwards", 2)
-    run_steps(training, run, training.load(first), one=True)
+    run_steps(training, run, one=True)
     before, after = (checkpoint.load(run / "checkpoints" / f"step-00000000{step}") for step in (1, 2))
     assert differences(after["objective"], before["objective"]) == []
     assert differences(after["optimizer"]["state"], before["optimizer"]["state"]) == []
@@ -67,7 +65,7 @@ def test_a_step_that_is_not_finite_leaves_weights_statistics_and_momentum_as_the
     assert (line["step"], line["skipped"], line["loss"], line["gradient_norm"]) == (2, 1, None, None)
 
 
-def test_the_run_goes_on_after_a_bad_step_and_counts_it(data, tmp_path, monkeypatch):
+def test_the_run_continues_after_a_bad_step_and_counts_it(data, tmp_path, monkeypatch):
     bad_forwards(monkeypatch, 3, 7)
     training = start(small_config(data, "byol", train={"max_steps": 6}), tmp_path)
     assert run_steps(training, tmp_path) == 6
@@ -97,10 +95,10 @@ def test_so_many_in_a_row_stop_the_run_with_a_state_that_repeats_them(data, tmp_
         checkpoint.load(state_before)["loader"]
         == checkpoint.load(run / "checkpoints" / "step-000000002")["loader"]
     )
-    again = start(config, tmp_path / "again")
+    again = start(config, tmp_path / "again", state_before)
     monkeypatch.setattr(BadViews, "forwards", 4)
     with pytest.raises(UsageError, match="3 steps in a row, 3 to 5"):
-        run_steps(again, tmp_path / "again", again.load(state_before))
+        run_steps(again, tmp_path / "again")
 
 
 class Bad(SimCLR):
@@ -146,7 +144,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
     with torch.no_grad():
         training.method.projector[0].weight[0, 0] = torch.inf
     with pytest.raises(UsageError, match="weights that are not finite"):
-        training.save(tmp_path, 1)
+        training.save(tmp_path)
     assert checkpoint.complete(tmp_path) == []
 
 
@@ -156,30 +154,31 @@ class Collapsed(SimCLR):
         return replace(out, projections=1 + 1e-4 * out.projections)
 
 
-class Stuck(MoCo):
-    def update_state(self, passes, step):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("name", "broken", "flag"), [("simclr", Collapsed, "collapsed"), ("moco", Stuck, "stuck_queue")]
-)
-def test_a_collapse_and_a_stuck_queue_are_flagged_and_healthy_training_is_not(
-    data, tmp_path, monkeypatch, capsys, name, broken, flag
-):
-    monkeypatch.setitem(guard._PATIENCE, "collapsed", 3)
-    run_steps(
-        start(small_config(data, name, train={"max_steps": 6}), tmp_path / "healthy"), tmp_path / "healthy"
-    )
-    assert not any(
-        {"collapsed", "stuck_queue"} & line.keys()
-        for line in read_lines(tmp_path / "healthy" / "metrics.jsonl")
-    )
+def test_a_collapse_is_said_once_and_healthy_training_is_not(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(health, "PATIENCE", 3)
+    config = small_config(data, train={"max_steps": 6})
+    run_steps(start(config, tmp_path / "healthy"), tmp_path / "healthy")
     assert "fastgessl train: step" not in capsys.readouterr().err
-    monkeypatch.setitem(METHODS, name, broken)
-    run_steps(
-        start(small_config(data, name, train={"max_steps": 6}), tmp_path / "broken"), tmp_path / "broken"
-    )
-    flagged = [line["step"] for line in read_lines(tmp_path / "broken" / "metrics.jsonl") if line.get(flag)]
-    assert flagged == ([3, 4, 5, 6] if flag == "collapsed" else [4, 5, 6])
-    assert capsys.readouterr().err.count("fastgessl train: step") == 1
+    monkeypatch.setitem(METHODS, "simclr", Collapsed)
+    run_steps(start(config, tmp_path / "broken"), tmp_path / "broken")
+    assert capsys.readouterr().err.count("fastgessl train: step 3: the projections have collapsed") == 1
+    for run, collapsed in (("healthy", False), ("broken", True)):
+        lines = read_lines(tmp_path / run / "metrics.jsonl")
+        assert [line["spread"] < 0.02 for line in lines] == [collapsed] * 6
+        assert all(line["directions"] > 1 for line in lines)
+
+
+@pytest.mark.parametrize(("images", "width"), [(20, 5), (5, 20)])
+def test_spread_and_directions_follow_their_definitions(images, width):
+    torch.manual_seed(0)
+    projections = torch.randn(2, images, width)
+    spreads, directions = [], []
+    for view in projections.double():
+        unit = view / view.norm(dim=1, keepdim=True)
+        covariance = torch.cov(unit.T, correction=0)
+        eigenvalues = torch.linalg.eigvalsh(covariance)
+        spreads.append((covariance.diagonal().sqrt().mean() * width**0.5).item())
+        directions.append((eigenvalues.sum() ** 2 / eigenvalues.square().sum()).item())
+    expected = [sum(spreads) / 2, sum(directions) / 2]
+    assert health.shape_of(projections).tolist() == pytest.approx(expected, rel=1e-4)
+    assert health.shape_of(torch.ones(2, 8, 4)).tolist() == [0, 0]

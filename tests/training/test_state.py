@@ -1,5 +1,5 @@
-"""Stopping after any step and going on is as if nothing had happened: every bit of the state and of the log,
-for every method.
+"""Stopping after any step and continuing is as if nothing had happened: every bit of the state and of the
+log, for every method.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reliability.small_training import differences, run_steps, small_config, start, write_images
+from small_training import differences, run_steps, small_config, start, write_images
 from tiny_run import read_lines
 
 from fastgessl.methods import METHODS
 from fastgessl.methods.simclr import SimCLR
 from fastgessl.runs import checkpoint
-from fastgessl.training import health as guard
+from fastgessl.schedules import learning_rate, weight_decay
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,7 @@ def resumes_exactly(config, tmp_path):
     saved = checkpoint.complete(whole)
     assert len(saved) == config.train.max_steps
     for before, after in itertools.pairwise(saved):
-        training = start(config, resumed)
-        run_steps(training, resumed, training.load(before), one=True)
+        run_steps(start(config, resumed, before), resumed, one=True)
         assert (
             differences(checkpoint.load(resumed / "checkpoints" / after.name), checkpoint.load(after)) == []
         )
@@ -43,10 +42,7 @@ def resumes_exactly(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_step_of_every_method_goes_on_to_the_bit(data, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(
-        guard._PATIENCE, "collapsed", 2
-    )  # DINO's narrow head begins collapsed: what the log remembers goes on too
+def test_every_step_of_every_method_continues_to_the_bit(data, tmp_path, name):
     # sigma on every second step, micro-batches, an epoch that ends inside the run, queues, frozen prototypes,
     # momentum encoders
     resumes_exactly(
@@ -55,13 +51,13 @@ def test_every_step_of_every_method_goes_on_to_the_bit(data, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_every_optimiser_goes_on_to_the_bit(data, tmp_path, optimizer):
+def test_every_optimizer_continues_to_the_bit(data, tmp_path, optimizer):
     resumes_exactly(
         small_config(data, optim={"name": optimizer, "clip_gradient": 1.0}, train={"max_steps": 3}), tmp_path
     )
 
 
-def test_the_dsa_regulator_goes_on_to_the_bit(data, tmp_path):
+def test_the_dsa_regulator_continues_to_the_bit(data, tmp_path):
     resumes_exactly(
         small_config(
             data, dsa={"weight": 0.5, "helper": "momentum", "neighbours": 2}, train={"max_steps": 3}
@@ -70,8 +66,23 @@ def test_the_dsa_regulator_goes_on_to_the_bit(data, tmp_path):
     )
 
 
-def test_gradient_caching_goes_on_to_the_bit(data, tmp_path):
+def test_gradient_caching_continues_to_the_bit(data, tmp_path):
     resumes_exactly(small_config(data, train={"max_steps": 3, "gradient_cache": 3}), tmp_path)
+
+
+def test_learning_rate_and_weight_decay_follow_their_schedules_and_vectors_do_not_decay(data, tmp_path):
+    optim = {"name": "adamw", "base_lr": 0.8, "weight_decay": 0.04}
+    schedule = {"warmup_epochs": 1, "end_weight_decay": 10}
+    training = start(small_config(data, optim=optim, schedule=schedule), tmp_path)
+    found = []
+    for training.step in range(5):
+        training.begin_step()
+        found.append([(group["lr"], group["weight_decay"]) for group in training.optimizer.param_groups])
+    decays = weight_decay(0.04, 5, end=10)
+    rates = learning_rate(0.8 * 16 / 256, 5, warmup_steps=3)
+    assert found == [
+        [(rate, decay), (rate, 0.0)] for rate, decay in zip(rates.tolist(), decays.tolist(), strict=True)
+    ]
 
 
 class Random(SimCLR):
@@ -83,6 +94,6 @@ class Random(SimCLR):
         return replace(out, projections=out.projections + noise)
 
 
-def test_the_generators_of_torch_numpy_and_python_go_on_to_the_bit(data, tmp_path, monkeypatch):
+def test_the_generators_of_torch_numpy_and_python_continue_to_the_bit(data, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "simclr", Random)
     resumes_exactly(small_config(data, train={"max_steps": 3}), tmp_path)

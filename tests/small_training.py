@@ -1,9 +1,8 @@
-"""A training of milliseconds a step for every registered method, with all that can go wrong between two
-steps.
-"""
+"""A training with steps of milliseconds, for every registered method."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from fastgessl import pipelines
 from fastgessl.build import build_loader, make_plan
 from fastgessl.config import Config
 from fastgessl.distributed import build_accelerator
-from fastgessl.training.loop import _steps
+from fastgessl.training import loop
+from fastgessl.training.signals import StopRequest
 from fastgessl.training.state import Training
 
 IMAGES = 48
@@ -75,17 +75,7 @@ class NoEvaluation:
         pass
 
 
-class Asked:
-    """In place of a `StopRequest`: asked to stop from the start, or never."""
-
-    def __init__(self, stops: bool) -> None:
-        self._stops = stops
-
-    def __bool__(self) -> bool:
-        return self._stops
-
-
-def start(config: Config, run: Path) -> Training:
+def start(config: Config, run: Path, resumed: Path | None = None) -> Training:
     """A fresh process's worth of training."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -96,12 +86,16 @@ def start(config: Config, run: Path) -> Training:
     accelerator = build_accelerator(config, run)
     loader = build_loader(config, images, accelerator)
     plan = make_plan(config, images, loader, accelerator)
-    return Training(config, plan, accelerator, loader, None)
+    return Training(config, plan, accelerator, loader, None, resumed)
 
 
-def run_steps(training: Training, run: Path, first_step: int = 0, *, one: bool = False) -> int:
-    """The trainer's own loop, to the end or for one step."""
-    return _steps(training, NoEvaluation(), run, first_step, Asked(one))  # type: ignore[arg-type]
+def run_steps(training: Training, run: Path, *, one: bool = False) -> int:
+    """The trainer's own loop, to the end or for one step; returns the steps done."""
+    stop = StopRequest()
+    if one:
+        stop.received = signal.SIGTERM
+    loop.run_steps(training, NoEvaluation(), run, stop)  # type: ignore[arg-type]
+    return training.step
 
 
 def differences(found: Any, expected: Any, path: str = "") -> list[str]:

@@ -100,8 +100,8 @@ def complete(
         longest, why = _QUEUES[name]
         queue = max(min(images // 2, longest) // forward, 1) * forward
         reasons.append(
-            f"method.{name}.queue_length {queue}: whole batches, at most half of the images and {longest:,} rows, "
-            f"{why}"
+            f"method.{name}.queue_length {queue}: whole batches, at most half of the images and {longest:,} "
+            f"rows, {why}"
         )
     train = config.train.model_copy(update={"batch_size": batch, "epochs": epochs})
     method = config.method
@@ -232,9 +232,9 @@ def _batch_norm(config: Config, several_plain: bool) -> Literal["local", "synchr
     shuffles = config.method.name == "moco" and config.method.moco.shuffle_batch_norm
     if config.model.batch_norm == "synchronised" and shuffles:
         raise UsageError(
-            "method.moco.shuffle_batch_norm deals images out so that local batch norm does not tell the batch "
-            "that a key came in; under "
-            "model.batch_norm synchronised there is nothing to hide. Leave out one of the two."
+            "method.moco.shuffle_batch_norm deals images out so that local batch norm does not tell the "
+            "batch that a key came in; under model.batch_norm synchronised there is nothing to hide. Leave "
+            "out one of the two."
         )
     if config.model.batch_norm != "auto":
         return config.model.batch_norm

@@ -30,7 +30,7 @@ test: $(INSTALLED)  ## run the whole test suite
 
 soak: $(INSTALLED)  ## run the slow tests, and every method on digits over five seeds
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -s $(ARGS)
-	$(RUN) -m bench.methods
+	$(RUN) -m bench.studies.methods
 
 # numpy: the interpreter of triton before 3.7 needs one below 2.4.
 versions:  ## run the kernel tests with TORCH=2.6.0 TRITON=3.2.0, the oldest that work, or others, in an environment of their own
@@ -46,9 +46,9 @@ typecheck: $(INSTALLED)  ## mypy
 	$(VENV)/bin/mypy
 
 bench: $(INSTALLED)  ## benchmarks of this machine, written to bench/results/
-	$(RUN) -m bench $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest bench --benchmark-only $(ARGS)
 
-gpu: $(INSTALLED)  ## everything a GPU can tell, written to bench/results/
+gpu: $(INSTALLED)  ## what a GPU should run, written to bench/results/
 	$(RUN) -m bench.gpu $(ARGS)
 
 clean:  ## remove the virtual environment, caches and builds (runs/ stays)

@@ -1,204 +1,159 @@
-"""Everything a GPU can tell, in order of value: `python -m bench.gpu [--stage ceilings tests ...] [--budget
-540] [--out DIR] [--dry-run]`.
+"""Run what a GPU should run, in order of value, within a budget.
 
-Each stage runs in a process of its own under its own time limit and writes its JSON under
-bench/results/<gpu>/ after every row, so that a crash or a cut run leaves what was found until then. --budget
-divides the time of the whole call among its stages. What the machine lacks (a peer, DALI, a second GPU,
-CIFAR-10, room for a case) becomes a row "absent"; what of ours fails is a row "error", a failed stage and an
-exit code other than 0. `--dry-run` takes tiny sizes, on a CPU if need be. `--profile` adds a trace of a
-training step and Nsight Compute's view of the slowest kernel.
+    python -m bench.gpu [--stages tests losses …] [--budget 540] [--out DIR] [--tiny]
+
+Each stage is a process with a time limit that writes its results after each row, so that a crash or a cut
+leaves what was found until then. What it says is in <date>-gpu-<stage>.log, how it ended in <date>-gpu.json.
+`--tiny` tries all of it out, on a CPU if need be.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from bench import processes, results
-from bench.attempts import failures
-from bench.stages import STAGES, Conditions
+from bench import results
 
-SECONDS = {
-    "ceilings": 60,
-    "tests": 420,
-    "kernels": 300,
-    "steps": 420,
-    "engines": 120,
-    "quality": 900,
-    "scaling": 300,
-    "gessl": 200,
-}
-START_AND_LAST_ROW = 60
-"""Seconds after which a stage is killed, beyond the limit at which it stops by itself: it looks at the clock
-between rows."""
+SECONDS = {"state": 10, "tests": 420, "losses": 420, "steps": 420, "views": 180, "gessl": 240, "quality": 900}
+"""The most that a stage takes; in order of value."""
+ENDING = 20
+"""Seconds from the interrupt at a stage's limit, at which pytest still says what failed, to its end."""
+RUN_FILES = ("metrics.jsonl", "timing.jsonl", "evaluation.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--stage", nargs="+", choices=STAGES, default=[stage for stage in STAGES if stage != "profile"]
-    )
-    parser.add_argument("--seconds", type=float, help="time limit of a stage, instead of its own")
-    parser.add_argument(
-        "--budget", type=float, default=math.inf, help="seconds for the whole call, divided among its stages"
-    )
+    parser.add_argument("--stages", nargs="+", choices=SECONDS, default=list(SECONDS))
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for the whole call")
     parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
-    parser.add_argument(
-        "--cifar10",
-        type=Path,
-        help="an .npz with CIFAR-10 (train_x, train_y, test_x, test_y), for the stage quality",
-    )
-    parser.add_argument("--photos", type=Path, help="a folder of photos, for the engines that read files")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU if there is no GPU")
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="the stage profile too: a torch profiler trace, Nsight Compute's summary",
-    )
-    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
-    words = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_args(words)
-    if not torch.cuda.is_available() and not arguments.dry_run:
-        sys.exit("bench.gpu: torch finds no GPU here. Run it on a machine that has one, or with --dry-run.")
-    # So that a call that is ended from outside ends its stages too.
+    parser.add_argument("--cifar10", type=Path, help="an .npz with train_x, train_y, test_x, test_y")
+    parser.add_argument("--photos", type=Path, help="a folder of photos, for the engines that decode files")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run?")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available() and not arguments.tiny:
+        sys.exit("bench.gpu: torch finds no GPU here. Run it on a machine that has one, or with --tiny.")
+    # So that a call that is ended from outside ends its stage too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if arguments.in_this_process:
-        run(arguments.stage[0], arguments)
-        return
-    stages = list(dict.fromkeys([*arguments.stage, *(["profile"] if arguments.profile else [])]))
-    failed = run_all(stages, words, [limit(stage, arguments) for stage in stages], arguments.budget)
-    if failed:
-        sys.exit(
-            f"bench.gpu: {', '.join(failed)} did not end well; what was found until then is in the files "
-            "above."
-        )
+    ends, found = time.monotonic() + arguments.budget, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, stage in enumerate(arguments.stages):
+            limits = [SECONDS[later] for later in arguments.stages[number:]]
+            limit = allowance(limits, ends - time.monotonic())
+            found[stage] = run(stage, command(stage, arguments, Path(scratch)), limit, arguments.out)
+            results.write("gpu", {"tiny": arguments.tiny, "stages": found}, arguments.out)
+            print(f"{stage}: {found[stage]}", flush=True)
+        keep_run(Path(scratch), arguments.out)
+    if failed := [stage for stage, row in found.items() if row["exit_code"]]:
+        sys.exit(f"bench.gpu: {', '.join(failed)} did not end well; see the logs.")
 
 
-def limit(stage: str, arguments: argparse.Namespace) -> float:
-    return arguments.seconds or SECONDS.get(stage, 120)
+def allowance(limits: Sequence[float], left: float) -> float:
+    """Seconds of the first of some stages when all of them together have `left` seconds: its part of what
+    they would take. What it does not use is there for the next ones.
 
-
-def run_all(stages: Sequence[str], words: Sequence[str], limits: Sequence[float], budget: float) -> list[str]:
-    """Every stage in a process of its own, one after the other; returns those that did not end by themselves
-    without an error.
+    >>> allowance([60, 420, 300], math.inf), allowance([60, 420, 300], 420)
+    (60, 20.0)
     """
-    ends, failed = time.monotonic() + budget, []
-    for number, stage in enumerate(stages):
-        stops, killed = allowance(limits[number:], ends - time.monotonic())
-        if not run_apart(stage, words, stops, killed):
-            failed.append(stage)
-    return failed
+    whole = sum(limits) + ENDING * len(limits)
+    return min(limits[0], max(left * (limits[0] + ENDING) / whole - ENDING, 1))
 
 
-def allowance(limits: Sequence[float], left: float) -> tuple[float, float]:
-    """Seconds after which the first of some stages stops, and after which it is killed, when all of them
-    together have `left` seconds.
-
-    It gets the part of what is left that it would take of their limits; what it does not use is there for the
-    next ones.
-
-    >>> allowance([60, 420, 300], math.inf)
-    (60, 120)
-    >>> allowance([60, 420, 300], 480)
-    (30.0, 60.0)
-    >>> allowance([300], 390)
-    (300, 360)
-    """
-    longest = [own + START_AND_LAST_ROW for own in limits]
-    killed = min(longest[0], left * longest[0] / sum(longest))
-    return max(killed - START_AND_LAST_ROW, killed / 2), killed
-
-
-def run_apart(stage: str, words: Sequence[str], stops: float, killed: float) -> bool:
-    """Whether it ended by itself without an error."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu",
-        *words,
-        "--in-this-process",
-        "--stage",
-        stage,
-        "--seconds",
-        str(stops),
+def command(stage: str, arguments: argparse.Namespace, scratch: Path) -> list[str]:
+    """What a stage runs."""
+    run_pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "bench.gpu"]
+    tiny = ["--tiny"] if arguments.tiny else []
+    given = [f"--{key}={value}" for key, value in vars(arguments).items() if isinstance(value, Path)]
+    if stage == "state":
+        return ["bash", "-c", "nvidia-smi -q || true"]
+    if stage == "tests":
+        # Only the files that have such tests; half of the cores, because most of the time compiles kernels.
+        tests = sorted((results.ROOT / "tests").rglob("test_*.py"))
+        files = [str(path) for path in tests if "mark.gpu" in path.read_text()]
+        cores = os.cpu_count() or 2
+        workers = ["-n", str(min(cores // 2, 8)), "--maxschedchunk=1"] if find_spec("xdist") else []
+        report = f"--junit-xml={results.place('gpu-tests.xml', arguments.out)}"
+        how = ["--collect-only", "-q"] if arguments.tiny else ["-v", "--tb=short", report, *workers]
+        return [*run_pytest, "-m", "gpu", *how, *files]
+    if stage != "quality":
+        file = f"bench/test_{stage}.py"
+        return [*run_pytest, "-v", "-p", "no:xdist", "--benchmark-only", file, *tiny, *given]
+    recipe, options = "cifar10-simclr", ["--data.name", "npz", "--data.root", str(arguments.cifar10)]
+    options += ["--train.epochs", "20", "--train.compile", "True"]
+    if arguments.tiny:
+        recipe, options = "digits-simclr", ["--train.epochs", "1", "--model.width", "0.125"]
+    if not arguments.tiny and arguments.cifar10 is None:
+        return ["echo", "absent: give CIFAR-10 with --cifar10 FILE.npz"]
+    options += [
+        "--train.run_dir",
+        str(scratch / "run"),
+        "--log.trackers",
+        "--evaluate.tasks",
+        "linear",
+        "knn",
     ]
-    ended = processes.run(command, killed, capture=False)
-    if ended.exit_code is None:
-        print(
-            f"{stage}: killed after {killed:.0f} s; it should have stopped by itself after {stops:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
-    return ended.exit_code == 0
+    return [sys.executable, "-m", "fastgessl", "train", recipe, *options]
 
 
-def run(stage: str, arguments: argparse.Namespace) -> None:
-    """Write the stage's record after each of its rows. Exits with a message if something of ours failed in
-    one.
+def run(stage: str, words: Sequence[str], limit: float, out: Path | None) -> dict[str, Any]:
+    """Run a stage to its end or its limit; how it ended, and the last that it said."""
+    log = results.place(f"gpu-{stage}.log", out).resolve()
+    started = time.monotonic()
+    timed = ["timeout", "--signal=INT", f"--kill-after={ENDING}", f"{limit:.0f}", *words]
+    with log.open("w") as said:
+        process = subprocess.Popen(timed, stdout=said, stderr=subprocess.STDOUT, cwd=results.ROOT)
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
+    seconds = time.monotonic() - started
+    last = log.read_text(errors="replace")[-500:]
+    return {"exit_code": code, "cut": code in (124, 137), "seconds": seconds, "limit": limit, "last": last}
+
+
+def keep_run(scratch: Path, out: Path | None) -> None:
+    """What the stage quality measured, also where it was cut, goes beside the results."""
+    for name in RUN_FILES:
+        if (scratch / "run" / name).exists():
+            folder = results.place("gpu-quality", out)
+            folder.mkdir(exist_ok=True)
+            shutil.copy(scratch / "run" / name, folder)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that stand alone come before those with many cases: they say most in the least time."""
+    cases = Counter(item.nodeid.partition("[")[0] for item in items)
+    items.sort(key=lambda item: cases[item.nodeid.partition("[")[0]])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """A process whose device answers no more ends: its other tests would all fail. pytest-xdist puts a new
+    one in its place.
     """
-    started = time.perf_counter()
-    conditions = Conditions(
-        started + limit(stage, arguments),
-        arguments.dry_run,
-        arguments.cifar10,
-        arguments.photos,
-        arguments.out,
-    )
-    record: dict[str, Any] = {
-        "dry_run": arguments.dry_run,
-        "limit_seconds": limit(stage, arguments),
-        "complete": False,
-        "rows": {},
-    }
-    record["state_before"] = gpu_state()
-    path = results.write(f"gpu-{stage}", record, arguments.out)
-    for name, row in STAGES[stage](conditions):
-        record["rows"][name] = row
-        record["seconds"] = time.perf_counter() - started
-        path = results.write(f"gpu-{stage}", record, arguments.out)
-        print(f"{stage}: {name}: {_short(row)}", flush=True)
-    failed = failures(record["rows"])
-    results.write(
-        f"gpu-{stage}",
-        record | {"complete": True, "failed": failed, "state_after": gpu_state()},
-        arguments.out,
-    )
-    print(f"  {path}", flush=True)
-    if failed:
-        sys.exit(f"{stage}: failed: {'; '.join(failed)}")
-
-
-def gpu_state() -> str:
-    """Driver, clocks, power and temperature as nvidia-smi gives them; they are read, never set."""
-    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
+    if not torch.cuda.is_initialized():
+        return
     try:
-        said = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return "absent: nvidia-smi"
-    return said.stdout.strip()
-
-
-def _short(row: Any) -> str:
-    text = (
-        str({key: value for key, value in row.items() if key not in ("samples", "output")})
-        if isinstance(row, dict)
-        else str(row)
-    )
-    return text if len(text) < 400 else text[:400] + " ..."
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the device answers no more: {error}", returncode=1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Peak bytes of a computation's live tensors, counted without a GPU's allocator."""
+"""Measure the memory that a computation takes: as the device gave it, or as its live tensors held it."""
 
 from __future__ import annotations
 
+import ctypes
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,3 +62,29 @@ def peak_bytes(step: Callable[[], object], module: torch.nn.Module) -> int:
             live.ignore(tensor)
         step()
     return live.peak
+
+
+def device_peak_bytes(work: Callable[[], object]) -> int | None:
+    """Most bytes that `work` takes beyond what is held before it, once something like it has warmed up: of
+    PyTorch's allocator on a GPU, of this process's resident memory on a CPU. None where Linux does not tell.
+    """
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        work()
+        return None
+    # What was freed goes back to the system, and the peak starts again from what is resident now.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])

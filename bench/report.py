@@ -1,8 +1,7 @@
-"""docs/benchmarks.md from everything under bench/results/: `python -m bench.report [--results DIR] [--to
-docs/benchmarks.md]`.
+"""Write docs/benchmarks.md from everything under bench/results/: `python -m bench.report [--to FILE]`.
 
-The newest file of each name and machine is shown, with the commit, versions and date that made it; trainers'
-rates and the losses' times are plotted beside the page. A number that is not in a file is not on the page.
+The newest file of each name and machine is shown, with the commit, versions and date that made it; steps are
+plotted beside the page. A number that is not in a file is not on the page.
 """
 
 from __future__ import annotations
@@ -20,53 +19,34 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
-from bench import results
+from bench.results import RESULTS, ROOT
 
 ABOUT = {
-    "gpu-ceilings": "What the device can do at best, as measured.",
-    "gpu-tests": "Every kernel on the device against float64.",
-    "gpu-kernels": "The similarity losses, forward and backward unless said, beside floors, targets and "
-    "peers.",
-    "gpu-steps": "Whole training steps, loader included, beside other trainers in the same run.",
-    "gpu-engines": "The input engines alone.",
-    "gpu-quality": "Short runs of the real command.",
-    "gpu-gessl": "A step of GeSSL's modes, x a plain step.",
-    "gpu-scaling": "Collectives on several ranks.",
-    "steps": "Whole training steps, loader included, beside other trainers in the same run.",
-    "gessl": "A step of GeSSL's modes, x a plain step.",
-    "hypergradients": "Gradients of σ against those of exact mode, SimCLR on digits: cosine and ratio of "
-    "norms, mean ± s.d. over seeds.",
-    "does-gessl-help-digits": "Plain training against GeSSL's presets, mean ± s.d. over seeds; differences "
-    "paired, with 95 % intervals.",
-    "does-gessl-help-cifar10-small": "The same on a tenth of CIFAR-10, 16-pixel views, a quarter of the "
-    "width.",
-    "dsa-digits": "DSA against plain and supervised training, with outliers among the training images; mean "
-    "± s.d. over seeds.",
-    "evaluate": "Extraction (medians of rounds in turns), probe and k-NN (one call each) beside "
-    "scikit-learn and lightly, 50,000 + 10,000 "
-    "images of 32 pixels, 512 features.",
-    "evaluation-tables": "The tables that evaluation.md shows, one seed; they stand there.",
-    "ladder-digits": "The levers of the idealised representations, one after the other; mean ± s.d. over "
-    "seeds.",
-    "methods-digits": "Every method's digits recipe, beside raw pixels and the untrained encoder; mean ± "
-    "s.d. over seeds.",
-    "kernels": "The losses beside dense PyTorch and other packages; seconds are the best round's, whose "
-    "rates are beside; above 4,096 rows "
-    "one call.",
-    "kernels-rows": "The losses beside dense PyTorch and other packages, at chosen sizes.",
-    "pipelines": "The engines that make views, side by side, in turns.",
-    "pipelines-part": "The engines that make views, side by side, on a part of the inputs.",
+    "losses": "Similarity losses beside dense PyTorch and other packages.",
+    "kernels": "Losses with their backward beside other ways to compute them; best of the rounds.",
+    "steps": "Whole training steps, loader included, beside other trainers.",
+    "views": "Engines and kernels that make views.",
+    "pipelines": "CPU milliseconds per image of the engines that make views; more in [data.md](data.md).",
+    "gessl": "A step of GeSSL's modes, as multiples of a plain step.",
+    "gessl-curve": "σ over training; [gessl.md](gessl.md) shows it.",
+    "hypergradients": "Cosine of σ's gradient with exact mode's, K = 1; more in [gessl.md](gessl.md).",
+    "evaluation": "Evaluation beside scikit-learn and lightly.",
+    "evaluate": "Seconds beside scikit-learn and lightly, 50,000 + 10,000 images, 512 features.",
+    "evaluation-tables": "The tables that [evaluation.md](evaluation.md) shows.",
+    "does-gessl-help-digits": "Plain training and GeSSL's presets, accuracy in %.",
+    "does-gessl-help-cifar10-small": "The same on a tenth of CIFAR-10 at 16 pixels, a quarter of the width.",
+    "dsa-digits": "DSA against plain and supervised training, with outliers among the training images.",
+    "ladder-digits": "The levers of the idealised representations, one after the other.",
+    "methods-digits": "Every method's digits recipe.",
 }
-HIDDEN = {"samples", "output", "trace", "state_before", "state_after", "split", "draws"}
-"""What a file keeps and a page does not show: single samples, logs."""
-ROW_LIMIT = 60
+ROW_LIMIT = 20
 Row = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=results.ROOT / "results")
-    parser.add_argument("--to", type=Path, default=results.ROOT.parent / "docs" / "benchmarks.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--to", type=Path, default=ROOT / "docs" / "benchmarks.md")
     arguments = parser.parse_args(argv)
     arguments.to.write_text(page(arguments.results, arguments.to.parent))
     print(arguments.to)
@@ -75,172 +55,184 @@ def main(argv: Sequence[str] | None = None) -> None:
 def page(folder: Path, beside: Path) -> str:
     """The Markdown; plots are written to `beside`/benchmarks-<machine>-<name>.png."""
     files = newest(folder)
-    machines = sorted({path.parent.name for path in files.values()})
+    machines = sorted({machine for machine, _ in files})
     text = [
         "# Benchmarks",
         "",
-        "Written by `python -m bench.report` from the files it names. Contenders of one table ran in one "
-        "process or one after the other, "
-        "in turns where rounds are given; a ratio is the median over rounds. A time is the best or the "
-        "median of its samples, as each "
-        "section says.",
+        "Written by `python -m bench.report` from the files it names. Contenders of one row took turns in "
+        "one process; × is the median over rounds of the time as a multiple of the first column's.",
     ]
     if all(machine.startswith("cpu") for machine in machines):
-        text += [
-            "",
-            "**Nothing here was measured on a GPU yet**, and so nothing is said about several GPUs. `make "
-            "gpu` measures both.",
-        ]
+        text += ["", "**Nothing here was measured on a GPU yet.** `make gpu` does."]
     for machine in machines:
         text += ["", f"## {machine}"]
         for (place, name), path in files.items():
             if place == machine:
-                text += section(name, path, beside)
+                text += ["", f"### {name}", "", *section(path, beside)]
     return "\n".join(text) + "\n"
 
 
 def newest(folder: Path) -> dict[tuple[str, str], Path]:
-    """The last file of each (machine, name), by its date; dry runs are no results."""
+    """The last file of each (machine, name), by its date; what was only tried out is no result."""
     found: dict[tuple[str, str], Path] = {}
     for path in sorted(folder.glob("*/*.json")):
         record = json.loads(path.read_text())
-        if not record.get("dry_run"):
+        if "name" in record and not record.get("tiny"):
             found[path.parent.name, record["name"]] = path
     return dict(sorted(found.items()))
 
 
-def section(name: str, path: Path, beside: Path) -> list[str]:
-    """One file: where it comes from, its tables, its plot."""
-    record = _with_spreads(json.loads(path.read_text()))
-    link = os.path.relpath(path, beside)
-    versions = record.get("versions", {})
-    machine = ", ".join(record["gpus"]) or record["processor"]
-    origin = f"{record['started'][:10]}, commit {record['commit']}, torch {versions.get('torch')}, {machine}"
-    text = [
-        "",
-        f"### {name}",
-        "",
-        f"{ABOUT.get(name, '')} [{path.name}]({link}): {origin}, {record['threads']} threads.".strip(),
-    ]
+def section(path: Path, beside: Path) -> list[str]:
+    """One file: what it is about, where it comes from, its tables, its plot."""
+    record = json.loads(path.read_text())
+    name, machine = record["name"], ", ".join(record["gpus"]) or record["processor"]
+    origin = (
+        f"{record['started'][:10]}, commit {record['commit']}, torch {record['versions']['torch']}, {machine}"
+    )
+    link = f"[{path.name}]({os.path.relpath(path, beside)})"
+    text = [f"{ABOUT.get(name, '')} {link}: {origin}, threads: {record['threads']}.".strip()]
     if record.get("complete") is False:
         text += ["", "**Cut**: the run ended before its last row."]
-    found = list(tables(record))
-    for title, rows in found:
+    for title, rows in tables(record):
         text += ["", *([f"**{title}**", ""] if title else []), *markdown(rows)]
-    if not found:
-        numbers = {key: value for key, value in _plain(record).items() if key not in results.ORIGIN}
-        text += ["", *markdown([{"": key, "value": value} for key, value in numbers.items()])]
-    plot = _plot(name, record, beside / f"benchmarks-{path.parent.name}-{name}.png")
-    return text + (["", f"![{name}]({plot.name})"] if plot else [])
+    plot = beside / f"benchmarks-{path.parent.name}-{name}.png"
+    return text + (["", f"![{name}]({plot.name})"] if plotted(record, plot) else [])
 
 
-def tables(tree: Any, title: str = "") -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Every collection of rows in a record, with the names that lead to it."""
-    if not isinstance(tree, Mapping):
-        return
-    for key, value in tree.items():
-        rows = _rows(value)
-        if key in HIDDEN or key in ("versions", "study"):
-            continue
-        inner = title if key in ("rows", "contenders") else f"{title}, {key}".lstrip(", ")
-        if rows:
-            yield inner, rows
-        nested = value.items() if isinstance(value, Mapping) else ()
-        for name, row in nested:
-            deeper = f"{inner}, {name}".lstrip(", ")
-            if rows := _rows(row):
-                yield deeper, rows
-            else:
-                yield from tables(row, deeper)
+def tables(record: Row) -> Iterator[tuple[str, list[Row]]]:
+    """What the page shows of a file: (title, rows)."""
+    if record["name"] in DIGESTS and "cases" not in record:
+        yield "", DIGESTS[record["name"]](record)
+    if "mean" in record:
+        yield "", means(record["mean"])
+    for title, answer in record.get("answers", {}).items():
+        yield title, means(answer["mean"])
+    contests: list[Row] = []
+    for title, case in record.get("cases", {}).items():
+        first = next(iter(case["rows"].values()), {})
+        if "seconds" in first:
+            contests.append(contest(title, case["rows"]))
+        elif any(isinstance(value, Mapping) for value in first.values()):
+            yield title, means(case["rows"])
+    if contests:
+        yield "", contests
 
 
-def _rows(value: Any) -> list[dict[str, Any]]:
-    """Rows of a list of dictionaries or of a dictionary of them, each with its plain values; none if there
-    are no such values.
-    """
-    if isinstance(value, Mapping) and value and all(isinstance(row, Mapping) for row in value.values()):
-        found = [{"": name} | _plain(row) for name, row in value.items()]
-    elif isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-        found = [_plain(row) for row in value]
-    else:
-        return []
-    return found if any(len(row) > 1 for row in found) else []
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in row.items()
-        if key not in HIDDEN and (value is None or isinstance(value, str | int | float))
+def contest(title: str, rows: Mapping[str, Row]) -> Row:
+    """The first contender's milliseconds, and the others' time as a multiple of them."""
+    (ours, first), *others = rows.items()
+    multiples = {
+        name: f"× {row.get('ratio_to_ours', row['seconds'] / first['seconds']):.2f}"
+        for name, row in others
+        if "seconds" in row
     }
+    return {"": title, ours: milliseconds(first["seconds"])} | multiples
 
 
-def _with_spreads(tree: Any) -> Any:
-    """The record with statistics over seeds as one cell each."""
-    if isinstance(tree, list):
-        return [_with_spreads(part) for part in tree]
-    if not isinstance(tree, Mapping):
-        return tree
-    if set(tree) == {"mean", "deviation"}:
-        return f"{tree['mean']:.3f} ± {tree['deviation']:.3f}"
-    if set(tree) == {"mean", "low", "high"}:
-        return f"{tree['mean']:+.3f} [{tree['low']:+.3f}, {tree['high']:+.3f}]"
-    return {key: _with_spreads(part) for key, part in tree.items()}
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+
+
+def means(rows: Mapping[str, Row]) -> list[Row]:
+    """Mean±deviation over seeds, accuracies in per cent; sigmas stay in the file."""
+    return [
+        {"": name}
+        | {
+            measure.removesuffix(".accuracy"): spread(measure, value)
+            for measure, value in row.items()
+            if not measure.startswith("sigma")
+        }
+        for name, row in rows.items()
+    ]
+
+
+def spread(measure: str, value: Row) -> str:
+    accuracy = measure in ("linear", "few_labels", "knn") or measure.endswith("accuracy")
+    scale, digits = (100, 1) if accuracy else (1, 3)
+    return f"{scale * value['mean']:.{digits}f}±{scale * value['deviation']:.{digits}f}"
+
+
+def kernels(record: Row) -> list[Row]:
+    """Backward at 1,024 and 4,096 rows."""
+    grouped: dict[str, dict[str, Row]] = {}
+    for row in record["rows"]:
+        if row["pass"] == "backward" and row["rows"] in (1024, 4096):
+            ranks = f", {row['ranks']} ranks" if "ranks" in row else ""
+            grouped.setdefault(f"{row['loss']}, {row['rows']}{ranks}", {})[row["peer"]] = row
+    return [contest(title, rows) for title, rows in grouped.items()]
+
+
+def gessl(record: Row) -> list[Row]:
+    found = []
+    for name, row in record["rows"].items():
+        ratios = {key: f"{row[f'{key}_ratio']:.2f}" for key in ("operations", "seconds", "peak")}
+        found.append({"": name} | ratios)
+    return found
+
+
+def hypergradients(record: Row) -> list[Row]:
+    return [
+        {"network": row["network"], "α": row["alpha"]}
+        | {mode: spread("", row[f"{mode}, cosine"]) for mode in ("first_order", "finite_difference")}
+        for row in record["rows"]
+        if (row["precision"], row["scope"], row["K"]) == ("float32", "all", 1)
+    ]
+
+
+def pipelines(record: Row) -> list[Row]:
+    found: dict[str, dict[str, Any]] = {}
+    for row in record["rows"]:
+        title = f"{row['data']}, {row['views']}"
+        found.setdefault(title, {"": title})[row["engine"]] = f"{row['cpu_ms_per_image']:.3g}"
+    return list(found.values())
+
+
+def evaluate(record: Row) -> list[Row]:
+    keys = ("probe", "sklearn_one_fit", "knn", "knn_lightly", "knn_sklearn")
+    return [{"": key, "seconds": f"{record[f'{key}_seconds']:.1f}"} for key in keys]
+
+
+DIGESTS = {
+    "kernels": kernels,
+    "gessl": gessl,
+    "hypergradients": hypergradients,
+    "pipelines": pipelines,
+    "evaluate": evaluate,
+}
+"""Of files with a shape of their own."""
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
-    """A table; columns in the order in which rows bring them up, those without a value anywhere left out."""
-    columns = [
-        column
-        for column in dict.fromkeys(key for row in rows for key in row)
-        if any(row.get(column) is not None for row in rows)
-    ]
+    """A table; columns in the order in which rows bring them up."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += [
-        "| " + " | ".join(_cell(column, row.get(column)) for column in columns) + " |"
-        for row in rows[:ROW_LIMIT]
-    ]
-    return lines + (
-        [f"\n{len(rows) - ROW_LIMIT} more rows are in the file."] if len(rows) > ROW_LIMIT else []
-    )
+    for row in rows[:ROW_LIMIT]:
+        lines.append("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+    more = len(rows) - ROW_LIMIT
+    return lines + ([f"\n{more} more rows are in the file."] if more > 0 else [])
 
 
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(value).replace("|", "\\|").replace("\n", " ")[:80]
-
-
-def _plot(name: str, record: Row, path: Path) -> Path | None:
-    """Source images a second of every trainer, case by case; None where a file has no such rows."""
-    cases = record.get("cases") or (record.get("rows") if name == "gpu-steps" else None)
-    if not cases:
-        return None
-    shown = {case: found["rows"] for case, found in cases.items() if "rows" in found}
+def plotted(record: Row, path: Path) -> bool:
+    """Draw source images per second of every trainer, case by case; False where a file has no such rows."""
+    shown: dict[str, dict[str, float]] = {}
+    for title, case in record.get("cases", {}).items():
+        for name, row in case["rows"].items():
+            if "images_per_second" in row:
+                shown.setdefault(title, {})[name] = row["images_per_second"]
+    if not shown:
+        return False
     figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), squeeze=False)
-    for axis, (case, rows) in zip(axes[0], shown.items(), strict=True):
-        rates = {
-            trainer: row["images_per_second"] for trainer, row in rows.items() if "images_per_second" in row
-        }
-        axis.barh(
-            list(rates),
-            list(rates.values()),
-            color=["#2a6f97" if "our" in trainer or "GeSSL" in trainer else "#a9a9a9" for trainer in rates],
-        )
+    for axis, (title, rates) in zip(axes[0], shown.items(), strict=True):
+        colors = ["#2a6f97" if "our" in name or "GeSSL" in name else "#a9a9a9" for name in rates]
+        axis.barh(list(rates), list(rates.values()), color=colors)
         axis.invert_yaxis()
-        axis.set_title(case, fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("source images / s")
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
-    return path
+    return True
 
 
 if __name__ == "__main__":

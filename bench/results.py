@@ -1,5 +1,5 @@
-"""Where measurements go: `bench/results/<machine>/<date>-<name>.json`, with everything that is needed to
-believe or repeat them.
+"""Write measurements to `bench/results/<machine>/<date>-<name>.json`, with all that is needed to believe or
+repeat them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 
 from fastgessl.runs import environment
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 COMMIT = "FASTGESSL_COMMIT"
 """The environment variable that names the commit of a tree without .git, or on a machine without git."""
-_KEPT = ("started", "python", "cpu_cores", "gpus", "cuda", "versions")
-ORIGIN = ("name", "commit", "processor", "threads", *_KEPT)
-"""What every file says of where it comes from."""
+FACTS = ("started", "python", "cpu_cores", "gpus", "cuda", "versions")
 
 
 def machine() -> str:
@@ -34,7 +33,7 @@ def machine() -> str:
 
 def place(name: str, out: Path | None = None) -> Path:
     """Today's `name` in this machine's folder, which is made. `out` replaces the folder bench/results."""
-    folder = (out or ROOT / "results") / machine()
+    folder = (out or RESULTS) / machine()
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{time.strftime('%Y-%m-%d')}-{name}"
 
@@ -44,13 +43,13 @@ def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Pa
     leaves the file as it was.
     """
     path = place(f"{name}.json", out)
-    facts = {key: value for key, value in environment().items() if key in _KEPT}
+    facts = environment()
     record = {
         "name": name,
         "commit": commit(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        **facts,
+        **{key: facts[key] for key in FACTS},
         **measured,
     }
     unfinished = path.with_name(path.name + ".part")
@@ -60,26 +59,23 @@ def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Pa
 
 
 def commit() -> str:
-    """Of the working tree, `-dirty` if its code is not that commit's; results and pages that a run has just
-    written do not count.
+    """The commit of the working tree, `-dirty` if its code is not that commit's. Results and pages that a run
+    has just written do not count.
 
     Without git or .git, what the environment variable FASTGESSL_COMMIT says, else `unknown`.
     """
     code = (".", ":(exclude)bench/results", ":(exclude)docs")
-    known, changed = (
-        _git("rev-parse", "--short", "HEAD"),
-        _git("status", "--porcelain", "--untracked-files=no", "--", *code),
-    )
+    known = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return f"{known}-dirty" if changed else known or os.environ.get(COMMIT) or "unknown"
 
 
 def _git(*words: str) -> str:
     try:
-        return subprocess.run(
-            ["git", *words], cwd=ROOT.parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # git itself is not there
         return ""
+    return done.stdout.strip()
 
 
 def _processor() -> str:

@@ -161,7 +161,7 @@ def _slopes(task: Task, weights: Weights) -> Weights:
 # ∇L jumps at every kink that a difference crosses. On a ReLU ResNet-18 4e-10 crosses none, and float64 has
 # the digits for it. In float32 no radius suits all: 7e-5 is right with GELU (cosine of σ's gradient with
 # exact 1.00 at α = 0.03) and with ReLU 2.6 x too long (0.40). 2e-3 gives 0.99 and 0.87, and its cosine is
-# below first order's at no α and K measured (bench/hypergradients.py).
+# below first order's at no α and K measured (bench/test_gessl.py).
 RADII = {torch.float32: 2e-3, torch.float64: 4e-10}
 """Radius of the central difference in norms of the weights."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Logits of one block, 1 MiB of float32, stay in the cache of a core; blocks of fewer rows starve the matmuls
-# (bench/kernels.py).
+# (bench/test_losses.py).
 BLOCK_ELEMENTS = 1 << 18
 # On a GPU, 64 MiB of float32, so that an operation on a block lasts longer than its launch; not yet measured
 # on one. At most 17 blocks are held at once (second order with a teacher that moves; InfoNCE's second order

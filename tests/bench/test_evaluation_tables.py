@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import evaluation_tables
-from fastgessl.recipes import override
-from fastgessl.recipes import load
+from bench.studies import evaluation_tables
+from fastgessl.recipes import load, override
 
 ROOT = Path(__file__).resolve().parents[2]
 

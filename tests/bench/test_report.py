@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bench import report
+from bench.results import RESULTS, ROOT
 
 ORIGIN = {
     "commit": "abc1234",
@@ -32,60 +33,47 @@ def page(tmp_path):
     return page
 
 
-def test_rows_become_a_table_under_their_origin(page):
-    text = page(
-        {
-            "cpu/2026-01-02-kernels": {
-                "rows": [
-                    {"loss": "clip", "seconds": 0.25, "samples": [1, 2]},
-                    {"loss": "sigma", "absent": "no GPU"},
-                ]
-            }
-        }
-    )
+def test_the_committed_page_is_the_one_that_the_results_give(tmp_path):
+    committed = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert len(committed.split()) <= 1500
+    # Links are relative to where the page lies, so it is made beside the results.
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench" / "results").symlink_to(RESULTS)
+    assert report.page(tmp_path / "bench" / "results", tmp_path / "docs") == committed
 
-    assert "2026-01-02, commit abc1234, torch 9.9, a processor, 1 threads" in text
-    assert "| loss | seconds | absent |\n|---|---|---|\n| clip | 0.25 |  |\n| sigma |  | no GPU |" in text
-    assert "| samples" not in text
+
+def test_contenders_become_columns_under_their_origin(page):
+    rows = {
+        "ours": {"seconds": 0.25, "ratio_to_ours": 1.0},
+        "lightly": {"seconds": 0.5, "ratio_to_ours": 2.0},
+        "inf-cl": {"absent": "no GPU"},
+    }
+    text = page({"cpu/2026-01-02-losses": {"cases": {"clip, forward": {"loss": "clip", "rows": rows}}}})
+
+    assert "2026-01-02, commit abc1234, torch 9.9, a processor, threads: 1." in text
+    assert "|  | ours | lightly |\n|---|---|---|\n| clip, forward | 250 ms | × 2.00 |" in text
 
 
 def test_statistics_over_seeds_become_one_cell_each(page):
-    answer = {
-        "mean": {"plain": {"linear": {"mean": 0.9, "deviation": 0.0125}}},
-        "paired": {"GeSSL": {"plain": {"linear": {"mean": -0.01, "low": -0.02, "high": 0.004}}}},
-        "curves": {"plain": [{"step": 0, "sigma": 0.5}]},
-    }
+    linear = {"linear": {"mean": 0.9, "deviation": 0.0125}, "crowding": {"mean": 0.5, "deviation": 0.25}}
+    text = page({"cpu/2026-01-02-study": {"answers": {"simclr": {"mean": {"plain": linear}}}}})
+    assert "**simclr**\n\n|  | linear | crowding |\n|---|---|---|\n| plain | 90.0±1.2 | 0.500±0.250 |" in text
 
-    text = page({"cpu/2026-01-02-study": {"answers": {"simclr": answer}}})
 
-    assert "**answers, simclr, mean**\n\n|  | linear |\n|---|---|\n| plain | 0.900 ± 0.013 |" in text
-    assert (
-        "**answers, simclr, paired, GeSSL**\n\n|  | linear |\n|---|---|\n| plain | -0.010 [-0.020, +0.004] |"
-        in text
+def test_the_newest_file_of_a_name_is_shown_and_nothing_that_was_tried_out(page):
+    mean = {"plain": {"linear": {"mean": 0.1, "deviation": 0.0}}}
+    text = page(
+        {
+            "cpu/2026-01-02-study": {"mean": mean},
+            "cpu/2026-01-03-study": {"mean": {"later": mean["plain"]}},
+            "cpu/2026-01-04-study": {"mean": {"tried": mean["plain"]}, "tiny": True},
+        }
     )
-    assert "**answers, simclr, curves, plain**\n\n| step | sigma |\n|---|---|\n| 0 | 0.5 |" in text
-
-
-def test_a_file_of_single_numbers_is_a_list_of_them(page):
-    assert "|  | value |\n|---|---|\n| probe_seconds | 34 |" in page(
-        {"cpu/2026-01-02-evaluate": {"probe_seconds": 34.0}}
-    )
-
-
-def test_the_newest_file_of_a_name_is_shown_and_no_dry_run(page):
-    text = page({
-        "cpu/2026-01-02-evaluate": {"probe_seconds": 34.0},
-        "cpu/2026-01-03-evaluate": {"probe_seconds": 12.0},
-        "cpu/2026-01-04-evaluate": {"probe_seconds": 99.0, "dry_run": True},
-    })  # fmt: skip
-
-    assert "12" in text and "| 34 |" not in text and "| 99 |" not in text
+    assert "| later |" in text and "| plain |" not in text and "| tried |" not in text
 
 
 def test_a_cut_run_says_so_and_a_page_without_a_gpu_too(page):
-    text = page({"cpu/2026-01-02-steps": {"complete": False, "rows": [{"case": "a", "seconds": 1.0}]}})
-
+    text = page({"cpu/2026-01-02-study": {"complete": False}})
     assert "**Cut**" in text and "Nothing here was measured on a GPU" in text
-    assert "Nothing here was measured on a GPU" not in page(
-        {"h200/2026-01-02-steps": {"rows": [{"case": "a", "seconds": 1.0}]}}
-    )
+    assert "Nothing here was measured" not in page({"h200/2026-01-02-study": {}})

@@ -1,5 +1,6 @@
-"""The tables that docs/evaluation.md shows, printed by the commands it names: `python -m
-bench.evaluation_tables [--few-shot FILE.npz]`.
+"""Keep the tables that docs/evaluation.md shows, as the commands it names print them.
+
+    python -m bench.studies.evaluation_tables [--few-shot FILE.npz]
 
 One seed each: they show what is printed, and studies over seeds say what a method is worth.
 """

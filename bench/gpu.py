@@ -77,22 +77,26 @@ def command(stage: str, arguments: argparse.Namespace, scratch: Path) -> list[st
     """What a stage runs."""
     run_pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "bench.gpu"]
     tiny = ["--tiny"] if arguments.tiny else []
-    given = [f"--{key}={value}" for key, value in vars(arguments).items() if isinstance(value, Path)]
+    paths = {key: value for key, value in vars(arguments).items() if isinstance(value, Path)}
+    given = [f"--{key}={value.resolve()}" for key, value in paths.items()]
     if stage == "state":
         return ["bash", "-c", "nvidia-smi -q || true"]
     if stage == "tests":
         # Only the files that have such tests; half of the cores, because most of the time compiles kernels.
         tests = sorted((results.ROOT / "tests").rglob("test_*.py"))
         files = [str(path) for path in tests if "mark.gpu" in path.read_text()]
-        cores = os.cpu_count() or 2
-        workers = ["-n", str(min(cores // 2, 8)), "--maxschedchunk=1"] if find_spec("xdist") else []
+        processes = str(min((os.cpu_count() or 2) // 2, 8))
+        workers = ["-n", processes, "--maxschedchunk=1"] if find_spec("xdist") else []
         report = f"--junit-xml={results.place('gpu-tests.xml', arguments.out)}"
         how = ["--collect-only", "-q"] if arguments.tiny else ["-v", "--tb=short", report, *workers]
         return [*run_pytest, "-m", "gpu", *how, *files]
     if stage != "quality":
         file = f"bench/test_{stage}.py"
         return [*run_pytest, "-v", "-p", "no:xdist", "--benchmark-only", file, *tiny, *given]
-    recipe, options = "cifar10-simclr", ["--data.name", "npz", "--data.root", str(arguments.cifar10)]
+    recipe, options = (
+        "cifar10-simclr",
+        ["--data.name", "npz", "--data.root", str(arguments.cifar10 and arguments.cifar10.resolve())],
+    )
     options += ["--train.epochs", "20", "--train.compile", "True"]
     if arguments.tiny:
         recipe, options = "digits-simclr", ["--train.epochs", "1", "--model.width", "0.125"]
@@ -120,9 +124,8 @@ def run(stage: str, words: Sequence[str], limit: float, out: Path | None) -> dic
             code = process.wait()
         finally:
             process.terminate()
-    seconds = time.monotonic() - started
-    last = log.read_text(errors="replace")[-500:]
-    return {"exit_code": code, "cut": code in (124, 137), "seconds": seconds, "limit": limit, "last": last}
+    found = {"exit_code": code, "cut": code in (124, 137), "seconds": time.monotonic() - started}
+    return found | {"limit": limit, "last": log.read_text(errors="replace")[-500:]}
 
 
 def keep_run(scratch: Path, out: Path | None) -> None:

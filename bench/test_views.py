@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastgessl import pipelines
-from fastgessl.kernels import augment_views, colour_views
+from fastgessl.kernels import augment_views, color_views
 from fastgessl.pipelines import ArrayImages, FileImages, Loader
 from fastgessl.pipelines.draws import Draws
 
@@ -105,7 +105,7 @@ def images_of(name: str, tiny: bool, config: Any) -> Any:
     return ArrayImages(images.images[:2048])
 
 
-@pytest.mark.parametrize("function", [augment_views, colour_views])
+@pytest.mark.parametrize("function", [augment_views, color_views])
 @pytest.mark.parametrize(("count", "size"), [(256, 32), (4096, 32), (256, 224)])
 def test_kernel(
     function: Callable[..., object], count: int, size: int, contend: Any, keep: Any, tiny: bool

@@ -14,12 +14,27 @@ if __name__ != "fastgessl.kernels":
     )
 
 from fastgessl.kernels.backend import implementation_for
-from fastgessl.kernels.distillation import gessl_loss, sigma_kl, soft_cross_entropy
-from fastgessl.kernels.losses import clip_loss, info_nce, nt_xent, similarity_logsumexp
-from fastgessl.kernels.modules import ClipLoss, NTXentLoss, SigmaLoss, SupConLoss
-from fastgessl.kernels.prototype_modules import DINOLoss, DISSLLoss, SwaVLoss
+from fastgessl.kernels.losses import (
+    clip_loss,
+    gessl_loss,
+    info_nce,
+    nt_xent,
+    sigma_kl,
+    similarity_logsumexp,
+    soft_cross_entropy,
+)
+from fastgessl.kernels.modules import (
+    ClipLoss,
+    DINOLoss,
+    DISSLLoss,
+    NTXentLoss,
+    SigmaLoss,
+    SupConLoss,
+    SwaVLoss,
+)
 from fastgessl.kernels.prototypes import sinkhorn_potentials, softmax_marginal
-from fastgessl.kernels.views.torch import ViewParameters, augment_views, colour_views
+from fastgessl.kernels.views.parameters import ViewParameters
+from fastgessl.kernels.views.torch import augment_views, color_views
 
 __all__ = [
     "ClipLoss",
@@ -32,7 +47,7 @@ __all__ = [
     "ViewParameters",
     "augment_views",
     "clip_loss",
-    "colour_views",
+    "color_views",
     "gessl_loss",
     "implementation_for",
     "info_nce",

@@ -121,25 +121,6 @@ def implementation_for(
     )
 
 
-def matmul_dtype(operand: Tensor) -> torch.dtype:
-    """The dtype in which a matmul would take the operand: autocast's, where that is on and the operand is not
-    float64.
-    """
-    device = operand.device.type
-    if operand.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return operand.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def as_matmul(*operands: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, the operands in the dtype that a matmul would take; their gradients come back in their
-    own.
-    """
-    if not torch.is_autocast_enabled(operands[0].device.type):
-        return operands
-    return tuple(operand.to(matmul_dtype(operand)) for operand in operands)
-
-
 def dense(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """The reference in its own precision, whatever autocast says."""
     device = arguments[0].device.type

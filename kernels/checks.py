@@ -1,41 +1,32 @@
 """Checks of what a user passes: each refusal is a ValueError that names the argument, what was found and what
 is wanted.
 
-Shapes, dtypes and devices are checked before an operator is called; values (indices in range, positive
-temperature) inside it, where tensors are real under vmap and torch.compile too. On a CUDA device value checks
-are asynchronous assertions, so that nothing waits for the GPU; of a step on 256 rows they would still be most
-of the launches, so what the library makes itself is not checked.
+Shapes, dtypes and devices are checked, and values (indices in range, positive temperature), in eager code, under vmap and
+in compiled code. On a CUDA device value checks are asynchronous assertions, so that nothing waits for the GPU; of a step
+on 256 rows they would still be most of the launches, so what the library makes itself is not checked.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from fastgessl.kernels.backend import matmul_dtype
-from fastgessl.kernels.similarity.chunked import Side
+from torch.library import custom_op
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 MODES = ("gather", "ring")
 
 
-class Given(NamedTuple):
-    """Which values a user passed as tensors: these alone are looked at. Numbers are checked as numbers, and
-    made indices are right.
+def matmul_dtype(operand: Tensor) -> torch.dtype:
+    """The dtype in which a matmul would take the operand: autocast's, where that is on and the operand is not
+    float64.
     """
-
-    scale: bool = False
-    teacher_scale: bool = False
-    bias: bool = False
-    teacher_bias: bool = False
-    positives: bool = False
-    exclude: bool = False
+    device = operand.device.type
+    if operand.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return operand.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def check_pair(query: Tensor, key: Tensor, names: tuple[str, str] = ("query", "key")) -> None:
@@ -63,22 +54,22 @@ def check_pair(query: Tensor, key: Tensor, names: tuple[str, str] = ("query", "k
         raise ValueError(f"{names[0]} and {names[1]} must share dtype and device; found {found}.")
 
 
-def check_teacher(student: Side, teacher: Side) -> None:
-    """The teacher's table must be as large as the student's; its features may differ."""
-    tables = [(len(side.query), len(side.key)) for side in (student, teacher)]
-    if tables[0] != tables[1]:
-        raise ValueError(
-            f"student and teacher must have as many rows and as many keys; found (rows, keys) {tables[0]} "
-            f"and {tables[1]}."
-        )
-    (dtype, device), (other_dtype, other_device) = (
-        (side.query.dtype, side.query.device) for side in (student, teacher)
-    )
-    if (dtype, device) != (other_dtype, other_device):
-        raise ValueError(
-            f"student and teacher must share dtype and device; found {dtype} on {device} and {other_dtype} "
-            f"on {other_device}."
-        )
+def operands_of(
+    query: Tensor, key: Tensor, names: tuple[str, str] = ("query", "key")
+) -> tuple[Tensor, Tensor]:
+    """Both, checked as by `check_pair`; under autocast in the dtype that a matmul would take, while their gradients come
+    back in their own.
+    """
+    check_pair(query, key, names)
+    return query.to(matmul_dtype(query)), key.to(matmul_dtype(key))
+
+
+def check_choices(reduction: str, mode: str) -> None:
+    """Known names only."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, found {mode!r}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, found {reduction!r}.")
 
 
 def scale_of(temperature: float | Tensor, query: Tensor, name: str = "temperature") -> Tensor:
@@ -94,7 +85,7 @@ def scale_of(temperature: float | Tensor, query: Tensor, name: str = "temperatur
             raise ValueError(
                 f"{name} must be on {query.device} like the query, found it on {temperature.device}."
             )
-        return temperature.to(wide).reciprocal()
+        return _checked(temperature.to(wide).reciprocal(), name)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise ValueError(
             f"{name} must be a number or a 0-d floating tensor, found {type(temperature).__name__}."
@@ -112,10 +103,10 @@ def scale_of(temperature: float | Tensor, query: Tensor, name: str = "temperatur
     return torch.full((), 1 / temperature, dtype=wide, device=query.device)
 
 
-def check_bias(bias: Tensor | None, key: Tensor, name: str = "bias") -> None:
-    """One number a key."""
+def bias_of(bias: Tensor | None, key: Tensor, name: str = "bias") -> Tensor | None:
+    """(N,): one number a key, in the dtype in which statistics are kept; differentiable."""
     if bias is None:
-        return
+        return None
     if not isinstance(bias, Tensor):
         raise ValueError(f"{name} must be a tensor, found {type(bias).__name__}.")
     if bias.shape != key.shape[:1] or bias.dtype not in DTYPES or bias.device != key.device:
@@ -123,10 +114,38 @@ def check_bias(bias: Tensor | None, key: Tensor, name: str = "bias") -> None:
             f"{name} must hold one floating number a key, shape ({len(key)},) on {key.device}; "
             f"found {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}."
         )
+    return _checked(bias.to(torch.float64 if key.dtype == torch.float64 else torch.float32), name)
 
 
-def check_index(index: Tensor, query: Tensor, name: str) -> None:
-    """Column numbers, one or several a row."""
+def positives_of(positives: Tensor | None, query: Tensor, keys: int, rank: int = 0, size: int = 1) -> Tensor:
+    """(M,) int64: the given positives, or this rank's own columns, which begin at rank · keys of all size · keys."""
+    if positives is None:
+        if len(query) > keys:
+            raise ValueError(
+                f"positives must be given when there are more rows ({len(query)}) than keys ({keys}): by "
+                "default row i's positive is key i."
+            )
+        return torch.arange(rank * keys, rank * keys + len(query), device=query.device)
+    _check_index(positives, query, "positives")
+    if positives.dim() != 1:
+        raise ValueError(f"positives must have shape ({len(query)},), found {tuple(positives.shape)}.")
+    return _checked(positives, "positives", size * keys)
+
+
+def exclude_of(exclude: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
+    """(M, 1) or (M, 2) int64 of `keys` columns, -1 = none."""
+    if exclude is None:
+        return None
+    _check_index(exclude, query, "exclude")
+    columns = exclude[:, None] if exclude.dim() == 1 else exclude
+    if columns.dim() != 2 or columns.shape[1] not in (1, 2):
+        raise ValueError(
+            f"exclude must have shape ({len(query)},) or ({len(query)}, 2), found {tuple(exclude.shape)}."
+        )
+    return _checked(columns, "exclude", keys)
+
+
+def _check_index(index: Tensor, query: Tensor, name: str) -> None:
     if not isinstance(index, Tensor):
         raise ValueError(f"{name} must be a tensor of int64, found {type(index).__name__}.")
     if index.dtype != torch.int64 or index.device != query.device or index.shape[:1] != query.shape[:1]:
@@ -136,150 +155,54 @@ def check_index(index: Tensor, query: Tensor, name: str) -> None:
         )
 
 
-def positives_of(positives: Tensor | None, query: Tensor, keys: int, first: int = 0) -> Tensor:
-    """(M,) int64: the given positives, or the columns first, first + 1, … of as many keys."""
-    if positives is None:
-        if len(query) > keys:
-            raise ValueError(
-                f"positives must be given when there are more rows ({len(query)}) than keys ({keys}): by "
-                "default row i's positive is key i."
-            )
-        return torch.arange(first, first + len(query), device=query.device)
-    check_index(positives, query, "positives")
-    if positives.dim() != 1:
-        raise ValueError(f"positives must have shape ({len(query)},), found {tuple(positives.shape)}.")
-    return positives
+def _checked(value: Tensor, name: str, keys: int = 0) -> Tensor:
+    """A user's tensor, once its values have been looked at."""
+    if torch.compiler.is_compiling():
+        return _checked_when_compiled(value, name, keys)
+    plain = value
+    while torch._C._functorch.is_functorch_wrapped_tensor(plain):
+        # Under vmap only what is beneath has values that can be read; that all examples together have to pass.
+        plain = torch._C._functorch.get_unwrapped(plain)
+    check_values(plain, name, keys)
+    return value
 
 
-def exclude_of(exclude: Tensor | None, query: Tensor) -> Tensor | None:
-    """(M, 1) or (M, 2) int64 with -1 = none."""
-    if exclude is None:
-        return None
-    check_index(exclude, query, "exclude")
-    if exclude.dim() == 1:
-        return exclude[:, None]
-    if exclude.dim() != 2 or exclude.shape[1] not in (1, 2):
-        raise ValueError(
-            f"exclude must have shape ({len(query)},) or ({len(query)}, 2), found {tuple(exclude.shape)}."
+def check_values(value: Tensor, name: str, keys: int) -> None:
+    """Indices in [-1, keys), biases without infinities, scales positive and finite.
+
+    NaN is let through in queries, keys and biases: it gives NaN, visibly. A centre or a Sinkhorn potential is NaN as soon
+    as one row is.
+    """
+    shown = f"{name} of shape {tuple(value.shape)}"
+    if not value.is_floating_point():
+        low, high = value.aminmax()
+        _require((low >= -1) & (high < keys), f"{shown} must lie in [-1, {keys})", low, high)
+    elif name.endswith("bias"):
+        infinite = value.isinf().sum()
+        _require(
+            infinite == 0,
+            f"{shown} must not be infinite (-1e4 switches a column off), infinite entries",
+            infinite,
         )
-    return exclude
+    elif value.is_cuda:
+        _require((value > 0) & value.isfinite(), f"{name} must be positive and finite")
+    elif not ((value > 0) & value.isfinite()).all():
+        raise ValueError(f"{name} must be positive and finite, found {value.reciprocal().tolist()}.")
 
 
-def check_choices(reduction: str, mode: str) -> None:
-    """Known names only."""
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, found {mode!r}.")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, found {reduction!r}.")
-
-
-def _require(holds: Tensor, message: str, found: Sequence[Tensor]) -> None:
+def _require(holds: Tensor, message: str, *found: Tensor) -> None:
     if holds.is_cuda:
-        torch._assert_async(holds, message)
-    elif not holds:
+        torch._assert_async(holds.all() if holds.dim() else holds, message)
+    elif not holds.all():
         raise ValueError(f"{message}, found {[part.item() for part in found]}.")
 
 
-def check_values(
-    scale: Tensor | None,
-    teacher_scale: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    positives: Tensor | None,
-    exclude: Tensor | None,
-    keys: int,
-    given: Sequence[bool],
-) -> None:
-    """Positive temperatures, biases without infinities, indices in [-1, keys), of what is `Given`.
-
-    NaN is let through in queries, keys and biases: it gives NaN, visibly. A centre or a Sinkhorn potential is
-    NaN as soon as one row is.
-    """
-    values = (scale, teacher_scale, bias, teacher_bias, positives, exclude)
-    scale, teacher_scale, bias, teacher_bias, positives, exclude = (
-        value if asked else None for value, asked in zip(values, given, strict=True)
-    )
-    for name, value in (("temperature", scale), ("teacher_temperature", teacher_scale)):
-        if value is not None and value.is_cuda:
-            torch._assert_async((value > 0) & value.isfinite(), f"{name} must be positive and finite")
-        elif value is not None and not 0 < value.item() < math.inf:
-            raise ValueError(f"{name} must be positive and finite, found {value.reciprocal().item()}.")
-    for name, column in (("bias", bias), ("teacher_bias", teacher_bias)):
-        if column is not None:
-            wrong = column.isinf().sum()
-            message = f"{name} of shape {tuple(column.shape)} must not be infinite (-1e4 switches a column off), infinite entries"
-            _require(wrong == 0, message, (wrong,))
-    for name, index in (("positives", positives), ("exclude", exclude)):
-        if index is not None:
-            low, high = index.aminmax()
-            _require(
-                (low >= -1) & (high < keys),
-                f"{name} of shape {tuple(index.shape)} must lie in [-1, {keys})",
-                (low, high),
-            )
+@custom_op("fastgessl::checked", mutates_args=())
+def _checked_when_compiled(value: Tensor, name: str, keys: int) -> Tensor:
+    """An operator whose result is the value, so that a compiler neither looks into the check nor drops it."""
+    check_values(value, name, keys)
+    return value.clone()
 
 
-def check_batch(size: int) -> None:
-    """vmap calls the kernels once an example: without examples the results would have no shape."""
-    if size == 0:
-        raise ValueError(
-            "fastgessl.kernels: vmap over a batch of 0 examples has no result. Leave the empty batch out."
-        )
-
-
-def signed_once(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """A function that remembers the signature of its forward: torch asks `inspect` for it at every call
-    otherwise, 30 of its 45 us.
-    """
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
-    return function
-
-
-@signed_once
-class CheckedScale(torch.autograd.Function):
-    """The scale, once `check_values` has passed: a function, so that vmap hands over real values. Its
-    derivative is the identity.
-    """
-
-    @staticmethod
-    def forward(scale, *others):
-        check_values(scale, *others)
-        return scale.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.others = len(inputs) - 1
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, *(None,) * ctx.others
-
-    @staticmethod
-    def jvp(ctx, tangent, *others):
-        return tangent.clone()
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        check_batch(info.batch_size)
-        examples = (
-            CheckedScale.apply(
-                *(
-                    part.select(dim, i) if isinstance(dim, int) else part
-                    for part, dim in zip(inputs, in_dims, strict=True)
-                )
-            )
-            for i in range(info.batch_size)
-        )
-        return torch.stack(list(examples)), 0
-
-
-def checked(scale: Tensor, *others: Tensor | int | Given | None) -> Tensor:
-    """The scale, once `check_values(scale, *others)` has passed, in every transform."""
-    if not any(others[-1]):  # type: ignore[arg-type]
-        return scale
-    if torch._C._are_functorch_transforms_active():
-        return CheckedScale.apply(scale, *others)
-    # Outside of transforms tensors are real already, and an autograd function would cost 40 us: a sixth of a
-    # 256 x 256 forward.
-    check_values(scale, *others)  # type: ignore[arg-type]
-    return scale
+_checked_when_compiled.register_fake(lambda value, name, keys: torch.empty_like(value))
+_checked_when_compiled.register_autograd(lambda ctx, gradient: (gradient, None, None))

@@ -1,9 +1,8 @@
-"""Collectives whose backward is right, and differentiable twice.
+"""Between ranks and devices: collectives whose backward is right, and differentiable twice; copies that wait for nothing.
 
 The convention: every rank backpropagates the loss of its own rows, and gradients mean those of the sum of all
 ranks' losses. DDP's averaging of local means then gives the gradient of the global mean. So the backward of a
-gather is a reduce-scatter (sum), and that of a sum is a sum. In forward mode each collective moves the
-tangents as it moves the values.
+gather is a reduce-scatter (sum), and that of a sum is a sum. Forward mode raises.
 """
 
 from __future__ import annotations
@@ -38,7 +37,22 @@ def check_equal_rows(tensor: Tensor, group: dist.ProcessGroup, name: str) -> Non
         raise ValueError(f"{message}; found {found.tolist()}.")
 
 
-class _Gather(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
+    """What the collectives share: they take a tensor and a group, and refuse forward mode."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(
+            "fastgessl.kernels: forward mode (jvp, jacfwd, forward_ad) is not implemented across ranks. "
+            "Take derivatives in reverse: torch.func.jacrev, or grad of grad for the second order."
+        )
+
+
+class _Gather(_Collective):
     @staticmethod
     def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         rows = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
@@ -46,19 +60,11 @@ class _Gather(torch.autograd.Function):
         return rows
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _ReduceScatter.apply(gradient, ctx.group), None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Gather.apply(tangent, ctx.group)
 
-
-class _ReduceScatter(torch.autograd.Function):
+class _ReduceScatter(_Collective):
     @staticmethod
     def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -72,19 +78,11 @@ class _ReduceScatter(torch.autograd.Function):
         return rows
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Gather.apply(gradient, ctx.group), None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _ReduceScatter.apply(tangent, ctx.group)
 
-
-class _Sum(torch.autograd.Function):
+class _Sum(_Collective):
     @staticmethod
     def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = tensor.clone(memory_format=torch.contiguous_format)
@@ -92,16 +90,8 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(gradient, ctx.group), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Sum.apply(tangent, ctx.group)
 
 
 def all_gather_rows(tensor: Tensor, group: dist.ProcessGroup | None, name: str = "key") -> Tensor:
@@ -119,3 +109,18 @@ def all_gather_rows(tensor: Tensor, group: dist.ProcessGroup | None, name: str =
 def all_reduce_mean(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Mean over the ranks, the same on all. Without a group, the tensor itself. Differentiable to any order."""
     return tensor if group is None else _Sum.apply(tensor, group) / dist.get_world_size(group)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`. To a GPU it travels through pinned memory, on the current stream, and the host continues
+    at once.
+
+    From pageable memory the copy would first wait for everything before it on the stream. The pinned copy is PyTorch's:
+    it keeps the memory until the transfer is over and uses it again for the next one.
+
+    >>> to_device(torch.arange(3), torch.device("cpu"))
+    tensor([0, 1, 2])
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

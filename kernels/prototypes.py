@@ -4,8 +4,8 @@ that DISSL keeps spread out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,43 +13,35 @@ from torch.distributed import ProcessGroup
 from torch.library import custom_op
 
 from fastgessl.kernels import reference
-from fastgessl.kernels.backend import as_matmul, dense, implementation_for
-from fastgessl.kernels.checks import Given, check_bias, check_pair, checked, scale_of, signed_once
+from fastgessl.kernels.backend import dense, implementation_for
+from fastgessl.kernels.checks import bias_of, operands_of, scale_of
 from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, check_equal_rows
-from fastgessl.kernels.losses import Temperature, logsumexp_rows
+from fastgessl.kernels.losses import How, Temperature, logsumexp_rows
 from fastgessl.kernels.similarity.autograd import (
-    FORWARD_OVER_FORWARD,
-    Curvature,
     Gradients,
+    ReverseFunction,
     Statistics,
+    body_or_operator,
     compiled,
-    one_call_each,
-    plain,
-)
-from fastgessl.kernels.similarity.chunked import NOTHING
-from fastgessl.kernels.similarity.operators import (
-    WEIGHTS,
-    curvature,
-    curvature_body,
     gradients,
     gradients_body,
     statistics,
     statistics_body,
 )
+from fastgessl.kernels.similarity.chunked import NOTHING
+from fastgessl.kernels.similarity.problem import Side
 
 NO_SIDE = (None,) * 4
 BIAS_ONLY = (False, False, False, True, *(False,) * 4)
 
 
 def marginal_body(
-    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, implementation: str, given: Sequence[bool]
+    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """p_j = mean_i P_ij (N,), which is the gradient of mean_i lse_i to the column bias; and what is saved of
     lse (2, M).
-
-    `given` is an `arguments.Given`: whether scale and bias are checked.
     """
-    saved = statistics_body(query, key, scale, bias, *NO_SIDE, None, None, False, implementation, given)[3]
+    saved = statistics_body(query, key, scale, bias, *NO_SIDE, None, None, False, implementation)[3]
     weight = torch.full_like(saved[0], 1 / len(query))
     operands = (query, key, scale, bias, *NO_SIDE)
     found = gradients_body(weight, None, None, *operands, None, None, saved, False, implementation, BIAS_ONLY)
@@ -60,37 +52,8 @@ marginal = custom_op("fastgessl::softmax_marginal", marginal_body, mutates_args=
 
 
 @marginal.register_fake
-def _(query, key, scale, bias, implementation, given):
+def _(query, key, scale, bias, implementation):
     return torch.empty_like(bias), bias.new_empty(2, query.shape[0])
-
-
-class _Transposed(NamedTuple):
-    """Σ_j u_j p_j = mean_i E_P[u] as a loss: the cross-entropy statistic of a student whose logits are the
-    column bias -u, in every row.
-    """
-
-    weights: tuple[Tensor, None, Tensor]
-    operands: tuple[Tensor, ...]
-    saved: Tensor
-
-
-def _transposed(
-    cotangent: Tensor,
-    teacher: Sequence[Tensor],
-    implementation: str,
-    forward: Callable[..., tuple[Tensor, ...]],
-) -> _Transposed:
-    query, key, scale, _ = teacher
-    flat = (
-        query.new_zeros(len(query), 1),
-        key.new_zeros(len(key), 1),
-        torch.ones_like(scale),
-        nan_for_infinity(-cotangent),
-    )
-    operands = (*flat, *teacher)
-    saved = forward(*operands, None, None, False, implementation, Given())[3].detach()
-    weight = torch.full_like(saved[0], 1 / len(query))
-    return _Transposed((torch.zeros_like(weight), None, weight), operands, saved)
 
 
 def nan_for_infinity(bias: Tensor) -> Tensor:
@@ -106,93 +69,40 @@ def _marginal_backward(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Any, ...]:
-    weights, operands, saved = _transposed(cotangent, ctx.saved_tensors[:4], ctx.implementation, forward)
+    teacher, implementation = ctx.saved_tensors[:4], ctx.implementation
+    query, key, scale, _ = teacher
+    # Σ_j u_j p_j = mean_i E_P[u] as a loss: the cross-entropy statistic of a student whose logits are the column bias -u,
+    # in every row.
+    student = (
+        query.new_zeros(len(query), 1),
+        key.new_zeros(len(key), 1),
+        torch.ones_like(scale),
+        nan_for_infinity(-cotangent),
+    )
+    operands = (*student, *teacher)
+    saved = forward(*operands, None, None, False, implementation)[3].detach()
+    weight = torch.full_like(saved[0], 1 / len(query))
+    weights = (torch.zeros_like(weight), None, weight)
     needs = (*NOTHING, *ctx.needs_input_grad[:4])
-    found = backward(*weights, *operands, None, None, saved, False, ctx.implementation, needs)
-    return (*(grad if need else None for grad, need in zip(found[4:], needs[4:], strict=True)), None, None)
+    found = backward(*weights, *operands, None, None, saved, False, implementation, needs)
+    return (*(grad if need else None for grad, need in zip(found[4:], needs[4:], strict=True)), None)
 
 
-@signed_once
-class MarginalDerivative(torch.autograd.Function):
-    """Forward mode of `Marginal`: its change along tangents of query, key, scale and bias; reverse over it
-    through its transpose.
-    """
-
-    @staticmethod
-    def forward(*inputs):
-        tangents, (query, key, scale, bias, saved, implementation) = inputs[:4], inputs[4:]
-        weight = torch.full_like(saved[0], 1 / len(query))
-        operands = (query, key, scale, bias, *NO_SIDE)
-        call: Callable[..., tuple[Tensor, ...]] = curvature_body if plain(inputs) else curvature
-        found = call(
-            *tangents,
-            *NO_SIDE,
-            weight,
-            None,
-            None,
-            *operands,
-            None,
-            None,
-            saved,
-            False,
-            implementation,
-            BIAS_ONLY,
-        )
-        return (found[WEIGHTS + 3],)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.implementation = inputs[9]
-        ctx.save_for_backward(*inputs[:8])
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        tangents, at = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        weights, operands, saved = _transposed(cotangent, at, ctx.implementation, Statistics.apply)
-        needs, rest = ctx.needs_input_grad, (None, None, saved, False, ctx.implementation)
-        straight = Gradients.apply(*weights, *operands, *rest, (*NOTHING, *needs[:4]))[4:]
-        bent = Curvature.apply(*NO_SIDE, *tangents, *weights, *operands, *rest, (*NOTHING, *needs[4:8]))[
-            WEIGHTS + 4 :
-        ]
-        return (
-            *(grad if need else None for grad, need in zip((*straight, *bent), needs[:8], strict=True)),
-            None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(FORWARD_OVER_FORWARD)
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return one_call_each(MarginalDerivative, info.batch_size, in_dims, args)
-
-
-class Marginal(torch.autograd.Function):
+class Marginal(ReverseFunction):
     """The mean softmax, twice differentiable; the second output is for the later passes only."""
 
     @staticmethod
     def forward(*inputs):
-        return (marginal_body if plain(inputs) else marginal)(*inputs)
+        return body_or_operator(marginal_body, marginal, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _marginal_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_forward(*inputs[:4], output[1])
 
     @staticmethod
     def backward(ctx, cotangent, _):
         return _marginal_backward(ctx, cotangent, Statistics.apply, Gradients.apply)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        return MarginalDerivative.apply(*tangents[:4], *ctx.saved_tensors, ctx.implementation)[0], None
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return one_call_each(Marginal, info.batch_size, in_dims, args)
 
 
 def _marginal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -226,24 +136,18 @@ def softmax_marginal(
     >>> softmax_marginal(torch.eye(2), torch.eye(2), temperature=1.0)
     tensor([0.5000, 0.5000])
     """
-    check_pair(query, key)
-    check_bias(bias, key)
+    query, key = operands_of(query, key)
     if group is not None:
         check_equal_rows(query, group, "query")
-    query, key = as_matmul(query, key)
-    scale, given = (
-        scale_of(temperature, query),
-        Given(scale=isinstance(temperature, Tensor), bias=bias is not None),
-    )
-    wide_bias = scale.new_zeros(len(key)) if bias is None else bias.to(scale.dtype)
+    scale = scale_of(temperature, query)
+    wide_bias = scale.new_zeros(len(key)) if bias is None else bias_of(bias, key)
     name, _ = implementation_for(query, implementation)
     if name == "reference":
-        scale = checked(scale, None, wide_bias, None, None, None, len(key), given)
-        return all_reduce_mean(
-            dense(reference.softmax_marginal, query, key, scale.reciprocal(), wide_bias), group
-        )
-    call = marginal if compiled(query, key, scale, wide_bias) else Marginal.apply
-    return all_reduce_mean(call(query, key, scale, wide_bias, name, given)[0], group)
+        mean = dense(reference.softmax_marginal, query, key, scale.reciprocal(), wide_bias)
+    else:
+        call = marginal if compiled(query, key, scale, wide_bias) else Marginal.apply
+        mean = call(query, key, scale, wide_bias, name)[0]
+    return all_reduce_mean(mean, group)
 
 
 def sinkhorn_potentials(
@@ -268,26 +172,23 @@ def sinkhorn_potentials(
     >>> sinkhorn_potentials(torch.eye(2), torch.eye(2))
     tensor([0., 0.])
     """
-    check_pair(query, prototypes, ("query", "prototypes"))
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, found {iterations}.")
-    (query, prototypes), scale = (
-        as_matmul(query.detach(), prototypes.detach()),
-        scale_of(epsilon, query, "epsilon"),
-    )
+    query, prototypes = operands_of(query.detach(), prototypes.detach(), ("query", "prototypes"))
+    scale = scale_of(epsilon, query, "epsilon")
     name, _ = implementation_for(query, implementation)
     if name == "reference" and group is None:
         return dense(reference.sinkhorn_potentials, query, prototypes, epsilon, iterations)
-    how, given = (None, "gather", name), Given(scale=isinstance(epsilon, Tensor))
+    how = How(None, "gather", name)
     with torch.no_grad():
         row_potential = scale.new_zeros(len(query))
         for step in range(iterations):
-            columns = -logsumexp_rows(prototypes, query, scale, row_potential, None, how, given)
+            columns = -logsumexp_rows(Side(prototypes, query, scale, row_potential), None, how)
             if group is not None:
                 shards = all_gather_rows(-columns[None], group)
                 columns = -shards.logsumexp(0)
             columns = nan_for_infinity(columns)
             if step < iterations - 1:
-                rows = logsumexp_rows(query, prototypes, scale, columns, None, how, given)
+                rows = logsumexp_rows(Side(query, prototypes, scale, columns), None, how)
                 row_potential = nan_for_infinity(-rows)
         return columns - columns.mean()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastgessl.kernels.views.torch import ViewParameters
+from fastgessl.kernels.views.parameters import ViewParameters
 from fastgessl.pipelines.philox import key_of, uniforms
 from fastgessl.pipelines.specs import ViewSpec
 

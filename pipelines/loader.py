@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgessl.kernels.transfer import to_device
+from fastgessl.kernels.collectives import to_device
 from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws
 from fastgessl.pipelines.engines.protocol import Engine, Request, Shown

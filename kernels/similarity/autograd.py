@@ -1,12 +1,20 @@
-"""Autograd of the softmax over similarities: nested functions that survive func.grad of func.grad, vmap, jvp
-and forward over reverse.
+"""The softmax over similarities as one differentiable function: its operators, and nested functions over them that
+survive func.grad of func.grad and vmap.
 
-`Statistics` is differentiated by `Gradients`, that by `Curvature`, and a third derivative raises. Inputs and
-outputs are those of the operators of the same names in `similarity.operators`.
+`statistics` (forward), `gradients` (backward) and `curvature` (double backward) are operators, opaque to torch.compile,
+with fakes and a registered autograd. They take the eight operands in this order: the student's query, key, scale, bias,
+then the teacher's. A bias, or the whole teacher, may be None; a key that is None means the queries themselves. An output
+that is absent or not needed is an empty tensor.
+
+Registered autograd serves torch.compile only: under func.grad it fails, and under func.jvp it returns 0 without an error
+(torch 2.15). Eager code goes through `Statistics`, which `Gradients` differentiates, and that `Curvature`; a third
+derivative and forward mode raise.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,77 +22,275 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed import ProcessGroup
+from torch.library import custom_op
 
-from fastgessl.kernels.checks import Given, check_batch, signed_once
-from fastgessl.kernels.similarity.chunked import Side
-from fastgessl.kernels.similarity.operators import (
-    OPERANDS,
-    THIRD_ORDER,
-    WEIGHTS,
-    curvature,
-    curvature_body,
-    gradients,
-    gradients_backward,
-    gradients_body,
-    gradients_context,
-    statistics,
-    statistics_backward,
-    statistics_body,
-    statistics_context,
+from fastgessl.kernels.similarity import chunked
+from fastgessl.kernels.similarity.problem import RowStatistics, RowWeights, Side, SideValues
+
+OPERANDS = 8
+WEIGHTS = 3
+THIRD_ORDER = (
+    "fastgessl.kernels: third derivatives of the similarity losses are not implemented. "
+    'Pass implementation="reference" for derivatives of any order on a dense table.'
+)
+FORWARD_MODE = (
+    "fastgessl.kernels: forward mode (jvp, jacfwd, forward_ad) is not implemented for the similarity losses. "
+    "Take derivatives in reverse: torch.func.jacrev, or grad of grad for the second order. "
+    'Only implementation="reference" has forward mode.'
 )
 
 
-def plain(inputs: Sequence[Any]) -> bool:
-    """Whether these are ordinary tensors. Then the operator's body may be called as it is, which saves 80 us
-    of dispatch a call.
+def sides_of(operands: Sequence[Any]) -> tuple[Side, Side | None]:
+    query, key = operands[:2]
+    return Side(query, query if key is None else key, *operands[2:4]), None if operands[4] is None else Side(
+        *operands[4:]
+    )
+
+
+def packed(found: RowStatistics) -> Tensor:
+    """What the later passes read of the forward's results, (2, M), or (5, M) with a teacher."""
+    return torch.stack([found.lse, *(part for part in found[3:] if len(part))])
+
+
+def unpacked(saved: Tensor) -> RowStatistics:
+    """The inverse of `packed`."""
+    lse, correction, *teacher = saved.unbind()
+    none = lse.new_empty(0)
+    return RowStatistics(lse, none, none, correction, *(teacher or (none, none, none)))
+
+
+def implementation_module(name: str) -> Any:
+    """The module that holds statistics, gradients and curvature under this name. Triton is imported on its
+    first use only.
     """
-    return all(type(part) in (Tensor, torch.nn.Parameter) for part in inputs if isinstance(part, Tensor))
+    return chunked if name == "chunked" else importlib.import_module("fastgessl.kernels.similarity.launch")
 
 
-def compiled(*operands: Tensor | None) -> bool:
-    """Whether torch.compile is tracing, where the operators themselves are to be called. Raises RuntimeError
-    if it traces forward mode.
+def present(parts: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator cannot return None: an empty tensor stands for what is absent."""
+    return tuple(like.new_empty(0) if part is None else part for part in parts)
 
-    Registered autograd would drop the tangents and return 0 without an error (torch 2.15). Dynamo answers the
-    error by running the code eagerly, unless fullgraph=True.
+
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Cotangents have any strides (cat gives narrow views, sum stride 0); neither gradcheck nor opcheck notices a kernel
+    that minds.
     """
-    if not torch.compiler.is_compiling():
-        return False
-    if any(operand is not None and unpack_dual(operand).tangent is not None for operand in operands):
-        raise RuntimeError(
-            "fastgessl.kernels: forward mode cannot be compiled with fullgraph=True. Call jvp outside "
-            "torch.compile."
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def statistics_body(
+    query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
+    teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
+    positives: Tensor | None, exclude: Tensor | None, entropy: bool, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """lse, positive and cross term, (M,) each, empty where there are no positives or no teacher; and what the later
+    passes read."""
+    operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
+    with torch.autocast(query.device.type, enabled=False):
+        found = implementation_module(implementation).statistics(
+            *sides_of(operands), positives, exclude, entropy
         )
-    return True
+    return *found[:3], packed(found)
 
 
-def one_call_each(
-    function: type[torch.autograd.Function], size: int, dims: Sequence[Any], args: Sequence[Any]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """vmap by one call an example: the kernels fill a device with one problem already."""
-    check_batch(size)
-    calls = [
-        function.apply(
-            *(
-                arg.select(dim, i) if isinstance(dim, int) else arg
-                for arg, dim in zip(args, dims, strict=True)
+statistics = custom_op("fastgessl::similarity_statistics", statistics_body, mutates_args=())
+
+
+@statistics.register_fake
+def _(
+    query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias, positives, exclude, *_
+):
+    M, dtype = query.shape[0], chunked.accumulation_dtype(query.dtype)
+    of_positives, of_teacher = (0 if part is None else M for part in (positives, teacher_query))
+    shapes = ((M,), (of_positives,), (of_teacher,), (2 if teacher_query is None else 5, M))
+    return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def gradients_body(
+    weight_lse: Tensor, weight_positive: Tensor | None, weight_cross_term: Tensor | None,
+    query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
+    teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
+    positives: Tensor | None, exclude: Tensor | None, saved: Tensor,
+    entropy: bool, implementation: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of Σ weights·statistics to the eight operands; empty where `needs` says no."""
+    weights = RowWeights(*present(contiguous((weight_lse, weight_positive, weight_cross_term)), saved))
+    operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
+    with torch.autocast(query.device.type, enabled=False):
+        student, teacher = implementation_module(implementation).gradients(
+            weights, *sides_of(operands), positives, exclude, unpacked(saved), entropy,
+            tuple(needs[:4]), tuple(needs[4:]), tied=key is None,
+        )  # fmt: skip
+    return present((*student, *teacher), query)  # type: ignore[return-value]
+
+
+def _fake_gradients(operands, needs):
+    like = operands[0]
+    return tuple(
+        torch.empty_like(part) if need else like.new_empty(0)
+        for part, need in zip(operands, needs, strict=True)
+    )
+
+
+gradients = custom_op("fastgessl::similarity_gradients", gradients_body, mutates_args=())
+
+
+@gradients.register_fake
+def _(*args):
+    return _fake_gradients(args[WEIGHTS : WEIGHTS + OPERANDS], args[-1])
+
+
+def curvature_body(
+    tangent_query: Tensor | None, tangent_key: Tensor | None, tangent_scale: Tensor | None, tangent_bias: Tensor | None,
+    tangent_teacher_query: Tensor | None, tangent_teacher_key: Tensor | None,
+    tangent_teacher_scale: Tensor | None, tangent_teacher_bias: Tensor | None,
+    weight_lse: Tensor, weight_positive: Tensor | None, weight_cross_term: Tensor | None,
+    query: Tensor, key: Tensor | None, scale: Tensor, bias: Tensor | None,
+    teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_scale: Tensor | None, teacher_bias: Tensor | None,
+    positives: Tensor | None, exclude: Tensor | None, saved: Tensor,
+    entropy: bool, implementation: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of ⟨tangents, gradients(...)⟩ to the three weights and the eight operands; empty where absent
+    or where `needs` says no."""
+    tangents = contiguous((tangent_query, tangent_key, tangent_scale, tangent_bias))
+    teacher_tangents = contiguous(
+        (tangent_teacher_query, tangent_teacher_key, tangent_teacher_scale, tangent_teacher_bias)
+    )
+    weights = RowWeights(*present(contiguous((weight_lse, weight_positive, weight_cross_term)), saved))
+    operands = contiguous((query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias))
+    statistics = unpacked(saved)
+    with torch.autocast(query.device.type, enabled=False):
+        if implementation == "triton" and any(part is not None for part in teacher_tangents):
+            # Chunked takes over, with statistics of its own: on those of the kernels, whose logits are
+            # rounded otherwise, σ's second derivatives at τ = 0.01 were wrong by 2.5e-4 (float32), 2.5e-6
+            # with its own.
+            implementation, statistics = (
+                "chunked",
+                chunked.statistics(*sides_of(operands), positives, exclude, entropy),
             )
-        )
-        for i in range(size)
-    ]
-    stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
-    return stacked, (0,) * len(stacked)
+        moments, student, teacher = implementation_module(implementation).curvature(
+            SideValues(*tangents), SideValues(*teacher_tangents), weights, *sides_of(operands),
+            positives, exclude, statistics, entropy, tuple(needs[:4]), tuple(needs[4:]), tied=key is None,
+        )  # fmt: skip
+    rows = chunked.row_derivatives(moments)
+    return (*rows, *present((*student, *teacher), query))  # type: ignore[return-value]
 
 
-@signed_once
-class Curvature(torch.autograd.Function):
-    """Double backward. A function, not the bare operator, so that functorch levels unwrap; its own derivative
-    raises.
+curvature = custom_op("fastgessl::similarity_curvature", curvature_body, mutates_args=())
+
+
+@curvature.register_fake
+def _(*args):
+    weights, operands = args[OPERANDS : OPERANDS + WEIGHTS], args[OPERANDS + WEIGHTS : 2 * OPERANDS + WEIGHTS]
+    saved = args[2 * OPERANDS + WEIGHTS + 2]
+    rows = tuple(saved.new_empty(saved.shape[1] if weight is not None else 0) for weight in weights)
+    return (*rows, *_fake_gradients(operands, args[-1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], *outputs: Tensor) -> None:
+    """Keep tensors as saved tensors, and the rest as it is."""
+    tensors = [part for part in inputs if part is None or isinstance(part, Tensor)]
+    ctx.settings = tuple(part for part in inputs if part is not None and not isinstance(part, Tensor))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *outputs)
+
+
+def statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output[3])
+
+
+def gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs)
+
+
+def statistics_backward(
+    ctx: Any, cotangents: Sequence[Tensor | None], apply: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Any, ...]:
+    *operands, positives, exclude, saved = ctx.saved_tensors
+    needs = tuple(ctx.needs_input_grad[:OPERANDS])
+    present = (True, positives is not None, operands[4] is not None)
+    weights = (
+        None if not here else torch.zeros_like(saved[0]) if weight is None else weight
+        for here, weight in zip(present, cotangents, strict=False)
+    )
+    # lse enters as a constant: what the gradients owe to its dependence on the operands is already in the
+    # curvature.
+    found = apply(*weights, *operands, positives, exclude, saved.detach(), *ctx.settings, needs)
+    grads = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    return (*grads, *(None,) * (len(ctx.needs_input_grad) - OPERANDS))
+
+
+def gradients_backward(
+    ctx: Any, tangents: Sequence[Tensor | None], apply: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Any, ...]:
+    inputs = ctx.saved_tensors
+    weights, operands = inputs[:WEIGHTS], inputs[WEIGHTS : WEIGHTS + OPERANDS]
+    *settings, wanted = ctx.settings
+    needs = tuple(ctx.needs_input_grad[WEIGHTS : WEIGHTS + OPERANDS])
+    tangents = [tangent if asked else None for tangent, asked in zip(tangents, wanted, strict=True)]
+    found = apply(*tangents, *inputs, *settings, needs)
+    rows = (None if weight is None else row for weight, row in zip(weights, found[:WEIGHTS], strict=True))
+    grads = (grad if need else None for grad, need in zip(found[WEIGHTS:], needs, strict=True))
+    return (*rows, *grads, *(None,) * (len(ctx.needs_input_grad) - WEIGHTS - len(operands)))
+
+
+def _third_order(ctx: Any, *cotangents: Tensor) -> None:
+    raise RuntimeError(THIRD_ORDER)
+
+
+statistics.register_autograd(
+    lambda ctx, *cotangents: statistics_backward(ctx, cotangents, gradients), setup_context=statistics_context
+)
+gradients.register_autograd(
+    lambda ctx, *tangents: gradients_backward(ctx, tangents, curvature), setup_context=gradients_context
+)
+curvature.register_autograd(_third_order)
+
+
+class ReverseFunction(torch.autograd.Function):
+    """What the functions here share: forward mode raises, and vmap makes one call an example, because the kernels fill a
+    device with one problem already.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # torch asks `inspect` for the signature at every call otherwise, 30 of its 45 us.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(FORWARD_MODE)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, ...]:
+        if info.batch_size == 0:
+            raise ValueError(
+                "fastgessl.kernels: vmap over a batch of 0 examples has no result. Leave the empty batch out."
+            )
+        examples = (
+            [
+                arg.select(dim, i) if isinstance(dim, int) else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            ]
+            for i in range(info.batch_size)
+        )
+        outputs = zip(*(cls.apply(*example) for example in examples), strict=True)
+        stacked = tuple(torch.stack(output) for output in outputs)
+        return stacked, (0,) * len(stacked)
+
+
+def body_or_operator(body: Callable[..., Any], operator: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """What the operator gives. For ordinary tensors its body is called as it is, which saves 80 us of dispatch a call."""
+    ordinary = all(type(part) in (Tensor, torch.nn.Parameter) for part in inputs if isinstance(part, Tensor))
+    return (body if ordinary else operator)(*inputs)
+
+
+class Curvature(ReverseFunction):
+    """Double backward. A function, not the bare operator, so that functorch levels unwrap; its own derivative raises."""
 
     @staticmethod
     def forward(*inputs):
-        return (curvature_body if plain(inputs) else curvature)(*inputs)
+        return body_or_operator(curvature_body, curvature, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -94,140 +300,49 @@ class Curvature(torch.autograd.Function):
     def backward(ctx, *cotangents):
         raise RuntimeError(THIRD_ORDER)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(THIRD_ORDER)
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return one_call_each(Curvature, info.batch_size, in_dims, args)
-
-
-@signed_once
-class Gradients(torch.autograd.Function):
+class Gradients(ReverseFunction):
     """Backward, itself differentiable once."""
 
     @staticmethod
     def forward(*inputs):
-        return (gradients_body if plain(inputs) else gradients)(*inputs)
+        return body_or_operator(gradients_body, gradients, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         gradients_context(ctx, inputs, output)
-        ctx.save_for_forward(*(part for part in inputs if part is None or isinstance(part, Tensor)))
 
     @staticmethod
     def backward(ctx, *tangents):
         return gradients_backward(ctx, tangents, Curvature.apply)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        # The Hessian is symmetric: forward over reverse is the double-backward kernel, plus the gradients
-        # along the weights' tangents.
-        inputs, (entropy, implementation, needs) = ctx.saved_tensors, ctx.settings
-        weights = [
-            None if weight is None else _filled(tangent, weight)
-            for tangent, weight in zip(tangents, inputs[:WEIGHTS], strict=False)
-        ]
-        bent = Curvature.apply(
-            *tangents[WEIGHTS : WEIGHTS + OPERANDS], *inputs, entropy, implementation, needs
-        )[WEIGHTS:]
-        if all(tangent is None for tangent in tangents[:WEIGHTS]):
-            return bent
-        straight = Gradients.apply(*weights, *inputs[WEIGHTS:], entropy, implementation, needs)
-        return tuple(a + b for a, b in zip(bent, straight, strict=True))
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return one_call_each(Gradients, info.batch_size, in_dims, args)
-
-
-def _filled(tangent: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if tangent is None else tangent
-
-
-@signed_once
-class RowDerivatives(torch.autograd.Function):
-    """Forward mode: the statistics' derivatives along tangents of the operands. Reverse over it is the
-    double-backward kernel once more.
-    """
-
-    @staticmethod
-    def forward(*inputs):
-        operands, (positives, _, saved) = (
-            inputs[OPERANDS : 2 * OPERANDS],
-            inputs[2 * OPERANDS : 2 * OPERANDS + 3],
-        )
-        none = torch.zeros_like(saved[0])
-        weights = (none, None if positives is None else none, None if operands[4] is None else none)
-        call: Callable[..., tuple[Tensor, ...]] = curvature_body if plain(inputs) else curvature
-        return call(*inputs[:OPERANDS], *weights, *inputs[OPERANDS:], (False,) * OPERANDS)[:WEIGHTS]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.settings = inputs[-2:]
-        ctx.save_for_backward(*inputs[:-2])
-
-    @staticmethod
-    def backward(ctx, *weights):
-        tangents, inputs = ctx.saved_tensors[:OPERANDS], ctx.saved_tensors[OPERANDS:]
-        operands, (positives, _, saved) = inputs[:OPERANDS], inputs[OPERANDS:]
-        present = (True, positives is not None, operands[4] is not None)
-        weights = tuple(
-            _filled(weight, saved[0]) if here else None for weight, here in zip(weights, present, strict=True)
-        )
-        needs = ctx.needs_input_grad
-        straight = Gradients.apply(*weights, *inputs, *ctx.settings, needs[:OPERANDS])
-        bent = Curvature.apply(*tangents, *weights, *inputs, *ctx.settings, needs[OPERANDS : 2 * OPERANDS])[
-            WEIGHTS:
-        ]
-        found = (grad if need else None for grad, need in zip((*straight, *bent), needs, strict=False))
-        return (*found, *(None,) * (len(needs) - 2 * OPERANDS))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(FORWARD_OVER_FORWARD)
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return one_call_each(RowDerivatives, info.batch_size, in_dims, args)
-
-
-FORWARD_OVER_FORWARD = (
-    "fastgessl.kernels: forward mode over forward mode is not implemented for the similarity losses. "
-    "Take one of the two derivatives in reverse (jacfwd of jacrev, jvp of grad, grad of jvp)."
-)
-
-
-@signed_once
-class Statistics(torch.autograd.Function):
+class Statistics(ReverseFunction):
     """Forward. The last output is for the later passes and carries no gradient."""
 
     @staticmethod
     def forward(*inputs):
-        return (statistics_body if plain(inputs) else statistics)(*inputs)
+        return body_or_operator(statistics_body, statistics, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         statistics_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[3])
-        ctx.save_for_forward(
-            *(part for part in inputs[:-1] if part is None or isinstance(part, Tensor)), output[3]
-        )
 
     @staticmethod
     def backward(ctx, *cotangents):
         return statistics_backward(ctx, cotangents, Gradients.apply)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        rows = RowDerivatives.apply(*tangents[:OPERANDS], *ctx.saved_tensors, *ctx.settings)
-        return (*rows, None)
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return one_call_each(Statistics, info.batch_size, in_dims, args)
+def compiled(*operands: Tensor | None) -> bool:
+    """Whether torch.compile is tracing, where the operators themselves are to be called. Raises RuntimeError if it traces
+    forward mode, whose tangents registered autograd would drop, for a derivative of 0 (torch 2.15).
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    if any(operand is not None and unpack_dual(operand).tangent is not None for operand in operands):
+        raise RuntimeError(FORWARD_MODE)
+    return True
 
 
 def similarity_statistics(
@@ -237,27 +352,25 @@ def similarity_statistics(
     exclude: Tensor | None,
     entropy: bool,
     implementation: str,
-    given: Given,
     ring: ProcessGroup | None = None,
     tied: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, positive and divergence, (M,) each, twice differentiable in all operands; see `similarity.chunked`
-    for their definitions.
+    """lse, positive and cross term, (M,) each, twice differentiable in all operands; see `similarity.problem` for their
+    definitions.
 
-    `positive` is empty without positives, `divergence` without a teacher. With `ring`, keys and biases are
-    this rank's shard of all, and column numbers are global. `given`: whose values are checked. `tied`: the
-    student's key is its query, which saves two of the backward's four matmul units on a GPU.
+    `positive` is empty without positives, the cross term without a teacher. With `ring`, keys and biases are this rank's
+    shard of all, and column numbers are global. `tied`: the student's key is its query, which saves two of the backward's
+    four matmul units on a GPU.
     """
     key = None if tied and ring is None else student.key
     operands = (student.query, key, student.scale, student.bias, *(teacher or (None,) * 4))
     if ring is not None:
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "fastgessl.kernels: the ring cannot be compiled with fullgraph=True. Call the loss outside "
-                "torch.compile."
+                "fastgessl.kernels: the ring cannot be compiled with fullgraph=True. Call the loss outside torch.compile."
             )
         from fastgessl.kernels.similarity.ring import RingStatistics
 
-        return RingStatistics.apply(*operands, positives, exclude, entropy, implementation, ring, given)[:3]
+        return RingStatistics.apply(*operands, positives, exclude, entropy, implementation, ring)[:3]
     call = statistics if compiled(*operands) else Statistics.apply
-    return call(*operands, positives, exclude, entropy, implementation, given)[:3]
+    return call(*operands, positives, exclude, entropy, implementation)[:3]

@@ -1,114 +1,42 @@
-"""The softmax over similarities in plain PyTorch, by blocks of rows: any device, any floating dtype,
-O(block·N) memory.
+"""The softmax over similarities in PyTorch, by blocks of rows: any device, any floating dtype, O(block·N) memory.
 
-Notation of `docs/kernels.md`: S = s·QKᵀ + bias, P = softmax of S over the columns that are not excluded, and
-the same with an index t for the teacher. With R = a·S_t − S (a = 1 for KL, 0 for cross-entropy) each row has
-the statistics
-
-    lse = log Σ_j exp S_ij        positive = S_i,pos        x = E_{P_t}[R]        divergence = x − a·lse_t
-
-so that InfoNCE = lse − positive, KL(P_t‖P) and the cross-entropy = divergence + lse. Their gradients, with
-one weight a row and a statistic, are
-
-    G   = w_lse·P + w_positive·[j = pos_i] − w_divergence·P_t          (to the student's logits)
-    G_t = w_divergence·P_t∘(R − x)                                     (to the teacher's logits)
-
-and along a direction (B, B_t) of the logits these change by
-
-    H   = w_lse·P∘(B − b) − w_divergence·P_t∘(B_t − e)                               b = E_P[B],  e = E_{P_t}[B_t]
-    H_t = w_divergence·P_t∘[(B_t − e)(R − x + a) − (B − b_t) − c]                    b_t = E_{P_t}[B],  c = E_{P_t}[B_t(R − x)]
+The mathematics and its notation are in `similarity.problem`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgessl.kernels.similarity.row_blocks import row_blocks
+from fastgessl.kernels.similarity.problem import LOG2_E, Moments, RowStatistics, RowWeights, Side, SideValues
 
-LOG2_E = 1.4426950408889634
-
-
-class Side(NamedTuple):
-    """One softmax: queries (M, D), keys (N, D), the 0-d scale 1/τ and a column bias (N,)."""
-
-    query: Tensor
-    key: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-
-class Parts(NamedTuple):
-    """Tangents of a `Side`, or gradients to it: None for what does not move or is not wanted."""
-
-    query: Tensor | None = None
-    key: Tensor | None = None
-    scale: Tensor | None = None
-    bias: Tensor | None = None
+# Logits of one block, 1 MiB of float32, stay in the cache of a core; blocks of fewer rows starve the matmuls
+# (bench/test_losses.py).
+BLOCK_ELEMENTS = 1 << 18
+# On a GPU, 64 MiB of float32, so that an operation on a block lasts longer than its launch; not yet measured
+# on one. At most 17 blocks are held at once (second order with a teacher that moves; InfoNCE's second order
+# 7, backward 5): 1.1 GiB, in float64 2.1.
+GPU_BLOCK_ELEMENTS = 1 << 24
+BLOCK_ROWS = 128
+NOTHING = (False,) * 4
 
 
-class Rows(NamedTuple):
-    """One number a row (M,) for each statistic: weights going in, derivatives coming out. Empty without
-    positives, without a teacher.
+def rows_of_block(columns: int, device: torch.device) -> int:
+    """How many rows a block of logits (rows, columns) has: what its number of elements allows, at least BLOCK_ROWS."""
+    return max(BLOCK_ROWS, (BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS) // columns)
+
+
+def row_blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
+    """The rows of query (M, D) block by block, for a table with key (N, D).
+
+    >>> [(rows.start, rows.stop) for rows in row_blocks(torch.empty(300, 4), torch.empty(4096, 4))]
+    [(0, 128), (128, 256), (256, 300)]
     """
-
-    lse: Tensor
-    positive: Tensor
-    divergence: Tensor
-
-
-class Moments(NamedTuple):
-    """Row sums (M,) that the second-order pass needs over all columns. Each is a plain sum, so shards of
-    columns may be added.
-
-    Empty without positives, without a teacher, and the last two where the teacher does not move.
-    """
-
-    student: Tensor
-    """b = E_P[B]."""
-    positive: Tensor
-    """B at the positive."""
-    student_under_teacher: Tensor
-    """b_t = E_{P_t}[B]."""
-    teacher: Tensor
-    """e = E_{P_t}[B_t]."""
-    covariance: Tensor
-    """c = E_{P_t}[B_t(R − x)]."""
-
-    def corrected(self, saved: Statistics, rows: slice = slice(None)) -> Moments:
-        """Means over P of means over exp(S − lse)."""
-        student, teacher = saved.correction[rows], saved.teacher_correction[rows]
-        means = (part * teacher if len(part) else part for part in self[2:])
-        return Moments(self.student * student, self.positive, *means)
-
-
-class Statistics(NamedTuple):
-    """What the forward pass gives, (M,) each; empty without positives, without a teacher."""
-
-    lse: Tensor
-    positive: Tensor
-    divergence: Tensor
-    correction: Tensor
-    """P is exp(S − lse) times this, 1 up to the rounding of lse."""
-    teacher_lse: Tensor
-    teacher_correction: Tensor
-    teacher_mean: Tensor
-    """x = E_{P_t}[R]."""
-
-    def correct(self, weights: Rows) -> Rows:
-        """Weights for exp(S − lse) instead of P. An lse of 100 is rounded to 4e-6 in float32, which P
-        inherits as a relative error.
-
-        Where P_pos is nearly 1 that is most of what is left of P_pos − 1: at τ = 0.01 the correction takes
-        second derivatives from 3.7e-5 off to 4.8e-6, and gradients from 4.4e-6 to 1.5e-6 (256 rows of 64
-        features).
-        """
-        divergence = (
-            weights.divergence * self.teacher_correction if len(weights.divergence) else weights.divergence
-        )
-        return weights._replace(lse=weights.lse * self.correction, divergence=divergence)
+    rows, step = len(query), rows_of_block(len(key), query.device)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,8 +55,8 @@ def _wide_side(side: Side) -> Side:
     )
 
 
-def _wide_parts(parts: Parts, dtype: torch.dtype) -> Parts:
-    return Parts(*(None if part is None else part.to(dtype) for part in parts))
+def _wide_parts(parts: SideValues, dtype: torch.dtype) -> SideValues:
+    return SideValues(*(None if part is None else part.to(dtype) for part in parts))
 
 
 def _logits(side: Side, rows: slice) -> Tensor:
@@ -147,7 +75,7 @@ def fill_excluded(block: Tensor, exclude: Tensor | None, value: float) -> Tensor
     return block
 
 
-def _exp_(logits: Tensor) -> Tensor:
+def exp_(logits: Tensor) -> Tensor:
     # In place, through exp2: on AVX-512 torch spends 0.32 ns an element on exp2 and 0.82 ns on exp, and a
     # product 0.09 ns.
     return logits.mul_(LOG2_E).exp2_()
@@ -160,7 +88,7 @@ def _logsumexp(logits: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
     top = fill_excluded(logits, exclude, -torch.inf).amax(1, keepdim=True)
     if exclude is not None:
         top.masked_fill_(top == -torch.inf, 0.0)
-    return rounded_logsumexp(top[:, 0], _exp_(logits.sub_(top)).sum(1))
+    return rounded_logsumexp(top[:, 0], exp_(logits.sub_(top)).sum(1))
 
 
 def rounded_logsumexp(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +101,7 @@ def _softmax(logits: Tensor, lse: Tensor, exclude: Tensor | None) -> Tensor:
     """exp(logits - lse) with 0 at excluded columns; in rows that have none left these are all, whatever exp
     gives there.
     """
-    return fill_excluded(_exp_(logits - lse[:, None]), exclude, 0.0)
+    return fill_excluded(exp_(logits - lse[:, None]), exclude, 0.0)
 
 
 def _part(vector: Tensor | None, rows: slice) -> Tensor | None:
@@ -185,15 +113,15 @@ def _at_positive(block: Tensor, positives: Tensor) -> Tensor:
     return block.gather(1, positives.clamp(min=0)[:, None])[:, 0].masked_fill(positives < 0, 0.0)
 
 
-def divergence_of(mean: Tensor, teacher_lse: Tensor, exclude: Tensor | None, entropy: bool) -> Tensor:
+def cross_term_of(mean: Tensor, teacher_lse: Tensor, exclude: Tensor | None, entropy: bool) -> Tensor:
     """x − a·lse_t; 0 in rows whose columns are all excluded."""
-    divergence = mean - teacher_lse if entropy else mean
-    return divergence if exclude is None else divergence.masked_fill(teacher_lse == -torch.inf, 0.0)
+    cross_term = mean - teacher_lse if entropy else mean
+    return cross_term if exclude is None else cross_term.masked_fill(teacher_lse == -torch.inf, 0.0)
 
 
 def statistics(
     student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool
-) -> Statistics:
+) -> RowStatistics:
     """Row statistics of both softmaxes. `entropy` is a: True for KL, False for cross-entropy."""
     wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
     M, has_teacher = len(wide.query), teacher is not None
@@ -206,7 +134,7 @@ def statistics(
         M,
         *(M if has_teacher else 0 for _ in range(3)),
     )
-    result = Statistics(*(wide.scale.new_empty(size) for size in sizes))
+    result = RowStatistics(*(wide.scale.new_empty(size) for size in sizes))
     for rows in row_blocks(wide.query, wide.key):
         excluded = _part(exclude, rows)
         logits = _logits(wide, rows)
@@ -222,7 +150,7 @@ def statistics(
                 correction,
                 mean,
             )
-            result.divergence[rows] = divergence_of(mean, teacher_lse, excluded, entropy)
+            result.cross_term[rows] = cross_term_of(mean, teacher_lse, excluded, entropy)
         result.lse[rows], result.correction[rows] = _logsumexp(logits, excluded)
     return result
 
@@ -247,12 +175,12 @@ class _TeacherTile(NamedTuple):
 
 def _tiles(
     rows: slice,
-    weights: Rows,
+    weights: RowWeights,
     student: Side,
     teacher: Side | None,
     positives: Tensor | None,
     exclude: Tensor | None,
-    saved: Statistics,
+    saved: RowStatistics,
     entropy: bool,
     of_teacher: bool,
 ) -> tuple[_Tile, _TeacherTile | None]:
@@ -270,17 +198,17 @@ def _tiles(
     teacher_probability = _softmax(teacher_logits, saved.teacher_lse[rows], excluded)
     if not of_teacher:
         none = gradient.new_empty(0)
-        gradient.addcmul_(teacher_probability, weights.divergence[rows, None], value=-1)
+        gradient.addcmul_(teacher_probability, weights.cross_term[rows, None], value=-1)
         return _Tile(probability, gradient), _TeacherTile(teacher_probability, none, none)
-    weighted = teacher_probability * weights.divergence[rows, None]
+    weighted = teacher_probability * weights.cross_term[rows, None]
     gradient -= weighted
     ratio = (teacher_logits - logits if entropy else -logits) - saved.teacher_mean[rows, None]
     return _Tile(probability, gradient), _TeacherTile(teacher_probability, weighted.mul_(ratio), ratio)
 
 
-def _zeros(side: Side, needs: tuple[bool, ...]) -> Parts:
+def _zeros(side: Side, needs: tuple[bool, ...]) -> SideValues:
     """Zeros in the accumulation dtype for what is needed, None for the rest."""
-    return Parts(
+    return SideValues(
         *(
             torch.zeros_like(part) if need and part is not None else None
             for part, need in zip(side, needs, strict=True)
@@ -288,7 +216,7 @@ def _zeros(side: Side, needs: tuple[bool, ...]) -> Parts:
     )
 
 
-def _pull_back(side: Side, gradient: Tensor, rows: slice, out: Parts) -> None:
+def _pull_back(side: Side, gradient: Tensor, rows: slice, out: SideValues) -> None:
     """Add one block's gradient to the logits into the gradients of the operands."""
     query = side.query[rows]
     if out.query is not None or out.scale is not None:
@@ -304,14 +232,14 @@ def _pull_back(side: Side, gradient: Tensor, rows: slice, out: Parts) -> None:
         out.bias.add_(gradient.sum(0))
 
 
-def summed(out: Parts) -> Parts:
+def summed(out: SideValues) -> SideValues:
     """The gradient of queries that are the keys, at the query."""
     return out if out.query is None or out.key is None else out._replace(query=out.query + out.key, key=None)
 
 
-def _rounded(out: Parts, side: Side) -> Parts:
+def _rounded(out: SideValues, side: Side) -> SideValues:
     dtypes = (side.query.dtype, side.key.dtype, side.scale.dtype, side.scale.dtype)
-    return Parts(
+    return SideValues(
         *(
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(out, dtypes, strict=True)
@@ -319,30 +247,31 @@ def _rounded(out: Parts, side: Side) -> Parts:
     )
 
 
-NOTHING = (False,) * 4
-
-
 def gradients(
-    weights: Rows,
+    weights: RowWeights,
     student: Side,
     teacher: Side | None,
     positives: Tensor | None,
     exclude: Tensor | None,
-    saved: Statistics,
+    saved: RowStatistics,
     entropy: bool,
     needs: tuple[bool, ...] = (True,) * 4,
     teacher_needs: tuple[bool, ...] = NOTHING,
     tied: bool = False,
-) -> tuple[Parts, Parts]:
+) -> tuple[SideValues, SideValues]:
     """Gradients of Σ_i weights·statistics to the operands of student and teacher; what is not needed is None.
 
     `tied`: the student's queries are its keys; their gradient is the sum of both and stands at the query.
     """
+    if tied and teacher is None and student.bias is None:
+        return tied_gradients(
+            weights, student.query, student.scale, positives, exclude, saved, needs
+        ), SideValues()
     wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
     needs, weights = (needs[0], needs[0], *needs[2:]) if tied else needs, saved.correct(weights)
     out, teacher_out = (
         _zeros(wide, needs),
-        Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs),
+        SideValues() if wide_teacher is None else _zeros(wide_teacher, teacher_needs),
     )
     for rows in row_blocks(wide.query, wide.key):
         tile, teacher_tile = _tiles(
@@ -355,7 +284,73 @@ def gradients(
     return _rounded(out, student), teacher_out if teacher is None else _rounded(teacher_out, teacher)
 
 
-def _direction(side: Side, tangent: Parts, rows: slice) -> Tensor | None:
+def tied_gradients(
+    weights: RowWeights,
+    query: Tensor,
+    scale: Tensor,
+    positives: Tensor | None,
+    exclude: Tensor | None,
+    saved: RowStatistics,
+    needs: tuple[bool, ...],
+) -> SideValues:
+    """Gradients to queries that are their own keys, and to the scale, without bias and teacher.
+
+    Column j's softmax is that of row j there, so that the gradient (G + Gᵀ)·Q of weighted lse and positives takes
+    1 + 1 matmul units instead of 1 + 2.
+    """
+    rows_of, lse, weight_lse = (
+        query.to(accumulation_dtype(query.dtype)),
+        saved.lse,
+        weights.lse * saved.correction,
+    )
+    finite = lse if exclude is None else lse.masked_fill(lse == -torch.inf, torch.inf)
+    out, out_scale = torch.empty_like(rows_of), torch.zeros_like(scale)
+    for rows in row_blocks(query, query):
+        logits = (rows_of[rows] * scale) @ rows_of.T
+        mirrored = exp_(logits - finite)
+        gradient = exp_(logits.sub_(finite[rows, None])).mul_(weight_lse[rows, None])
+        if exclude is not None:
+            _fill_pairs(gradient, exclude, rows, mirrored)
+        gradient.addcmul_(mirrored, weight_lse)
+        if positives is not None:
+            _add_pairs(gradient, positives, weights.positive, rows)
+        through = gradient @ rows_of
+        if needs[2]:
+            out_scale.add_((through * rows_of[rows]).sum() / 2)  # Σ (G + Gᵀ)∘C counts each pair twice
+        out[rows] = through * scale
+    return SideValues(out.to(query.dtype) if needs[0] else None, None, out_scale if needs[2] else None)
+
+
+def _fill_pairs(gradient: Tensor, exclude: Tensor, rows: slice, mirrored: Tensor) -> None:
+    """0 where a row of the block excludes a column, and, in `mirrored`, where a column excludes a row of the
+    block.
+    """
+    fill_excluded(gradient, exclude[rows], 0.0)
+    for excluded in exclude.unbind(1):
+        index, inside = _in_block(excluded, rows)
+        mirrored.scatter_(0, index, torch.where(inside, 0.0, mirrored.gather(0, index)))
+
+
+def _add_pairs(gradient: Tensor, positives: Tensor, weight: Tensor, rows: slice) -> None:
+    """Add the weight of each row's positive at (row, positive), and of each column's at (positive, column),
+    where they lie in the block.
+    """
+    inside = positives[rows]
+    gradient.scatter_add_(1, inside.clamp(min=0)[:, None], weight[rows].masked_fill(inside < 0, 0.0)[:, None])
+    index, present = _in_block(positives, rows)
+    gradient.scatter_add_(0, index, torch.where(present, weight, 0.0))
+
+
+def _in_block(numbers: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Row numbers (N,) as those of a block, and which of them lie in it, (1, N) each. Their places would have
+    to be waited for on a GPU.
+    """
+    return (numbers - rows.start).clamp(0, rows.stop - rows.start - 1)[None], (
+        (numbers >= rows.start) & (numbers < rows.stop)
+    )[None]
+
+
+def _direction(side: Side, tangent: SideValues, rows: slice) -> Tensor | None:
     """B = s·(ggQ·Kᵀ + Q·ggKᵀ) + ggs·C + ggbias, the change of the logits along a tangent, absent parts being
     0. None if nothing moves.
     """
@@ -374,7 +369,7 @@ def _direction(side: Side, tangent: Parts, rows: slice) -> Tensor | None:
 
 
 def _second_pull_back(
-    side: Side, tangent: Parts, gradient: Tensor, change: Tensor, rows: slice, out: Parts
+    side: Side, tangent: SideValues, gradient: Tensor, change: Tensor, rows: slice, out: SideValues
 ) -> None:
     """Add one block's share of d/d(operands) of ⟨tangent, first-order gradient⟩; `change` is H, `gradient` is
     G.
@@ -422,7 +417,7 @@ def _row_moments(
 
 def _changes(
     rows: slice,
-    weights: Rows,
+    weights: RowWeights,
     tile: _Tile,
     teacher: _TeacherTile | None,
     moments: Moments,
@@ -434,7 +429,7 @@ def _changes(
     change = tile.probability * (direction - moments.student[:, None]) * weights.lse[rows, None]
     if teacher is None:
         return change, None
-    weighted = teacher.probability * weights.divergence[rows, None]
+    weighted = teacher.probability * weights.cross_term[rows, None]
     inner = moments.student_under_teacher[:, None] - direction
     if teacher_direction is not None:
         centred = teacher_direction - moments.teacher[:, None]
@@ -444,20 +439,20 @@ def _changes(
 
 
 def curvature(
-    tangent: Parts,
-    teacher_tangent: Parts,
-    weights: Rows,
+    tangent: SideValues,
+    teacher_tangent: SideValues,
+    weights: RowWeights,
     student: Side,
     teacher: Side | None,
     positives: Tensor | None,
     exclude: Tensor | None,
-    saved: Statistics,
+    saved: RowStatistics,
     entropy: bool,
     needs: tuple[bool, ...] = (True,) * 4,
     teacher_needs: tuple[bool, ...] = NOTHING,
     moments: Moments | None = None,
     tied: bool = False,
-) -> tuple[Moments, Parts, Parts]:
+) -> tuple[Moments, SideValues, SideValues]:
     """Derivatives of ⟨tangent, gradients(...)⟩: the row moments (see `row_derivatives`) and the gradients to
     both sides' operands.
 
@@ -475,7 +470,7 @@ def curvature(
     tangent, teacher_tangent = (_wide_parts(part, wide.query.dtype) for part in (tangent, teacher_tangent))
     out, teacher_out = (
         _zeros(wide, needs),
-        Parts() if wide_teacher is None else _zeros(wide_teacher, teacher_needs),
+        SideValues() if wide_teacher is None else _zeros(wide_teacher, teacher_needs),
     )
     M = len(wide.query)
     moved = M if any(part is not None for part in teacher_tangent) else 0
@@ -516,7 +511,7 @@ def curvature(
     return own, _rounded(out, student), teacher_out if teacher is None else _rounded(teacher_out, teacher)
 
 
-def row_derivatives(moments: Moments) -> Rows:
-    """Directional derivatives of (lse, positive, divergence): b, B at the positive, c − b_t."""
+def row_derivatives(moments: Moments) -> RowWeights:
+    """Directional derivatives of (lse, positive, cross_term): b, B at the positive, c − b_t."""
     moved = moments.covariance if len(moments.covariance) else torch.zeros_like(moments.student_under_teacher)
-    return Rows(moments.student, moments.positive, moved - moments.student_under_teacher)
+    return RowWeights(moments.student, moments.positive, moved - moments.student_under_teacher)

@@ -7,7 +7,7 @@ may stand behind the operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,9 +17,16 @@ from torch import Tensor
 from fastgessl.kernels.similarity import chunked
 from fastgessl.kernels.similarity import triton_first as first_order
 from fastgessl.kernels.similarity import triton_second as second_order
-from fastgessl.kernels.similarity.chunked import NOTHING, Moments, Parts, Rows, Side, Statistics
-from fastgessl.kernels.similarity.tiles import Tile
-from fastgessl.kernels.similarity.tuned_tiles import tile_for
+from fastgessl.kernels.similarity.chunked import NOTHING
+from fastgessl.kernels.similarity.problem import (
+    Moments,
+    PairWeights,
+    RowStatistics,
+    RowWeights,
+    Side,
+    SideValues,
+)
+from fastgessl.kernels.similarity.tiles import Tile, tile_for
 
 
 class Operands(NamedTuple):
@@ -111,7 +118,7 @@ def _by_columns(operands: Operands) -> Callable[[Tile], int]:
 
 def statistics(
     student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool
-) -> Statistics:
+) -> RowStatistics:
     """See `similarity.chunked.statistics`."""
     operands = _operands(student, teacher, positives, exclude)
     M, none = len(student.query), operands.student.scale.new_empty(0)
@@ -122,21 +129,21 @@ def statistics(
     arguments = (lse, positive, correction, *of_teacher)
     _launch(first_order.statistics_kernel, operands, _by_rows(operands), 0, arguments, {"ENTROPY": entropy})
     teacher_lse, teacher_correction, mean = of_teacher
-    divergence = chunked.divergence_of(mean, teacher_lse, exclude, entropy) if teacher else none
-    return Statistics(lse, positive, divergence, correction, teacher_lse, teacher_correction, mean)
+    cross_term = chunked.cross_term_of(mean, teacher_lse, exclude, entropy) if teacher else none
+    return RowStatistics(lse, positive, cross_term, correction, teacher_lse, teacher_correction, mean)
 
 
-def _normalised(weights: Rows, dtype: torch.dtype) -> tuple[Rows, Tensor | None]:
+def _normalized(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
     """Row weights in float32 and the factor taken out of them, None for 1.
 
     float16 reaches down to 6e-8 only: there the largest weight becomes 1.
     """
-    wide = Rows(*(weight.float().contiguous() for weight in weights))
+    wide = [weight.float().contiguous() for weight in weights]
     if dtype != torch.float16:
         return wide, None
     together = torch.cat(wide)
     factor = _largest(together)
-    return Rows(*(together / factor).split([len(weight) for weight in wide])), factor
+    return list((together / factor).split([len(weight) for weight in wide])), factor
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -158,7 +165,7 @@ def _two_passes(
     side: Side,
     needs: tuple[bool, ...],
     flags: tuple[dict[str, Any], dict[str, Any]],
-) -> Parts:
+) -> SideValues:
     """Gradients to one side by a pass over rows (query, scale) and one over columns (key, bias), each only
     where it is needed.
 
@@ -186,30 +193,30 @@ def _two_passes(
             kernels[1], operands, _by_columns(operands), width, (*constants[1], inner, key, columns), flags[1]
         )
         bias = _times(columns, outer) if needs_bias else None
-    return Parts(
+    return SideValues(
         *(part if need else None for part, need in zip((query, key, scale, bias), needs, strict=True))
     )
 
 
 def gradients(
-    weights: Rows,
+    weights: RowWeights,
     student: Side,
     teacher: Side | None,
     positives: Tensor | None,
     exclude: Tensor | None,
-    saved: Statistics,
+    saved: RowStatistics,
     entropy: bool,
     needs: tuple[bool, ...] = (True,) * 4,
     teacher_needs: tuple[bool, ...] = NOTHING,
     tied: bool = False,
-) -> tuple[Parts, Parts]:
+) -> tuple[SideValues, SideValues]:
     """See `similarity.chunked.gradients`. Queries that are the keys, which have no bias, take one pass over
     rows instead of two passes.
     """
     operands = _operands(student, teacher, positives, exclude)
-    weights, factor = _normalised(saved.correct(weights), student.query.dtype)
-    shared = (saved.lse, saved.teacher_lse, saved.teacher_mean, *weights)
-    constants = ((*shared, saved.lse, weights.lse), shared)
+    corrected, factor = _normalized(saved.correct(weights), student.query.dtype)
+    shared = (saved.lse, saved.teacher_lse, saved.teacher_mean, *corrected)
+    constants = ((*shared, saved.lse, corrected[0]), shared)
     kernels = (first_order.gradient_rows_kernel, first_order.gradient_columns_kernel)
     if tied:
         needs = (needs[0], False, *needs[2:])
@@ -219,7 +226,7 @@ def gradients(
         kernels, operands, constants, (_times(operands.student.scale, factor), factor), student, needs, flags
     )
     if operands.teacher is None or teacher is None or not any(teacher_needs):
-        return found, Parts()
+        return found, SideValues()
     factors = (_times(operands.teacher.scale, factor), factor)
     to_teacher = to_student | {"OF_TEACHER": True}
     flags = (to_teacher | {"MIRROR": 0}, to_teacher)
@@ -234,7 +241,7 @@ MERGED_COLUMNS = 32
 def symmetric_statistics(
     image: Tensor, text: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `similarity.symmetric_chunked.statistics`."""
+    """See `similarity.symmetric.chunked_statistics`."""
     operands = _operands(Side(image, text, scale, None), None, None, None)
     N, like = len(image), operands.student.scale
     lse, diagonal, correction = (like.new_empty(N) for _ in range(3))
@@ -261,18 +268,18 @@ def symmetric_statistics(
 
 
 def symmetric_gradients(
-    weights: Rows,
+    weights: PairWeights,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
     lse: Tensor,
     column_lse: Tensor,
     needs: tuple[bool, ...],
-) -> Parts:
-    """See `similarity.symmetric_chunked.gradients`: one pass a side, in which both softmaxes share the
+) -> SideValues:
+    """See `similarity.symmetric.chunked_gradients`: one pass a side, in which both softmaxes share the
     products.
     """
-    weights, factor = _normalised(weights, image.dtype)
+    (of_rows, of_columns, of_diagonal), factor = _normalized(weights, image.dtype)
     pairs = torch.arange(len(image), device=image.device)
     none = lse.new_empty(0)
 
@@ -282,9 +289,9 @@ def symmetric_gradients(
         ours: tuple[Tensor, Tensor],
         theirs: tuple[Tensor, Tensor],
         needs_scale: bool,
-    ) -> Parts:
+    ) -> SideValues:
         operands = _operands(Side(query, key, scale, None), None, pairs, None)
-        constants = (ours[0], none, none, ours[1], weights.positive, none, *theirs)
+        constants = (ours[0], none, none, ours[1], of_diagonal, none, *theirs)
         flags = {"ENTROPY": False, "OF_TEACHER": False, "MIRROR": 2}
         kernels = (first_order.gradient_rows_kernel, None)
         factors = (_times(operands.student.scale, factor), factor)
@@ -298,13 +305,13 @@ def symmetric_gradients(
             (flags, {}),
         )
 
-    rows, columns = (lse, weights.lse), (column_lse, weights.divergence)
-    first = to_rows(image, text, rows, columns, needs[2]) if needs[0] or needs[2] else Parts()
-    second = to_rows(text, image, columns, rows, False) if needs[1] else Parts()
-    return Parts(first.query if needs[0] else None, second.query, first.scale, None)
+    rows, columns = (lse, of_rows), (column_lse, of_columns)
+    first = to_rows(image, text, rows, columns, needs[2]) if needs[0] or needs[2] else SideValues()
+    second = to_rows(text, image, columns, rows, False) if needs[1] else SideValues()
+    return SideValues(first.query if needs[0] else None, second.query, first.scale, None)
 
 
-def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor | None]:
+def _tangents(tangent: SideValues, student: Side) -> tuple[SideValues, Tensor | None]:
     """Tangents with zeros for what is absent, and the factor taken out of them; as with weights, only float16
     needs one, else None.
     """
@@ -322,7 +329,7 @@ def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor | None]:
             else tangent.bias.float().contiguous()
         )
     if query.dtype != torch.float16:
-        return Parts(query, key, small, bias), None
+        return SideValues(query, key, small, bias), None
     sizes = (
         torch.linalg.vector_norm(part, torch.inf).float()
         for part in (query, key, small, bias)
@@ -330,24 +337,24 @@ def _tangents(tangent: Parts, student: Side) -> tuple[Parts, Tensor | None]:
     )
     factor = _largest(torch.stack(list(sizes)))
     query, key = ((part.float() / factor).to(part.dtype) for part in (query, key))
-    return Parts(query, key, small / factor, None if bias is None else bias / factor), factor
+    return SideValues(query, key, small / factor, None if bias is None else bias / factor), factor
 
 
 def curvature(
-    tangent: Parts,
-    teacher_tangent: Parts,
-    weights: Rows,
+    tangent: SideValues,
+    teacher_tangent: SideValues,
+    weights: RowWeights,
     student: Side,
     teacher: Side | None,
     positives: Tensor | None,
     exclude: Tensor | None,
-    saved: Statistics,
+    saved: RowStatistics,
     entropy: bool,
     needs: tuple[bool, ...] = (True,) * 4,
     teacher_needs: tuple[bool, ...] = NOTHING,
     moments: Moments | None = None,
     tied: bool = False,
-) -> tuple[Moments, Parts, Parts]:
+) -> tuple[Moments, SideValues, SideValues]:
     """See `similarity.chunked.curvature`, which takes over where the teacher itself moves: not detached, at
     second order.
     """
@@ -375,12 +382,12 @@ def curvature(
         ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
     )
     operands = _operands(student, teacher, positives, exclude)
-    weights, factor = _normalised(saved.correct(weights), student.query.dtype)
+    corrected, factor = _normalized(saved.correct(weights), student.query.dtype)
     moved, tangent_factor = _tangents(tangent, student)
     sums = _moments(operands, saved, moved) if moments is None else moments
     if moments is not None and tangent_factor is not None:
         sums = Moments(*(part / tangent_factor for part in moments))
-    shared = (saved.lse, saved.teacher_lse, *moved, *weights, sums.student, sums.student_under_teacher)
+    shared = (saved.lse, saved.teacher_lse, *moved, *corrected, sums.student, sums.student_under_teacher)
     kernels = (second_order.curvature_rows_kernel, second_order.curvature_columns_kernel)
     outer = factor if tangent_factor is None else _times(tangent_factor, factor)
     inner = operands.student.scale.new_ones(()) if outer is None else outer
@@ -388,7 +395,7 @@ def curvature(
         kernels, operands, (shared, shared), (inner, outer), student, needs, ({"OF_TEACHER": False},) * 2
     )
     found = chunked.summed(found) if tied else found
-    teacher_found = Parts()
+    teacher_found = SideValues()
     if operands.teacher is not None and teacher is not None and any(teacher_needs):
         factors = (_times(operands.teacher.scale, outer), outer)
         teacher_found = _two_passes(
@@ -397,7 +404,7 @@ def curvature(
     return Moments(*(_times(part, tangent_factor) for part in sums)), found, teacher_found
 
 
-def _moments(operands: Operands, saved: Statistics, moved: Parts) -> Moments:
+def _moments(operands: Operands, saved: RowStatistics, moved: SideValues) -> Moments:
     M, none = len(operands.student.query), operands.student.scale.new_empty(0)
     mean = none.new_empty(M)
     positive = none if operands.positives is None else none.new_empty(M)

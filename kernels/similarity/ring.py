@@ -16,21 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgessl.kernels.checks import check_values
 from fastgessl.kernels.collectives import check_equal_rows, rank_and_size
-from fastgessl.kernels.similarity.chunked import (
-    Moments,
-    Parts,
-    Rows,
-    Side,
-    Statistics,
-    accumulation_dtype,
-    row_derivatives,
-)
-from fastgessl.kernels.similarity.operators import (
+from fastgessl.kernels.similarity.autograd import (
     OPERANDS,
     THIRD_ORDER,
     WEIGHTS,
+    ReverseFunction,
     contiguous,
     gradients_backward,
     gradients_context,
@@ -42,10 +33,11 @@ from fastgessl.kernels.similarity.operators import (
     statistics_context,
     unpacked,
 )
+from fastgessl.kernels.similarity.chunked import accumulation_dtype, row_derivatives
+from fastgessl.kernels.similarity.problem import Moments, RowStatistics, RowWeights, Side, SideValues
 
 TRAVELLERS = (1, 3, 5, 7)
 """The operands that belong to keys: key and bias of both sides."""
-FORWARD = 'fastgessl.kernels: forward mode is not implemented for mode="ring". Use mode="gather", or reverse mode (grad of grad).'
 
 
 def _pass_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> Callable[[], list[Tensor]]:
@@ -120,8 +112,8 @@ def _with_keys(operands: Sequence[Any], travelled: Sequence[Any]) -> list[Any]:
     return merged
 
 
-def _merged(total: Statistics, shard: Statistics, entropy: bool) -> Statistics:
-    """Statistics over the union of two sets of columns."""
+def _merged(total: RowStatistics, shard: RowStatistics, entropy: bool) -> RowStatistics:
+    """RowStatistics over the union of two sets of columns."""
     lse, correction = _joined(total.lse, total.correction, shard.lse, shard.correction)
     teacher_lse, teacher_correction = _joined(
         total.teacher_lse, total.teacher_correction, shard.teacher_lse, shard.teacher_correction
@@ -135,9 +127,9 @@ def _merged(total: Statistics, shard: Statistics, entropy: bool) -> Statistics:
             * teacher_correction
             * part.teacher_mean
         )
-    divergence = (mean - teacher_lse if entropy else mean).masked_fill(teacher_lse == -torch.inf, 0.0)
-    return Statistics(
-        lse, total.positive + shard.positive, divergence, correction, teacher_lse, teacher_correction, mean
+    cross_term = (mean - teacher_lse if entropy else mean).masked_fill(teacher_lse == -torch.inf, 0.0)
+    return RowStatistics(
+        lse, total.positive + shard.positive, cross_term, correction, teacher_lse, teacher_correction, mean
     )
 
 
@@ -151,25 +143,18 @@ def _joined(
     return joined, total.reciprocal().masked_fill_(total == 0, 1.0)
 
 
-class RingStatistics(torch.autograd.Function):
-    """`Statistics` over all ranks' keys. Inputs:
-
-    the eight operands, positives and exclude in global columns, entropy, implementation, group, whose values
-    are checked.
+class RingStatistics(ReverseFunction):
+    """`Statistics` over all ranks' keys. Inputs: the eight operands, positives and exclude in global columns, entropy,
+    implementation, group.
     """
 
     @staticmethod
     def forward(*inputs):
-        operands, (positives, exclude, entropy, implementation, group, given) = (
-            contiguous(inputs[:OPERANDS]),
-            inputs[OPERANDS:],
-        )
-        keys, (rank, size) = len(operands[1]), rank_and_size(group)
+        operands = contiguous(inputs[:OPERANDS])
+        positives, exclude, entropy, implementation, group = inputs[OPERANDS:]
+        keys, (rank, _) = len(operands[1]), rank_and_size(group)
         check_equal_rows(operands[1], group, "key")
-        check_values(
-            operands[2], operands[6], operands[3], operands[7], positives, exclude, keys * size, given
-        )
-        module, total = implementation_module(implementation), Statistics(*(operands[2].new_empty(0),) * 7)
+        module, total = implementation_module(implementation), RowStatistics(*(operands[2].new_empty(0),) * 7)
         for owner, travelled in _around([operands[index] for index in TRAVELLERS], group):
             sides = sides_of(_with_keys(operands, travelled))
             shard = module.statistics(
@@ -187,12 +172,8 @@ class RingStatistics(torch.autograd.Function):
     def backward(ctx, *cotangents):
         return statistics_backward(ctx, cotangents, RingGradients.apply)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(FORWARD)
 
-
-class RingGradients(torch.autograd.Function):
+class RingGradients(ReverseFunction):
     """`Gradients` with travelling keys: of the sum of all ranks' losses to this rank's keys, of this rank's
     to its queries.
     """
@@ -202,7 +183,7 @@ class RingGradients(torch.autograd.Function):
         weights, operands = contiguous(inputs[:WEIGHTS]), contiguous(inputs[WEIGHTS : WEIGHTS + OPERANDS])
         positives, exclude, saved, entropy, implementation, group, needs = inputs[WEIGHTS + OPERANDS :]
         module, keys, saved = implementation_module(implementation), len(operands[1]), unpacked(saved)
-        rows, home, sums = Rows(*present(weights, saved.lse)), _Homeward(group), None
+        rows, home, sums = RowWeights(*present(weights, saved.lse)), _Homeward(group), None
         for owner, travelled in _around([operands[index] for index in TRAVELLERS], group):
             sides = sides_of(_with_keys(operands, travelled))
             shard = (_local(positives, owner, keys), _local(exclude, owner, keys))
@@ -219,10 +200,6 @@ class RingGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *tangents):
         return gradients_backward(ctx, tangents, RingCurvature.apply)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(FORWARD)
 
 
 def _collect(
@@ -257,7 +234,7 @@ def _assembled(
     return present(tuple(rounded), like)
 
 
-class RingCurvature(torch.autograd.Function):
+class RingCurvature(ReverseFunction):
     """`Curvature` with travelling keys; its own derivative raises."""
 
     @staticmethod
@@ -266,16 +243,18 @@ class RingCurvature(torch.autograd.Function):
         operands = contiguous(inputs[OPERANDS + WEIGHTS : 2 * OPERANDS + WEIGHTS])
         positives, exclude, saved, entropy, implementation, group, needs = inputs[2 * OPERANDS + WEIGHTS :]
         module, keys, saved = implementation_module(implementation), len(operands[1]), unpacked(saved)
-        rows = Rows(*present(weights, saved.lse))
+        rows = RowWeights(*present(weights, saved.lse))
         travellers = [*(operands[index] for index in TRAVELLERS), *(tangents[index] for index in TRAVELLERS)]
 
         def shards() -> Iterator[
-            tuple[tuple[Parts, Parts], tuple[Side, Side | None], tuple[Tensor | None, Tensor | None]]
+            tuple[
+                tuple[SideValues, SideValues], tuple[Side, Side | None], tuple[Tensor | None, Tensor | None]
+            ]
         ]:
             for owner, travelled in _around(travellers, group):
                 here, moved = _with_keys(operands, travelled[:4]), _with_keys(tangents, travelled[4:])
                 indices = _local(positives, owner, keys), _local(exclude, owner, keys)
-                yield (Parts(*moved[:4]), Parts(*moved[4:])), sides_of(here), indices
+                yield (SideValues(*moved[:4]), SideValues(*moved[4:])), sides_of(here), indices
 
         moments: Moments | None = None
         for moved, sides, indices in shards():

@@ -1,7 +1,13 @@
-"""Operators and autograd of symmetric InfoNCE (CLIP): both directions from one table, twice differentiable.
+"""Symmetric InfoNCE (CLIP): both directions' softmaxes from one table, twice differentiable, so that a step costs 1 + 3
+matmul units instead of 2 + 6.
 
-The backward is fused; the double backward is that of its two terms, rows and columns, through
-`similarity.Curvature`.
+With S = s·Q·Kᵀ square, P its row softmax and P' its column softmax, the losses are lse_i − S_ii and lse'_j − S_jj, and the
+gradient to the logits is
+
+    G_ij = w_i·P_ij + v_j·P'_ij + p_i·[i = j]
+
+for weights w of the row statistics, v of the column statistics, p of the diagonal. The double backward is that of the two
+terms, rows and columns, through `similarity.autograd.Curvature`.
 """
 
 from __future__ import annotations
@@ -13,25 +19,21 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgessl.kernels.checks import Given, check_values, signed_once
-from fastgessl.kernels.similarity import symmetric_chunked
 from fastgessl.kernels.similarity.autograd import (
-    Curvature,
-    RowDerivatives,
-    Statistics,
-    compiled,
-    one_call_each,
-    plain,
-)
-from fastgessl.kernels.similarity.chunked import Rows, accumulation_dtype
-from fastgessl.kernels.similarity.operators import (
     OPERANDS,
     WEIGHTS,
+    Curvature,
+    ReverseFunction,
+    Statistics,
+    body_or_operator,
+    compiled,
     contiguous,
     curvature,
     implementation_module,
     present,
 )
+from fastgessl.kernels.similarity.chunked import accumulation_dtype, exp_, rounded_logsumexp, row_blocks
+from fastgessl.kernels.similarity.problem import PairWeights, SideValues
 
 NONE = (None,) * 5
 """No bias and no teacher."""
@@ -39,19 +41,72 @@ DIFFERENTIABLE = 3
 """Image, text, scale."""
 
 
-def statistics_body(
-    image: Tensor, text: Tensor, scale: Tensor, implementation: str, given: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """lse of the rows, lse of the columns and the diagonal, (N,) each; and what the later passes read, (2, 2,
-    N): both lse, corrected.
+def chunked_statistics(
+    image: Tensor, text: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse of the rows, lse of the columns, the diagonal, and the corrections of both lse, (N,) each.
 
-    `given` is an `arguments.Given`: whether the scale is checked.
+    The columns' maximum and sum run along with the blocks.
     """
-    check_values(scale, None, None, None, None, None, len(text), given)
+    wide = accumulation_dtype(image.dtype)
+    query, key = image.to(wide) * scale, text.to(wide)
+    lse, correction, diagonal = (query.new_empty(len(query)) for _ in range(3))
+    top, total = query.new_full((len(key),), -torch.inf), query.new_zeros(len(key))
+    for rows in row_blocks(query, key):
+        logits = query[rows] @ key.T
+        diagonal[rows] = logits.diagonal(rows.start)
+        highest = torch.maximum(top, logits.amax(0))
+        total.mul_(exp_(top - highest)).add_(exp_(logits - highest).sum(0))
+        top = highest
+        row_top = logits.amax(1, keepdim=True)
+        lse[rows], correction[rows] = rounded_logsumexp(row_top[:, 0], exp_(logits.sub_(row_top)).sum(1))
+    column_lse, column_correction = rounded_logsumexp(top, total)
+    return lse, column_lse, diagonal, correction, column_correction
+
+
+def chunked_gradients(
+    weights: PairWeights,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    column_lse: Tensor,
+    needs: tuple[bool, ...],
+) -> SideValues:
+    """Gradients to image, text and scale; w and v come corrected for the rounding of both lse."""
+    wide = accumulation_dtype(image.dtype)
+    query, key = image.to(wide), text.to(wide)
+    out_image = torch.empty_like(query) if needs[0] else None
+    out_text = torch.zeros_like(key) if needs[1] else None
+    out_scale = torch.zeros_like(scale) if needs[2] else None
+    for rows in row_blocks(query, key):
+        scaled = query[rows] * scale
+        logits = scaled @ key.T
+        gradient = exp_(logits - column_lse).mul_(weights.column)
+        gradient.addcmul_(exp_(logits.sub_(lse[rows, None])), weights.row[rows, None])
+        gradient.diagonal(rows.start).add_(weights.diagonal[rows])
+        if out_image is not None or out_scale is not None:
+            through_key = gradient @ key
+            if out_scale is not None:
+                out_scale.add_((through_key * query[rows]).sum())
+            if out_image is not None:
+                out_image[rows] = through_key * scale
+        if out_text is not None:
+            out_text.addmm_(gradient.T, scaled)
+    to_image, to_text = (None if part is None else part.to(image.dtype) for part in (out_image, out_text))
+    return SideValues(to_image, to_text, out_scale)
+
+
+def statistics_body(
+    image: Tensor, text: Tensor, scale: Tensor, implementation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse of the rows, lse of the columns and the diagonal, (N,) each; and what the later passes read, (2, 2, N): both
+    lse with their corrections.
+    """
     image, text = contiguous((image, text))
     with torch.autocast(image.device.type, enabled=False):
         if implementation == "chunked":
-            found = symmetric_chunked.statistics(image, text, scale)
+            found = chunked_statistics(image, text, scale)
         else:
             found = implementation_module(implementation).symmetric_statistics(image, text, scale)
     lse, column_lse, diagonal, correction, column_correction = found
@@ -60,21 +115,21 @@ def statistics_body(
 
 
 def gradients_body(
-    weight_lse: Tensor, weight_column: Tensor, weight_positive: Tensor, image: Tensor, text: Tensor, scale: Tensor,
+    weight_row: Tensor, weight_column: Tensor, weight_diagonal: Tensor, image: Tensor, text: Tensor, scale: Tensor,
     saved: Tensor, implementation: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Σ weights·statistics to image, text and scale; empty where `needs` says no."""
-    rows, columns, positive, image, text = contiguous(
-        (weight_lse, weight_column, weight_positive, image, text)
+    rows, columns, diagonal, image, text = contiguous(
+        (weight_row, weight_column, weight_diagonal, image, text)
     )
     call = (
-        symmetric_chunked.gradients
+        chunked_gradients
         if implementation == "chunked"
         else implementation_module(implementation).symmetric_gradients
     )
     with torch.autocast(image.device.type, enabled=False):
         (lse, correction), (column_lse, column_correction) = saved
-        weights = Rows(rows * correction, positive, columns * column_correction)
+        weights = PairWeights(rows * correction, columns * column_correction, diagonal)
         found = call(weights, image, text, scale, lse, column_lse, tuple(needs))
     return present(found[:DIFFERENTIABLE], image)  # type: ignore[return-value]
 
@@ -84,7 +139,7 @@ gradients = custom_op("fastgessl::symmetric_gradients", gradients_body, mutates_
 
 
 @statistics.register_fake
-def _(image, text, scale, implementation, given):
+def _(image, text, scale, implementation):
     N = len(image)
     return tuple(
         image.new_empty(shape, dtype=accumulation_dtype(image.dtype))
@@ -93,40 +148,42 @@ def _(image, text, scale, implementation, given):
 
 
 @gradients.register_fake
-def _(weight_lse, weight_column, weight_positive, image, text, scale, saved, implementation, needs):
+def _(weight_row, weight_column, weight_diagonal, image, text, scale, saved, implementation, needs):
     return tuple(
         torch.empty_like(part) if need else image.new_empty(0)
         for part, need in zip((image, text, scale), needs, strict=True)
     )
 
 
-def _both_directions(
+def _bent(
     function: Callable[..., tuple[Tensor, ...]],
-    tangents: Sequence[Any],
-    weights: Sequence[Any],
+    tangents: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
     at: Sequence[Tensor],
-    tail: Sequence[Any],
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """`function` (curvature or row derivatives) of the rows' term and of the columns' term."""
+    implementation: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Derivatives of ⟨tangents, gradients⟩ to the three weights, and to image, text and scale: those of the rows' term and
+    of the columns' term, by `function` (curvature).
+    """
     image, text, scale, (saved, _) = at
-    pairs = torch.arange(len(image), device=image.device)
-    # The columns' lse anew, from the product as this pass takes it, keys by queries: the other way round it
-    # is rounded otherwise, which made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6
-    # (float32).
-    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, tail[0], Given())[
-        3
-    ].detach()
     to_image, to_text, to_scale = tangents
-    # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1
-    # would meet only after rounding.
-    row_weights = (weights[0], weights[2] / 2, None) if weights else ()
-    column_weights = (weights[1], weights[2] / 2, None) if weights else ()
+    # The columns' lse again, from the product as this pass takes it, keys by queries: the other way round it is rounded
+    # otherwise, which made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6 (float32).
+    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, implementation)[3].detach()
+    # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1 would meet only
+    # after rounding.
+    weight_row, weight_column, half = weights[0], weights[1], weights[2] / 2
+    pairs = torch.arange(len(image), device=image.device)
+    needs = (True, True, True, *(False,) * (OPERANDS - DIFFERENTIABLE))
+    rest = (False, implementation, needs)
     rows = function(
         to_image,
         to_text,
         to_scale,
         *NONE,
-        *row_weights,
+        weight_row,
+        half,
+        None,
         image,
         text,
         scale,
@@ -134,41 +191,15 @@ def _both_directions(
         pairs,
         None,
         saved,
-        False,
-        *tail,
+        *rest,
     )
     columns = function(
-        to_text,
-        to_image,
-        to_scale,
-        *NONE,
-        *column_weights,
-        text,
-        image,
-        scale,
-        *NONE,
-        pairs,
-        None,
-        column_saved,
-        False,
-        *tail,
-    )
-    return rows, columns
-
-
-def _bent(
-    function: Callable[..., tuple[Tensor, ...]],
-    tangents: Sequence[Any],
-    weights: Sequence[Any],
-    at: Sequence[Tensor],
-    implementation: str,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Derivatives of ⟨tangents, gradients⟩ to the three weights, and to image, text and scale."""
-    needs = (True, True, True, *(False,) * (OPERANDS - DIFFERENTIABLE))
-    rows, columns = _both_directions(function, tangents, weights, at, (implementation, needs))
-    image, text, scale = rows[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
+        to_text, to_image, to_scale, *NONE, weight_column, half, None, text, image, scale, *NONE, pairs, None, column_saved, *rest
+    )  # fmt: skip
+    of_image, of_text, of_scale = rows[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
     text_again, image_again, scale_again = columns[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
-    return [rows[0], columns[0], rows[1]], [image + image_again, text + text_again, scale + scale_again]
+    operands = [of_image + image_again, of_text + text_again, of_scale + scale_again]
+    return [rows[0], columns[0], rows[1]], operands
 
 
 def _statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -189,9 +220,9 @@ def _statistics_backward(
     image, text, scale, saved = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:DIFFERENTIABLE])
     weights = [torch.zeros_like(saved[0, 0]) if weight is None else weight for weight in weights[:WEIGHTS]]
-    # Both lse enter as constants, as in `similarity.operators.statistics_backward`.
+    # Both lse enter as constants, as in `similarity.autograd.statistics_backward`.
     found = apply(*weights, image, text, scale, saved.detach(), ctx.implementation, needs)
-    return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None)
+    return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), None)
 
 
 def _gradients_backward(
@@ -203,69 +234,37 @@ def _gradients_backward(
     return (*rows, *operands, *(None,) * 3)
 
 
-@signed_once
-class SymmetricGradients(torch.autograd.Function):
+class SymmetricGradients(ReverseFunction):
     """Backward, itself differentiable once."""
 
     @staticmethod
     def forward(*inputs):
-        return (gradients_body if plain(inputs) else gradients)(*inputs)
+        return body_or_operator(gradients_body, gradients, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _gradients_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:7])
 
     @staticmethod
     def backward(ctx, *tangents):
         return _gradients_backward(ctx, tangents, Curvature.apply)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        weights, at = ctx.saved_tensors[:WEIGHTS], ctx.saved_tensors[WEIGHTS:]
-        bent = _bent(
-            Curvature.apply, tangents[WEIGHTS : WEIGHTS + DIFFERENTIABLE], weights, at, ctx.implementation
-        )[1]
-        moved = [
-            torch.zeros_like(weight) if tangent is None else tangent
-            for tangent, weight in zip(tangents, weights, strict=False)
-        ]
-        straight = SymmetricGradients.apply(*moved, *at, ctx.implementation, ctx.needs)
-        return tuple(a + b if need else b for a, b, need in zip(bent, straight, ctx.needs, strict=True))
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return one_call_each(SymmetricGradients, info.batch_size, in_dims, args)
-
-
-@signed_once
-class SymmetricStatistics(torch.autograd.Function):
+class SymmetricStatistics(ReverseFunction):
     """Forward, twice differentiable."""
 
     @staticmethod
     def forward(*inputs):
-        return (statistics_body if plain(inputs) else statistics)(*inputs)
+        return body_or_operator(statistics_body, statistics, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _statistics_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[3])
-        ctx.save_for_forward(*inputs[:3], output[3])
 
     @staticmethod
     def backward(ctx, *weights):
         return _statistics_backward(ctx, weights, SymmetricGradients.apply)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        rows, columns = _both_directions(
-            RowDerivatives.apply, tangents[:DIFFERENTIABLE], (), ctx.saved_tensors, (ctx.implementation,)
-        )
-        return rows[0], columns[0], rows[1], None
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return one_call_each(SymmetricStatistics, info.batch_size, in_dims, args)
 
 
 statistics.register_autograd(
@@ -276,12 +275,8 @@ gradients.register_autograd(
 )
 
 
-def symmetric_info_nce(
-    image: Tensor, text: Tensor, scale: Tensor, implementation: str, given: Given
-) -> Tensor:
-    """Mean of both directions' InfoNCE, pair by pair.  (N, D) twice, 0-d 1/τ -> (N,). `given`: whether the
-    scale is checked.
-    """
+def symmetric_info_nce(image: Tensor, text: Tensor, scale: Tensor, implementation: str) -> Tensor:
+    """Mean of both directions' InfoNCE, pair by pair.  (N, D) twice, 0-d 1/τ -> (N,)."""
     call = statistics if compiled(image, text, scale) else SymmetricStatistics.apply
-    lse, column_lse, diagonal, _ = call(image, text, scale, implementation, given)
+    lse, column_lse, diagonal, _ = call(image, text, scale, implementation)
     return (lse + column_lse) / 2 - diagonal

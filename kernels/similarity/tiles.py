@@ -1,14 +1,29 @@
-"""The launch table: one tile by kernel, generation of card, number of features and teacher.
+"""Which tile a launch takes: that of a table measured on this device, if there is one, else the shipped one.
 
-Every entry compiles ahead of time without a stack frame (no spilled register) and within the shared memory of
-its cards, under Triton 3.6 and 3.9; the test that says so prints the table. Tiles near 255 registers spill
-under one of the two and not the other. Which entries are fastest has not been measured yet: each is among the
-largest that fit. A table that was measured on a device (`autotune`) comes before it there.
+Shipped: one tile by kernel, generation of card, number of features and teacher. Every entry compiles ahead of time
+without a stack frame (no spilled register) and within the shared memory of its cards, under Triton 3.6 and 3.9; the test
+that says so prints the table. Tiles near 255 registers spill under one of the two and not the other. Which entries are
+fastest has not been measured yet: each is among the largest that fit.
+
+Measured: a JSON file that `python -m bench.autotune` writes. It is looked for where the environment variable
+FASTGESSL_TILES says, else in the user's cache folder, under the names of device and Triton version, so that another card
+or compiler never reads it.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgessl.kernels.backend import triton_version
+
+ENVIRONMENT = "FASTGESSL_TILES"
 
 
 class Tile(NamedTuple):
@@ -201,3 +216,81 @@ class Entry(NamedTuple):
     width: int
     teacher: bool
     float32: bool
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name as a file name has it; CPU tensors are the interpreter's."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def table_path(device: torch.device) -> Path:
+    """Where this device's measured table is, or would be."""
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return Path(named)
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache_folder / "fastgessl" / f"tiles-{device_name(device)}-triton-{triton_version()}.json"
+
+
+def tile_for(kernel: str, query: Tensor, features: int, teacher: bool) -> Tile:
+    """The tile of a launch on the query's device. Raises ValueError if the device's measured table cannot be
+    read.
+    """
+    entry = Entry(kernel, width_of(features), teacher, query.dtype == torch.float32)
+    return measured_tiles(query.device).get(entry) or shipped_tile(entry, query.device)
+
+
+def shipped_tile(entry: Entry, device: torch.device) -> Tile:
+    if device.type != "cuda":
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(device)
+    return tile_of(entry.kernel, 10 * major + minor, entry.width, entry.teacher, entry.float32)
+
+
+_in_use: dict[torch.device, dict[Entry, Tile]] = {}
+
+
+def measured_tiles(device: torch.device) -> dict[Entry, Tile]:
+    """The measured tiles of a device, read once a process; none without a file. Raises ValueError as `read`
+    does.
+    """
+    if device not in _in_use:
+        path = table_path(device)
+        # os.path's, because Path.is_file raises PermissionError where the home folder belongs to someone else
+        # (docker run --user).
+        if os.path.isfile(path):
+            use(device, read(path, device_name(device)))
+        elif os.environ.get(ENVIRONMENT):
+            raise ValueError(
+                f"{ENVIRONMENT} names {path}, which is no file to be seen. Unset it, or let python -m "
+                "bench.autotune write it."
+            )
+        else:
+            use(device, {})
+    return _in_use[device]
+
+
+def use(device: torch.device, tiles: dict[Entry, Tile]) -> None:
+    """From now on launches on the device take these tiles, whatever a file says."""
+    _in_use[device] = tiles
+
+
+def read(path: Path, device: str) -> dict[Entry, Tile]:
+    """The tiles in a file. Raises ValueError that names the file and what is wrong with it."""
+    try:
+        table = json.loads(path.read_text())
+        if table["device"] != device:
+            raise ValueError(f"it was measured on {table['device']!r}, this device is {device!r}")
+        found = {Entry(**part["entry"]): Tile(**part["tile"]) for part in table["tiles"]}
+        wrong = [
+            tile for tile in found.values() if not all(type(number) is int and number > 0 for number in tile)
+        ]
+        if wrong:
+            raise ValueError(f"a tile is made of whole numbers above 0, found {wrong[0]}")
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f"tile table {path}: {type(problem).__name__}: {problem}. Delete it, and measure again with "
+            "`python -m bench.autotune`."
+        ) from problem
+    return found

@@ -35,7 +35,7 @@ def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_matrix(p_matrix, o_rows, rows, first, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows of a contiguous (rows, WIDTH) matrix, features first to first + CHUNK; 0 outside."""
+    """RowWeights of a contiguous (rows, WIDTH) matrix, features first to first + CHUNK; 0 outside."""
     o_features = first + tl.arange(0, CHUNK)
     m_inside = (o_rows < rows)[:, None]
     if WIDTH % CHUNK != 0:
@@ -262,7 +262,7 @@ def add_positive(b_gradient, p_positives, p_weight_positive, o_m, M, o_n, BY_ROW
 @triton.jit
 def gradient_rows_kernel(
     p_query, p_key, p_scale, p_bias, p_teacher_query, p_teacher_key, p_teacher_scale, p_teacher_bias, p_positives, p_exclude,
-    p_lse, p_teacher_lse, p_mean, p_weight_lse, p_weight_positive, p_weight_divergence, p_mirror_lse, p_mirror_weight,
+    p_lse, p_teacher_lse, p_mean, p_weight_lse, p_weight_positive, p_weight_cross, p_mirror_lse, p_mirror_weight,
     p_factor, p_out, p_out_scale, M, N,
     D: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, TEACHER_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
@@ -284,7 +284,7 @@ def gradient_rows_kernel(
         teacher_scale = tl.load(p_teacher_scale) * LOG2_E
         b_teacher_query = load_matrix(p_teacher_query, o_m, M, 0, E, TEACHER_CHUNK)
         b_teacher_lse = load_log2(p_teacher_lse, o_m, M)[:, None]
-        b_divergence = load_weights(p_weight_divergence, o_m, M, True)
+        b_cross = load_weights(p_weight_cross, o_m, M, True)
         b_mean = load_weights(p_mean, o_m, M, True)
     b_out = tl.zeros([BLOCK_M, TEACHER_CHUNK if OF_TEACHER else CHUNK], tl.float32)
     b_out_scale = tl.zeros([BLOCK_M], tl.float32)
@@ -309,9 +309,9 @@ def gradient_rows_kernel(
             )  # fmt: skip
             if OF_TEACHER:
                 b_ratio = (b_teacher - b_logits if ENTROPY else -b_logits) * LN_2 - b_mean
-                b_gradient = b_divergence * b_teacher_softmax * b_ratio
+                b_gradient = b_cross * b_teacher_softmax * b_ratio
             else:
-                b_gradient -= b_divergence * b_teacher_softmax
+                b_gradient -= b_cross * b_teacher_softmax
         b_out_scale += tl.sum(b_gradient * (b_teacher_products if OF_TEACHER else b_products), 1)
         if MIRROR:
             m_open = columns_open(o_m, M, p_exclude, o_n, N, EXCLUDE, False)
@@ -343,7 +343,7 @@ def gradient_rows_kernel(
 @triton.jit
 def gradient_columns_kernel(
     p_query, p_key, p_scale, p_bias, p_teacher_query, p_teacher_key, p_teacher_scale, p_teacher_bias, p_positives, p_exclude,
-    p_lse, p_teacher_lse, p_mean, p_weight_lse, p_weight_positive, p_weight_divergence, p_factor, p_out, p_out_bias, M, N,
+    p_lse, p_teacher_lse, p_mean, p_weight_lse, p_weight_positive, p_weight_cross, p_factor, p_out, p_out_bias, M, N,
     D: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, TEACHER_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr, OF_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
@@ -372,7 +372,7 @@ def gradient_columns_kernel(
             if POSITIVES:
                 b_gradient = add_positive(b_gradient, p_positives, p_weight_positive, o_m, M, o_n, False)
         if TEACHER:
-            b_divergence = load_weights(p_weight_divergence, o_m, M, False)
+            b_cross = load_weights(p_weight_cross, o_m, M, False)
             b_teacher_query = load_matrix(p_teacher_query, o_m, M, 0, E, TEACHER_CHUNK)
             b_teacher_products = products(
                 b_teacher_key, p_teacher_key, o_n, N, b_teacher_query, p_teacher_query, o_m, M, b_zero, E, TEACHER_CHUNK, PRECISION
@@ -385,9 +385,9 @@ def gradient_columns_kernel(
                 b_ratio = (b_teacher - b_logits if ENTROPY else -b_logits) * LN_2 - load_weights(
                     p_mean, o_m, M, False
                 )
-                b_gradient = b_divergence * b_teacher_softmax * b_ratio
+                b_gradient = b_cross * b_teacher_softmax * b_ratio
             else:
-                b_gradient -= b_divergence * b_teacher_softmax
+                b_gradient -= b_cross * b_teacher_softmax
         b_out_bias += tl.sum(b_gradient, 1)
         if OF_TEACHER:
             if TEACHER_CHUNK < E:

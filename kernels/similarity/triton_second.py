@@ -120,7 +120,7 @@ def moments_kernel(
 def curvature_rows_kernel(
     p_query, p_key, p_scale, p_bias, p_teacher_query, p_teacher_key, p_teacher_scale, p_teacher_bias, p_positives, p_exclude,
     p_lse, p_teacher_lse, p_tangent_query, p_tangent_key, p_tangent_scale, p_tangent_bias,
-    p_weight_lse, p_weight_positive, p_weight_divergence, p_mean, p_teacher_mean, p_factor, p_out, p_out_scale, M, N,
+    p_weight_lse, p_weight_positive, p_weight_cross, p_mean, p_teacher_mean, p_factor, p_out, p_out_scale, M, N,
     D: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, TEACHER_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     OF_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
@@ -140,7 +140,7 @@ def curvature_rows_kernel(
         teacher_scale = tl.load(p_teacher_scale) * LOG2_E
         b_teacher_query = load_matrix(p_teacher_query, o_m, M, 0, E, TEACHER_CHUNK)
         b_teacher_lse = load_log2(p_teacher_lse, o_m, M)[:, None]
-        b_divergence = load_weights(p_weight_divergence, o_m, M, True)
+        b_cross = load_weights(p_weight_cross, o_m, M, True)
         if OF_TEACHER:
             b_teacher_mean = load_weights(p_teacher_mean, o_m, M, True)
     b_out = tl.zeros([BLOCK_M, TEACHER_CHUNK if OF_TEACHER else CHUNK], tl.float32)
@@ -176,7 +176,7 @@ def curvature_rows_kernel(
                 True,
             )
         if OF_TEACHER:
-            b_bend = b_divergence * b_teacher * (b_teacher_mean - b_along)
+            b_bend = b_cross * b_teacher * (b_teacher_mean - b_along)
             b_out_scale += tl.sum(b_bend * b_teacher_products, 1)
             if TEACHER_CHUNK < E:
                 b_teacher_key = load_matrix(p_teacher_key, o_n, N, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK)
@@ -188,7 +188,7 @@ def curvature_rows_kernel(
             if POSITIVES:
                 b_gradient = add_positive(b_gradient, p_positives, p_weight_positive, o_m, M, o_n, True)
             if TEACHER:
-                b_gradient -= b_divergence * b_teacher
+                b_gradient -= b_cross * b_teacher
             b_out_scale += tl.sum(b_bend * b_products + b_gradient * b_change, 1)
             if CHUNK < D:
                 b_key = load_matrix(p_key, o_n, N, i_chunk * CHUNK, D, CHUNK)
@@ -210,7 +210,7 @@ def curvature_rows_kernel(
 def curvature_columns_kernel(
     p_query, p_key, p_scale, p_bias, p_teacher_query, p_teacher_key, p_teacher_scale, p_teacher_bias, p_positives, p_exclude,
     p_lse, p_teacher_lse, p_tangent_query, p_tangent_key, p_tangent_scale, p_tangent_bias,
-    p_weight_lse, p_weight_positive, p_weight_divergence, p_mean, p_teacher_mean, p_factor, p_out, p_out_bias, M, N,
+    p_weight_lse, p_weight_positive, p_weight_cross, p_mean, p_teacher_mean, p_factor, p_out, p_out_bias, M, N,
     D: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, TEACHER_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     POSITIVES: tl.constexpr, EXCLUDE: tl.constexpr, BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     OF_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
@@ -242,7 +242,7 @@ def curvature_columns_kernel(
         )
         b_along = along(b_change, b_products, scale, tangent_scale, p_tangent_bias, o_n, N, BIAS, False)
         if TEACHER:
-            b_divergence = load_weights(p_weight_divergence, o_m, M, False)
+            b_cross = load_weights(p_weight_cross, o_m, M, False)
             b_teacher_query = load_matrix(p_teacher_query, o_m, M, 0, E, TEACHER_CHUNK)
             b_teacher_products = products(
                 b_teacher_key, p_teacher_key, o_n, N, b_teacher_query, p_teacher_query, o_m, M, b_zero, E, TEACHER_CHUNK, PRECISION
@@ -260,7 +260,7 @@ def curvature_columns_kernel(
                 False,
             )
         if OF_TEACHER:
-            b_bend = b_divergence * b_teacher * (load_weights(p_teacher_mean, o_m, M, False) - b_along)
+            b_bend = b_cross * b_teacher * (load_weights(p_teacher_mean, o_m, M, False) - b_along)
             if TEACHER_CHUNK < E:
                 b_teacher_query = load_matrix(
                     p_teacher_query, o_m, M, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK
@@ -276,7 +276,7 @@ def curvature_columns_kernel(
             if POSITIVES:
                 b_gradient = add_positive(b_gradient, p_positives, p_weight_positive, o_m, M, o_n, False)
             if TEACHER:
-                b_gradient -= b_divergence * b_teacher
+                b_gradient -= b_cross * b_teacher
             if CHUNK < D:
                 b_query = load_matrix(p_query, o_m, M, i_chunk * CHUNK, D, CHUNK)
                 b_moved = load_matrix(p_tangent_query, o_m, M, i_chunk * CHUNK, D, CHUNK)

@@ -1,13 +1,34 @@
-"""What is drawn for the views of a batch, and whether it fits the images."""
+"""What is drawn for each view of a batch, and what its views share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+Color = tuple[float, float, float]
+
 NEUTRAL_FACTOR = (1.0, 1.0, 1.0, 0.0)
+"""Brightness, contrast, saturation and hue that change nothing."""
+LUMA_WEIGHTS = (0.2989, 0.587, 0.114)
+"""Of red, green and blue, as in torchvision."""
+
+
+class Look(NamedTuple):
+    """What all views of a batch share."""
+
+    size: int
+    """Pixels of a side."""
+    mean: Color
+    std: Color
+    interpolation: str
+    blur_kernel: int
+    solarize_threshold: float
+    """0 to 255."""
+    resize: bool
+    """Whether images are cropped, resized and flipped; else they are views already."""
 
 
 @dataclass(frozen=True)
@@ -58,30 +79,4 @@ class ViewParameters:
             grayscale=never,
             blur_sigma=torch.zeros(count, dtype=torch.float32),
             solarize=never,
-        )
-
-
-def check_crop(parameters: ViewParameters, height: int, width: int) -> None:
-    """Refuse what would read beside the image (a reach outside of it), or find no pixel to read (a crop
-    outside of its reach).
-    """
-    extent, start, length = (
-        parameters.crop.new_tensor([height, width]),
-        parameters.reach[:, :2],
-        parameters.reach[:, 2:],
-    )
-    inside = (start >= 0) & (length >= 1) & (start + length <= extent)
-    crop, end = parameters.crop[:, :2], parameters.crop[:, :2] + parameters.crop[:, 2:]
-    # Half a pixel of room, for crops that were computed in fractions: the middle of an output pixel stays
-    # within a pixel of the reach.
-    readable = (parameters.crop[:, 2:] > 0) & (crop >= start - 0.5) & (end <= start + length + 0.5)
-    fits = (inside & readable).all(1)
-    if not fits.all():
-        row = int((~fits).nonzero()[0, 0])
-        raise ValueError(
-            f"the reach of a view must lie in its image, {height} x {width}, and the crop in the reach; "
-            f"found for image {row} "
-            f"crop {parameters.crop[row].tolist()} and reach {parameters.reach[row].tolist()} (top, left, "
-            "height, width). "
-            "Clip the one or pad the image."
         )

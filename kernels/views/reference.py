@@ -7,12 +7,13 @@ widens with the reduction, as in Pillow), ColorJitter, grayscale, GaussianBlur, 
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastgessl.kernels.views.torch import LUMA_WEIGHTS, Colour, ViewParameters
+from fastgessl.kernels.views.parameters import LUMA_WEIGHTS, Color, ViewParameters
 
 
 def augment_view_reference(
@@ -20,8 +21,8 @@ def augment_view_reference(
     drawn: ViewParameters,
     *,
     size: int,
-    mean: Colour,
-    std: Colour,
+    mean: Color,
+    std: Color,
     interpolation: str = "bilinear",
     blur_kernel: int = 23,
     solarize_threshold: float = 128.0,
@@ -36,8 +37,8 @@ def augment_view_reference(
     """
     pixels = image.permute(2, 0, 1).double() / 255
     crop, reach = drawn.crop[0].tolist(), drawn.reach[0].tolist()
-    pixels = resize_axis(pixels.mT, crop[0], crop[2], reach[0], reach[2], size, interpolation).mT
-    pixels = resize_axis(pixels, crop[1], crop[3], reach[1], reach[3], size, interpolation).clamp(0, 1)
+    pixels = resize_axis(pixels.mT, crop[0::2], reach[0::2], size, interpolation).mT
+    pixels = resize_axis(pixels, crop[1::2], reach[1::2], size, interpolation).clamp(0, 1)
     if drawn.flip[0]:
         pixels = pixels.flip(2)
     if drawn.jitter[0]:
@@ -54,29 +55,22 @@ def augment_view_reference(
 
 
 def resize_axis(
-    pixels: Tensor,
-    start: float,
-    length: float,
-    reach_start: float,
-    reach_length: float,
-    size: int,
-    interpolation: str,
+    pixels: Tensor, crop: Sequence[float], reach: Sequence[float], size: int, interpolation: str
 ) -> Tensor:
-    """(..., W) -> (..., size): the pixels between `start` and `start + length`, filtered from those within
-    the reach.
-    """
+    """(..., W) -> (..., size): the pixels of the crop (its start and length), filtered from those within the reach."""
+    (start, length), (reach_start, reach_length) = crop, reach
     scale = length / size
     taps = torch.arange(int(reach_start), int(reach_start + reach_length))
     columns = []
     for position in range(size):
-        centre = start + scale * (position + 0.5)
-        weight = filter_weight((taps + 0.5 - centre) / max(scale, 1.0), interpolation)
+        center = start + scale * (position + 0.5)
+        weight = filter_weight((taps + 0.5 - center) / max(scale, 1.0), interpolation)
         columns.append((pixels[..., taps] * weight).sum(-1) / weight.sum())
     return torch.stack(columns, dim=-1)
 
 
 def filter_weight(distance: Tensor, interpolation: str) -> Tensor:
-    """The triangle (bilinear), or Keys' cubic with a = -1/2 (bicubic), at `distance` from its centre."""
+    """The triangle (bilinear), or Keys' cubic with a = -1/2 (bicubic), at `distance` from its center."""
     x = distance.double().abs()
     if interpolation == "bilinear":
         return (1 - x).clamp(min=0)

@@ -1,9 +1,9 @@
 """Views of images in batch: crop, resize, flip, colour jitter, grayscale, blur, solarize, normalise.
 
-What is drawn for an image stands in `ViewParameters`; what is done with it follows torchvision's transforms
+What is drawn for an image is in `ViewParameters`; what is done with it follows torchvision's transforms
 on float tensors, in the order of the published recipes. Crop + resize + flip, and the blur, are linear along
 each axis: two small matrices a sample, so a batch of them is four batched matrix products.
-`views_reference.py` holds the definition, one image at a time.
+`views.reference` holds the definition, one image at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from fastgessl.kernels.backend import implementation_for
-from fastgessl.kernels.views.parameters import NEUTRAL_FACTOR, ViewParameters, check_crop
+from fastgessl.kernels.views.parameters import LUMA_WEIGHTS, NEUTRAL_FACTOR, Color, Look, ViewParameters
 
-Colour = tuple[float, float, float]
-
-LUMA_WEIGHTS = (0.2989, 0.587, 0.114)
 # Pixels worked on at once on a CPU, so that the float planes of a step stay in the second-level cache.
 CPU_CHUNK_PIXELS = 1 << 17
 
@@ -29,8 +26,8 @@ def augment_views(
     parameters: ViewParameters,
     *,
     size: int,
-    mean: Colour,
-    std: Colour,
+    mean: Color,
+    std: Color,
     interpolation: str = "bilinear",
     blur_kernel: int = 23,
     solarize_threshold: float = 128.0,
@@ -55,37 +52,16 @@ def augment_views(
     >>> views.shape, views.min().item(), views.max().item()
     (torch.Size([2, 3, 16, 16]), -2.0, -2.0)
     """
-    _check_images(images)
-    _check(images, parameters, size, interpolation, blur_kernel, implementation)
-    check_crop(parameters, *images.shape[1:3])
-    if implementation_for(images, implementation)[0] == "triton":
-        from fastgessl.kernels.views.triton import augment
-
-        return augment(
-            images, parameters, size=size, mean=mean, std=std, interpolation=interpolation, blur_kernel=blur_kernel,
-            solarize_threshold=solarize_threshold, resize=True,
-        )  # fmt: skip
-    with _exact(images.device):
-        out = torch.empty(
-            (len(images), 3, size, size),
-            dtype=torch.float32,
-            device=images.device,
-            memory_format=torch.channels_last,
-        )
-        for rows in _chunks(images, max(size * size, images.shape[1] * images.shape[2])):
-            drawn = parameters[rows]
-            pixels = _crop_resize_flip(images[rows], drawn, size, interpolation)
-            _colour(pixels, drawn, blur_kernel, solarize_threshold / 255)
-            _normalise(pixels, mean, std, out[rows])
-    return out
+    look = Look(size, mean, std, interpolation, blur_kernel, solarize_threshold, resize=True)
+    return _views(images, parameters, look, implementation)
 
 
-def colour_views(
+def color_views(
     images: Tensor,
     parameters: ViewParameters,
     *,
-    mean: Colour,
-    std: Colour,
+    mean: Color,
+    std: Color,
     blur_kernel: int = 23,
     solarize_threshold: float = 128.0,
     implementation: str | None = None,
@@ -96,64 +72,51 @@ def colour_views(
     channels_last, on the same device. Raises ValueError as `augment_views`.
 
     >>> images = torch.full((1, 4, 4, 3), 255, dtype=torch.uint8)
-    >>> colour_views(images, ViewParameters.unchanged(1, 4, 4), mean=(0, 0, 0), std=(1, 1, 1), blur_kernel=3).unique()
+    >>> color_views(images, ViewParameters.unchanged(1, 4, 4), mean=(0, 0, 0), std=(1, 1, 1), blur_kernel=3).unique()
     tensor([1.])
     """
-    _check_images(images)
-    _check(images, parameters, images.shape[1], "bilinear", blur_kernel, implementation)
-    if images.shape[1] != images.shape[2]:
-        raise ValueError(
-            f"images must be square views (B, S, S, 3), found {tuple(images.shape)}. Crop and resize them "
-            "first."
-        )
+    size = images.shape[1] if images.dim() == 4 else 0
+    look = Look(size, mean, std, "bilinear", blur_kernel, solarize_threshold, resize=False)
+    return _views(images, parameters, look, implementation)
+
+
+def _views(images: Tensor, parameters: ViewParameters, look: Look, implementation: str | None) -> Tensor:
+    _check(images, parameters, look, implementation)
+    if look.resize:
+        _check_crop(parameters, *images.shape[1:3])
     if implementation_for(images, implementation)[0] == "triton":
         from fastgessl.kernels.views.triton import augment
 
-        return augment(
-            images, parameters, size=images.shape[1], mean=mean, std=std, interpolation="bilinear", blur_kernel=blur_kernel,
-            solarize_threshold=solarize_threshold, resize=False,
-        )  # fmt: skip
+        return augment(images, parameters, look)
+    shape = (len(images), 3, look.size, look.size)
+    out = torch.empty(shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
     with _exact(images.device):
-        out = torch.empty(
-            (len(images), 3, *images.shape[1:3]),
-            dtype=torch.float32,
-            device=images.device,
-            memory_format=torch.channels_last,
-        )
-        for rows in _chunks(images, images.shape[1] * images.shape[2]):
-            pixels = (
-                images[rows]
-                .permute(0, 3, 1, 2)
-                .to(torch.float32, memory_format=torch.contiguous_format)
-                .mul_(1 / 255)
-            )
-            _colour(pixels, parameters[rows], blur_kernel, solarize_threshold / 255)
-            _normalise(pixels, mean, std, out[rows])
+        for rows in _chunks(images, max(look.size**2, images.shape[1] * images.shape[2])):
+            whole = rows.stop - rows.start == len(images)
+            drawn = parameters if whole else parameters[rows]
+            pixels = _crop_resize_flip(images[rows], drawn, look) if look.resize else _planes(images[rows])
+            _color(pixels, drawn, look)
+            _normalize(pixels, look, out[rows])
     return out
 
 
-def _check_images(images: Tensor) -> None:
+def _check(images: Tensor, parameters: ViewParameters, look: Look, implementation: str | None) -> None:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
         raise ValueError(
             f"images must be (B, H, W, 3) uint8, found {tuple(images.shape)} {images.dtype}. Convert them "
             "first."
         )
-
-
-def _check(
-    images: Tensor,
-    parameters: ViewParameters,
-    size: int,
-    interpolation: str,
-    blur_kernel: int,
-    implementation: str | None,
-) -> None:
+    if not look.resize and images.shape[1] != images.shape[2]:
+        raise ValueError(
+            f"images must be square views (B, S, S, 3), found {tuple(images.shape)}. Crop and resize them "
+            "first."
+        )
     if implementation == "reference":
         raise ValueError(
             "views have no implementation='reference' in batch. Choose chunked or triton, or call "
-            "views_reference yourself."
+            "views.reference yourself."
         )
-    if len(parameters) != len(images):
+    if len(parameters.flip) != len(images):
         raise ValueError(
             f"parameters describe {len(parameters)} images, but {len(images)} were given. Draw one row an "
             "image."
@@ -163,12 +126,40 @@ def _check(
         raise ValueError(
             f"order must hold columns of factors, 0 to 3, found {int(parameters.order[unknown][0])}."
         )
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', found {interpolation!r}.")
-    if bool((parameters.blur_sigma > 0).any()) and (blur_kernel % 2 == 0 or blur_kernel // 2 >= size):
+    if look.interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', found {look.interpolation!r}.")
+    if bool((parameters.blur_sigma > 0).any()) and (
+        look.blur_kernel % 2 == 0 or look.blur_kernel // 2 >= look.size
+    ):
         raise ValueError(
-            f"blur_kernel must be odd and at most {2 * size - 1} for views of {size} pixels, found "
-            f"{blur_kernel}."
+            f"blur_kernel must be odd and at most {2 * look.size - 1} for views of {look.size} pixels, found "
+            f"{look.blur_kernel}."
+        )
+
+
+def _check_crop(parameters: ViewParameters, height: int, width: int) -> None:
+    """Refuse what would read beside the image (a reach outside of it), or find no pixel to read (a crop
+    outside of its reach).
+    """
+    extent, start, length = (
+        parameters.crop.new_tensor([height, width]),
+        parameters.reach[:, :2],
+        parameters.reach[:, 2:],
+    )
+    inside = (start >= 0) & (length >= 1) & (start + length <= extent)
+    crop, end = parameters.crop[:, :2], parameters.crop[:, :2] + parameters.crop[:, 2:]
+    # Half a pixel of room, for crops that were computed in fractions: the middle of an output pixel stays
+    # within a pixel of the reach.
+    readable = (parameters.crop[:, 2:] > 0) & (crop >= start - 0.5) & (end <= start + length + 0.5)
+    fits = (inside & readable).all(1)
+    if not fits.all():
+        row = int((~fits).nonzero()[0, 0])
+        raise ValueError(
+            f"the reach of a view must lie in its image, {height} x {width}, and the crop in the reach; "
+            f"found for image {row} "
+            f"crop {parameters.crop[row].tolist()} and reach {parameters.reach[row].tolist()} (top, left, "
+            "height, width). "
+            "Clip the one or pad the image."
         )
 
 
@@ -195,41 +186,38 @@ def _chunks(images: Tensor, pixels: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, max(step, 1))]
 
 
-def _crop_resize_flip(images: Tensor, drawn: ViewParameters, size: int, interpolation: str) -> Tensor:
+def _planes(images: Tensor) -> Tensor:
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [0, 1], contiguous."""
+    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.mul_(1 / 255)
+
+
+def _crop_resize_flip(images: Tensor, drawn: ViewParameters, look: Look) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, size, size) float32 in [0, 1], contiguous."""
-    count, height, width, _ = images.shape
+    size, (count, height, width, _) = look.size, images.shape
     crop, reach, flip = (part.to(images.device) for part in (drawn.crop, drawn.reach, drawn.flip))
-    rows = _resize_matrix(
-        crop[:, 0], crop[:, 2], reach[:, 0], reach[:, 2], torch.zeros_like(flip), size, height, interpolation
-    )
-    columns = _resize_matrix(
-        crop[:, 1], crop[:, 3], reach[:, 1], reach[:, 3], flip, size, width, interpolation
-    )
+    never = torch.zeros_like(flip)
+    rows = _resize_matrix(crop[:, 0::2], reach[:, 0::2], never, look, height)
+    columns = _resize_matrix(crop[:, 1::2], reach[:, 1::2], flip, look, width)
     narrowed = torch.bmm(rows, images.reshape(count, height, width * 3).to(torch.float32))
     planes = narrowed.view(count, size, width, 3).permute(0, 3, 1, 2).reshape(count, 3 * size, width)
     return torch.bmm(planes, columns.mT).view(count, 3, size, size).mul_(1 / 255).clamp_(0, 1)
 
 
-def _resize_matrix(
-    start: Tensor,
-    length: Tensor,
-    reach_start: Tensor,
-    reach_length: Tensor,
-    flip: Tensor,
-    size: int,
-    extent: int,
-    interpolation: str,
-) -> Tensor:
+def _resize_matrix(crop: Tensor, reach: Tensor, flip: Tensor, look: Look, extent: int) -> Tensor:
     """(B, size, extent): row i weighs the pixels of one axis that make output pixel i. The filter widens with
     the reduction (antialias).
+
+    `crop` and `reach` are that axis's starts and lengths, (B, 2).
     """
+    size, (start, length), (reach_start, reach_length) = look.size, crop.unbind(1), reach.unbind(1)
     scale = (length / size)[:, None, None]
     position = torch.arange(size, dtype=start.dtype, device=start.device).expand(len(start), size)
     position = torch.where(flip[:, None], size - 1 - position, position)[:, :, None]
-    centre = start[:, None, None] + scale * (position + 0.5)
+    center = start[:, None, None] + scale * (position + 0.5)
     tap = torch.arange(extent, dtype=start.dtype, device=start.device) + 0.5
-    distance = ((tap - centre) / scale.clamp(min=1)).abs()
-    if interpolation == "bilinear":
+    distance = ((tap - center) / scale.clamp(min=1)).abs()
+    if look.interpolation == "bilinear":
         weight = (1 - distance).clamp_(min=0)
     else:
         near = (1.5 * distance - 2.5) * distance**2 + 1
@@ -240,7 +228,7 @@ def _resize_matrix(
     return weight / weight.sum(dim=2, keepdim=True)
 
 
-def _colour(pixels: Tensor, drawn: ViewParameters, blur_kernel: int, solarize_threshold: float) -> None:
+def _color(pixels: Tensor, drawn: ViewParameters, look: Look) -> None:
     """Jitter, grayscale, blur and solarize (B, 3, S, S) in place; each operation touches the samples that
     were chosen for it.
     """
@@ -255,13 +243,13 @@ def _colour(pixels: Tensor, drawn: ViewParameters, blur_kernel: int, solarize_th
     _replace(
         pixels,
         drawn.blur_sigma > 0,
-        lambda images, sigma: _blur(images, sigma, blur_kernel),
+        lambda images, sigma: _blur(images, sigma, look.blur_kernel),
         drawn.blur_sigma,
     )
     _replace(
         pixels,
         drawn.solarize,
-        lambda images, _: torch.where(images >= solarize_threshold, 1 - images, images),
+        lambda images, _: torch.where(images >= look.solarize_threshold / 255, 1 - images, images),
         drawn.factors[:, 0],
     )
 
@@ -341,6 +329,6 @@ def _blur_matrix(sigma: Tensor, kernel: int, size: int) -> Tensor:
     )
 
 
-def _normalise(pixels: Tensor, mean: Colour, std: Colour, out: Tensor) -> None:
-    scale = 1 / pixels.new_tensor(std)[:, None, None]
-    torch.addcmul(-pixels.new_tensor(mean)[:, None, None] * scale, pixels, scale, out=out)
+def _normalize(pixels: Tensor, look: Look, out: Tensor) -> None:
+    scale = 1 / pixels.new_tensor(look.std)[:, None, None]
+    torch.addcmul(-pixels.new_tensor(look.mean)[:, None, None] * scale, pixels, scale, out=out)

@@ -1,15 +1,16 @@
-"""Views in Triton: what `views.py` does with PyTorch, in one pass over a small view and three over a large
+"""Views in Triton: what `views.torch` does with PyTorch, in one pass over a small view and three over a large
 one.
 
 A view of up to WHOLE_PIXELS stays in one program's registers from the crop to the normalisation, the mean for
 its contrast included. A larger one takes a pass that crops, resizes, flips and sums the brightness that
-contrast needs, and a pass for the colours. Blur is two further passes, over the samples that were chosen for
+contrast needs, and a pass for the colors. Blur is two further passes, over the samples that were chosen for
 it and no others. Parameters come as one row of floats a sample. Nothing is added atomically, so that results
 are deterministic.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import cache
 
@@ -18,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgessl.kernels.transfer import to_device
-from fastgessl.kernels.views.torch import NEUTRAL_FACTOR, Colour, ViewParameters
+from fastgessl.kernels.collectives import to_device
+from fastgessl.kernels.views.parameters import LUMA_WEIGHTS, NEUTRAL_FACTOR, Look, ViewParameters
 
 WHOLE_PIXELS = 4096
 BLOCK_PIXELS = 1024
@@ -31,12 +32,15 @@ PIXELS_PER_WARP = 64
 CROP, REACH, FLIP, JITTER, FACTORS, ORDER, GRAYSCALE, SIGMA, SOLARIZE, COLUMNS = (
     tl.constexpr(column) for column in (0, 4, 8, 9, 10, 14, 18, 19, 20, 21)
 )
-RED, GREEN, BLUE = tl.constexpr(0.2989), tl.constexpr(0.587), tl.constexpr(0.114)
+RED, GREEN, BLUE = (tl.constexpr(weight) for weight in LUMA_WEIGHTS)
+NO_FACTOR, NO_TURN = tl.constexpr(NEUTRAL_FACTOR[0]), tl.constexpr(NEUTRAL_FACTOR[3])
+# exp(-x²/2) is exp2 of x² times this.
+GAUSSIAN = tl.constexpr(-0.5 * math.log2(math.e))
 
 
 @triton.jit
 def _filter_weight(b_distance, BICUBIC: tl.constexpr):
-    """The triangle, or Keys' cubic with a = -1/2, at a distance from its centre."""
+    """The triangle, or Keys' cubic with a = -1/2, at a distance from its center."""
     if BICUBIC:
         b_near = (1.5 * b_distance - 2.5) * b_distance * b_distance + 1
         b_far = ((2.5 - 0.5 * b_distance) * b_distance - 4) * b_distance + 2
@@ -47,10 +51,10 @@ def _filter_weight(b_distance, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def _tap(b_first, i_tap, b_centre, spread, reach_start, reach_length, BICUBIC: tl.constexpr):
+def _tap(b_first, i_tap, b_center, spread, reach_start, reach_length, BICUBIC: tl.constexpr):
     """Pixel number and weight of tap `i_tap` along one axis; the weight is 0 beyond the reach."""
     b_tap = b_first + i_tap
-    b_weight = _filter_weight(tl.abs(b_tap + 0.5 - b_centre) / spread, BICUBIC)
+    b_weight = _filter_weight(tl.abs(b_tap + 0.5 - b_center) / spread, BICUBIC)
     m_reach = (b_tap >= reach_start) & (b_tap < reach_start + reach_length)
     return b_tap, tl.where(m_reach, b_weight, 0.0)
 
@@ -64,18 +68,18 @@ def _resized(p_image, p_row, b_y, b_x, m_pixel, H, W, S, BICUBIC: tl.constexpr):
     reach_top, reach_left = tl.load(p_row + REACH), tl.load(p_row + REACH + 1)
     reach_height, reach_width = tl.load(p_row + REACH + 2), tl.load(p_row + REACH + 3)
     b_x = tl.where(tl.load(p_row + FLIP) > 0, S - 1 - b_x, b_x)
-    b_centre_y = tl.load(p_row + CROP) + scale_y * (b_y.to(tl.float32) + 0.5)
-    b_centre_x = tl.load(p_row + CROP + 1) + scale_x * (b_x.to(tl.float32) + 0.5)
+    b_center_y = tl.load(p_row + CROP) + scale_y * (b_y.to(tl.float32) + 0.5)
+    b_center_x = tl.load(p_row + CROP + 1) + scale_x * (b_x.to(tl.float32) + 0.5)
     b_first_y, b_first_x = (
-        tl.floor(b_centre_y - support * spread_y),
-        tl.floor(b_centre_x - support * spread_x),
+        tl.floor(b_center_y - support * spread_y),
+        tl.floor(b_center_x - support * spread_x),
     )
     taps_y, taps_x = (2 * support * spread_y).to(tl.int32) + 2, (2 * support * spread_x).to(tl.int32) + 2
-    b_red, b_green, b_blue, b_total = b_centre_y * 0, b_centre_y * 0, b_centre_y * 0, b_centre_y * 0
+    b_red, b_green, b_blue, b_total = b_center_y * 0, b_center_y * 0, b_center_y * 0, b_center_y * 0
     for i_y in range(0, taps_y):
-        b_tap_y, b_weight_y = _tap(b_first_y, i_y, b_centre_y, spread_y, reach_top, reach_height, BICUBIC)
+        b_tap_y, b_weight_y = _tap(b_first_y, i_y, b_center_y, spread_y, reach_top, reach_height, BICUBIC)
         for i_x in range(0, taps_x):
-            b_tap_x, b_weight_x = _tap(b_first_x, i_x, b_centre_x, spread_x, reach_left, reach_width, BICUBIC)
+            b_tap_x, b_weight_x = _tap(b_first_x, i_x, b_center_x, spread_x, reach_left, reach_width, BICUBIC)
             b_weight = b_weight_y * b_weight_x
             m_tap = m_pixel & (b_weight != 0)
             p_pixel = p_image + (b_tap_y.to(tl.int32) * W + b_tap_x.to(tl.int32)) * 3
@@ -140,27 +144,27 @@ def _jittered(
         factor = tl.load(p_row + FACTORS + operation)
         if UNTIL_CONTRAST:
             going = going & (operation != 1)
-        if going & (operation == 0) & (factor != 1):
+        if going & (operation == 0) & (factor != NO_FACTOR):
             b_red, b_green, b_blue = (
                 _clipped(b_red * factor),
                 _clipped(b_green * factor),
                 _clipped(b_blue * factor),
             )
-        if going & (operation == 1) & (factor != 1):
-            centre = (
+        if going & (operation == 1) & (factor != NO_FACTOR):
+            center = (
                 tl.sum(tl.where(m_pixel, _luma(b_red, b_green, b_blue), 0.0)) / pixels if OWN_MEAN else mean
             )
-            shift = (1 - factor) * centre
+            shift = (1 - factor) * center
             b_red, b_green, b_blue = (
                 _clipped(b_red * factor + shift),
                 _clipped(b_green * factor + shift),
                 _clipped(b_blue * factor + shift),
             )
-        if going & (operation == 2) & (factor != 1):
+        if going & (operation == 2) & (factor != NO_FACTOR):
             b_shift = (1 - factor) * _luma(b_red, b_green, b_blue)
             b_red, b_green = _clipped(b_red * factor + b_shift), _clipped(b_green * factor + b_shift)
             b_blue = _clipped(b_blue * factor + b_shift)
-        if going & (operation == 3) & (factor != 0):
+        if going & (operation == 3) & (factor != NO_TURN):
             b_red, b_green, b_blue = _hue(b_red, b_green, b_blue, factor)
     return b_red, b_green, b_blue
 
@@ -175,12 +179,12 @@ def _finished(b_value, p_row, threshold, mean, inverse_std):
 
 
 @triton.jit
-def _store(p_out, b_red, b_green, b_blue, p_row, p_colours, threshold, m_pixel, FINISH: tl.constexpr):
+def _store(p_out, b_red, b_green, b_blue, p_row, p_colors, threshold, m_pixel, FINISH: tl.constexpr):
     """Write three channels; with FINISH, solarized and normalised unless the sample waits for its blur."""
     if FINISH and tl.load(p_row + SIGMA) == 0:
-        b_red = _finished(b_red, p_row, threshold, tl.load(p_colours), tl.load(p_colours + 3))
-        b_green = _finished(b_green, p_row, threshold, tl.load(p_colours + 1), tl.load(p_colours + 4))
-        b_blue = _finished(b_blue, p_row, threshold, tl.load(p_colours + 2), tl.load(p_colours + 5))
+        b_red = _finished(b_red, p_row, threshold, tl.load(p_colors), tl.load(p_colors + 3))
+        b_green = _finished(b_green, p_row, threshold, tl.load(p_colors + 1), tl.load(p_colors + 4))
+        b_blue = _finished(b_blue, p_row, threshold, tl.load(p_colors + 2), tl.load(p_colors + 5))
     tl.store(p_out, b_red, mask=m_pixel)
     tl.store(p_out + 1, b_green, mask=m_pixel)
     tl.store(p_out + 2, b_blue, mask=m_pixel)
@@ -211,7 +215,7 @@ def _read(p_pixel, m_pixel, BYTES: tl.constexpr):
 def whole_view_kernel(
     p_images,
     p_rows,
-    p_colours,
+    p_colors,
     p_out,
     H,
     W,
@@ -240,7 +244,7 @@ def whole_view_kernel(
         b_green,
         b_blue,
         p_row,
-        p_colours,
+        p_colors,
         threshold,
         m_pixel,
         True,
@@ -251,7 +255,7 @@ def whole_view_kernel(
 def crop_kernel(
     p_images,
     p_rows,
-    p_colours,
+    p_colors,
     p_out,
     p_sums,
     H,
@@ -279,7 +283,7 @@ def crop_kernel(
             b_green,
             b_blue,
             p_row,
-            p_colours,
+            p_colors,
             threshold,
             m_pixel,
             False,
@@ -294,10 +298,10 @@ def crop_kernel(
 
 
 @triton.jit
-def colour_kernel(
+def color_kernel(
     p_images,
     p_rows,
-    p_colours,
+    p_colors,
     p_out,
     p_sums,
     S,
@@ -320,7 +324,7 @@ def colour_kernel(
     b_red, b_green, b_blue = _read((p_images if BYTES else p_out) + o_first, m_pixel, BYTES)
     b_red, b_green, b_blue = _jittered(b_red, b_green, b_blue, p_row, mean, m_pixel, S * S, False, False)
     b_red, b_green, b_blue = _grey(b_red, b_green, b_blue, p_row)
-    _store(p_out + o_first, b_red, b_green, b_blue, p_row, p_colours, threshold, m_pixel, True)
+    _store(p_out + o_first, b_red, b_green, b_blue, p_row, p_colors, threshold, m_pixel, True)
 
 
 @triton.jit
@@ -328,7 +332,7 @@ def blur_kernel(
     p_in,
     p_chosen,
     p_rows,
-    p_colours,
+    p_colors,
     p_out,
     S,
     threshold,
@@ -352,7 +356,7 @@ def blur_kernel(
     for tap in range(0, TAPS):
         offset = tap - TAPS // 2
         distance = offset * inverse_sigma
-        weight = tl.exp2(-0.72134752044 * distance * distance)
+        weight = tl.exp2(distance * distance * GAUSSIAN)
         # Borders are reflected without repeating the outermost pixel.
         b_source = tl.abs((b_x if ROWS else b_y) + offset)
         b_source = (S - 1) - tl.abs((S - 1) - b_source)
@@ -366,11 +370,11 @@ def blur_kernel(
         total += weight
     b_red, b_green, b_blue = b_red / total, b_green / total, b_blue / total
     if not ROWS:
-        b_red = _finished(b_red, p_row, threshold, tl.load(p_colours), tl.load(p_colours + 3))
-        b_green = _finished(b_green, p_row, threshold, tl.load(p_colours + 1), tl.load(p_colours + 4))
-        b_blue = _finished(b_blue, p_row, threshold, tl.load(p_colours + 2), tl.load(p_colours + 5))
+        b_red = _finished(b_red, p_row, threshold, tl.load(p_colors), tl.load(p_colors + 3))
+        b_green = _finished(b_green, p_row, threshold, tl.load(p_colors + 1), tl.load(p_colors + 4))
+        b_blue = _finished(b_blue, p_row, threshold, tl.load(p_colors + 2), tl.load(p_colors + 5))
     p_target = p_out + (i_chosen if ROWS else i_sample) * S * S * 3 + o_pixel * 3
-    _store(p_target, b_red, b_green, b_blue, p_row, p_colours, threshold, m_pixel, False)
+    _store(p_target, b_red, b_green, b_blue, p_row, p_colors, threshold, m_pixel, False)
 
 
 def parameter_rows(drawn: ViewParameters) -> Tensor:
@@ -390,7 +394,7 @@ def parameter_rows(drawn: ViewParameters) -> Tensor:
 
 
 @cache
-def colour_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+def color_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """Means and inverse standard deviations, (6,) float32, sent to a device once: a run has one or two pairs
     of them.
     """
@@ -398,41 +402,29 @@ def colour_constants(mean: tuple[float, ...], std: tuple[float, ...], device: to
 
 
 @torch.no_grad()
-def augment(
-    images: Tensor,
-    drawn: ViewParameters,
-    *,
-    size: int,
-    mean: Colour,
-    std: Colour,
-    interpolation: str,
-    blur_kernel: int,
-    solarize_threshold: float,
-    resize: bool,
-) -> Tensor:
-    """The views of (B, H, W, 3) uint8 images: (B, 3, size, size) float32, channels_last. Without `resize` the
-    images are views already.
-    """
+def augment(images: Tensor, drawn: ViewParameters, look: Look) -> Tensor:
+    """The views of (B, H, W, 3) uint8 images: (B, 3, size, size) float32, channels_last."""
+    size, resize = look.size, look.resize
     device, count, pixels = images.device, len(images), size * size
     out = torch.empty(
         (count, 3, size, size), dtype=torch.float32, device=device, memory_format=torch.channels_last
     )
     if count == 0:
         return out
-    images, threshold = images.contiguous(), solarize_threshold / 255
-    rows, colours = (
+    images, threshold = images.contiguous(), look.solarize_threshold / 255
+    rows, colors = (
         to_device(parameter_rows(drawn), device),
-        colour_constants(tuple(map(float, mean)), tuple(map(float, std)), device),
+        color_constants(tuple(map(float, look.mean)), tuple(map(float, look.std)), device),
     )
     height, width = images.shape[1:3]
-    flags = {"RESIZE": resize, "BICUBIC": interpolation == "bicubic"}
+    flags = {"RESIZE": resize, "BICUBIC": look.interpolation == "bicubic"}
     with torch.cuda.device(device) if images.is_cuda else nullcontext():
         if pixels <= WHOLE_PIXELS:
             block = triton.next_power_of_2(pixels)
             whole_view_kernel[(count,)](
                 images,
                 rows,
-                colours,
+                colors,
                 out,
                 height,
                 width,
@@ -448,7 +440,7 @@ def augment(
             crop_kernel[(count, blocks)](
                 images,
                 rows,
-                colours,
+                colors,
                 out,
                 sums,
                 height,
@@ -459,16 +451,16 @@ def augment(
                 BLOCK=BLOCK_PIXELS,
                 num_warps=warps,
             )
-            colour_kernel[(count, blocks)](
-                images, rows, colours, out, sums, size, threshold,
+            color_kernel[(count, blocks)](
+                images, rows, colors, out, sums, size, threshold,
                 BYTES=not resize, BLOCK=BLOCK_PIXELS, BLOCKS=triton.next_power_of_2(blocks), num_warps=warps,
             )  # fmt: skip
-        _blur(out, drawn, rows, colours, threshold, blur_kernel)
+        _blur(out, drawn, rows, colors, threshold, look.blur_kernel)
     return out
 
 
 def _blur(
-    out: Tensor, drawn: ViewParameters, rows: Tensor, colours: Tensor, threshold: float, taps: int
+    out: Tensor, drawn: ViewParameters, rows: Tensor, colors: Tensor, threshold: float, taps: int
 ) -> None:
     """Blur and finish the samples that were chosen for it, in place."""
     chosen = (drawn.blur_sigma > 0).nonzero().flatten()
@@ -479,12 +471,9 @@ def _blur(
     buffer = torch.empty((len(chosen), size, size, 3), dtype=torch.float32, device=out.device)
     grid = (len(chosen), triton.cdiv(size * size, BLOCK_PIXELS))
     launch = {"TAPS": taps, "BLOCK": BLOCK_PIXELS, "num_warps": warps_for(BLOCK_PIXELS)}
-    blur_kernel[grid](out, chosen, rows, colours, buffer, size, threshold, ROWS=True, **launch)
-    blur_kernel[grid](buffer, chosen, rows, colours, out, size, threshold, ROWS=False, **launch)
+    blur_kernel[grid](out, chosen, rows, colors, buffer, size, threshold, ROWS=True, **launch)
+    blur_kernel[grid](buffer, chosen, rows, colors, out, size, threshold, ROWS=False, **launch)
 
 
 def warps_for(block: int) -> int:
     return max(1, min(16, block // PIXELS_PER_WARP))
-
-
-assert NEUTRAL_FACTOR == (1.0, 1.0, 1.0, 0.0)  # what `_jittered` leaves out

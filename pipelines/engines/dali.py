@@ -1,5 +1,5 @@
 """The DALI engine: read, decode, crop, resize and flip in one graph (`dali_graph.py`); colour by
-`colour_views` on its bytes.
+`color_views` on its bytes.
 
 The graph is told what was drawn, so that it shows the same views as the other engines.
 """
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fastgessl.kernels.views.torch import ViewParameters, colour_views
+from fastgessl.kernels.views.parameters import ViewParameters
+from fastgessl.kernels.views.torch import color_views
 from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.decode import decode, image_size
 from fastgessl.pipelines.draws import Draws
@@ -164,7 +165,7 @@ class DaliEngine:
         if spec.color == "yiq":
             never = torch.zeros(len(parameters), dtype=torch.bool)
             parameters = replace(parameters, jitter=never, grayscale=never)
-        return colour_views(
+        return color_views(
             torch.from_dlpack(view.as_tensor()),
             parameters,
             mean=spec.mean,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
-from fastgessl.kernels.views.torch import LUMA_WEIGHTS, NEUTRAL_FACTOR, ViewParameters
+from fastgessl.kernels.views.parameters import LUMA_WEIGHTS, NEUTRAL_FACTOR, ViewParameters
 from fastgessl.pipelines.specs import ViewSpec
 
 Fed = tuple[NDArray[Any], ...]

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgessl.kernels.transfer import to_device
+from fastgessl.kernels.collectives import to_device
 from fastgessl.kernels.views.torch import augment_views
 from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.draws import Draws

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastgessl.kernels.views.torch import ViewParameters
+from fastgessl.kernels.views.parameters import ViewParameters
 from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.decode import decode
 from fastgessl.pipelines.draws import Draws

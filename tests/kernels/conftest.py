@@ -4,9 +4,9 @@ test asks otherwise.
 
 import pytest
 
-from fastgessl.kernels import backend as dispatch
+from fastgessl.kernels import backend
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_small(monkeypatch):
-    monkeypatch.setattr(dispatch, "SMALL_TABLE", 0)
+    monkeypatch.setattr(backend, "SMALL_TABLE", 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.func import grad, jvp
+from torch.func import jvp
 
 from fastgessl.kernels import (
     ClipLoss,
@@ -120,41 +120,45 @@ def test_losses_of_two_ranks_equal_one_process_to_second_order(tmp_path, mode):
     mp.spawn(_compare, (str(tmp_path / "store"), mode), nprocs=RANKS)
 
 
-def _transforms(data, positives, bias, weight, group, average):
-    """The losses' sum in forward mode, in forward over reverse and in reverse over forward, along one
-    direction of the weight and τ.
-    """
-    at = weight, torch.tensor(0.3, dtype=torch.float64)
-    way = weight.sin(), torch.tensor(0.7, dtype=torch.float64)
-
-    def loss(weight, temperature):
-        return _losses(data, positives, bias, weight, temperature, group, "gather").sum()
-
-    found = [
-        jvp(loss, at, way)[1],
-        *jvp(grad(loss, (0, 1)), at, way)[1],
-        *grad(lambda *x: jvp(loss, x, way)[1], (0, 1))(*at),
-    ]
-    return [average(part) for part in found]
-
-
 def _forward(rank, store):
-    weight, data, positives, bias = _inputs()
-    mine = slice(rank * ROWS, (rank + 1) * ROWS)
+    _, data, _, _ = _inputs()
+    query, key = data[:2, rank * ROWS : (rank + 1) * ROWS]
     with _joined(rank, store) as group:
-        found = _transforms(data[:, mine], positives[mine], bias[mine], weight, group, _average)
-        for a, b in zip(
-            found, _transforms(data, positives, bias, weight, None, lambda tensor: tensor), strict=True
-        ):
-            assert (a - b).norm() <= 5e-13 * b.norm()
-        query, key = data[:2, mine]
-        for transform in (jvp, lambda loss, at, way: jvp(grad(loss), at, way)):
-            with pytest.raises(RuntimeError, match='forward mode is not implemented for mode="ring"'):
-                transform(lambda query: info_nce(query, key, group=group, mode="ring"), (query,), (query,))
+        for mode in ("gather", "ring"):
+            for loss in (info_nce, clip_loss):
+                with pytest.raises(RuntimeError, match="forward mode .* torch.func.jacrev"):
+                    jvp(
+                        lambda key, loss=loss, mode=mode: loss(
+                            query, key, temperature=0.1, group=group, mode=mode
+                        ),
+                        (key,),
+                        (key,),
+                    )
 
 
-def test_forward_mode_through_a_gather_equals_one_process_and_through_a_ring_raises(tmp_path):
+def test_forward_mode_across_ranks_raises_and_advises_reverse_mode(tmp_path):
     mp.spawn(_forward, (str(tmp_path / "store"),), nprocs=RANKS)
+
+
+def _alone(rank, store):
+    """A ring of one rank, with keys that need a gradient and with keys that need none."""
+    query, key = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    for leaves in ((query.requires_grad_(),), (query, key.requires_grad_())):
+        found = info_nce(query, key, group=dist.group.WORLD, mode="ring")
+        expected = info_nce(query, key)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        gradients = zip(
+            torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True
+        )
+        for ours, want in gradients:
+            torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-14)
+    dist.destroy_process_group()
+
+
+def test_a_ring_of_one_rank_is_the_loss_without_a_group(tmp_path):
+    mp.spawn(_alone, (str(tmp_path / "store"),), nprocs=1)
 
 
 def _unequal(rank, store):

@@ -478,18 +478,21 @@ def test_values_are_checked_by_the_reference_and_under_vmap_too(positives):
             )(GOOD.expand(2, 4, 3).clone())
 
 
-@pytest.mark.parametrize(
-    "temperature", [0.1, torch.zeros(0)], ids=["one temperature", "batch of temperatures"]
-)
-def test_an_empty_batch_under_vmap_is_refused(temperature):
-    for implementation in ("chunked", "reference") if isinstance(temperature, torch.Tensor) else ("chunked",):
-        dims = (0, 0 if isinstance(temperature, torch.Tensor) else None)
-        loss = torch.func.vmap(
-            lambda query, tau, how=implementation: info_nce(query, GOOD, temperature=tau, implementation=how),
-            dims,
-        )
-        with pytest.raises(ValueError, match="vmap over a batch of 0 examples"):
-            loss(torch.zeros(0, 4, 3), temperature)
+def test_compiled_code_checks_values_too():
+    torch._dynamo.reset()
+    loss = torch.compile(similarity_logsumexp, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match=r"exclude of shape \(4, 1\) must lie in \[-1, 4\)"):
+        loss(GOOD, GOOD, exclude=torch.full((4,), 4))
+    with pytest.raises(ValueError, match="temperature must be positive and finite, found -1.0"):
+        loss(GOOD, GOOD, temperature=torch.tensor(-1.0))
+    with pytest.raises(ValueError, match="bias of shape .* must not be infinite"):
+        loss(GOOD, GOOD, bias=torch.full((4,), torch.inf))
+
+
+def test_an_empty_batch_under_vmap_is_refused():
+    loss = torch.func.vmap(lambda query: info_nce(query, GOOD, implementation="chunked"))
+    with pytest.raises(ValueError, match="vmap over a batch of 0 examples"):
+        loss(torch.zeros(0, 4, 3))
 
 
 @pytest.mark.parametrize("order", [1, 2])

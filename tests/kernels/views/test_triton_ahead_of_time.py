@@ -18,9 +18,8 @@ from fastgessl.kernels.views import triton as views_triton
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)
 
-_spec = importlib.util.spec_from_file_location(
-    "ahead_of_time_of_views", Path(__file__).with_name("ahead_of_time.py")
-)
+_program = Path(__file__).parents[2] / "programs" / "ahead_of_time.py"
+_spec = importlib.util.spec_from_file_location("ahead_of_time_of_views", _program)
 ahead_of_time = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ahead_of_time)
 
@@ -38,8 +37,8 @@ CASES = {
     "crop[bilinear]": (views_triton.crop_kernel, {"RESIZE": True, "BICUBIC": False, "BLOCK": 1024}),
     "crop[bicubic]": (views_triton.crop_kernel, {"RESIZE": True, "BICUBIC": True, "BLOCK": 1024}),
     "crop[of views]": (views_triton.crop_kernel, {"RESIZE": False, "BICUBIC": False, "BLOCK": 1024}),
-    "colour[of bytes]": (views_triton.colour_kernel, {"BYTES": True, "BLOCK": 1024, "BLOCKS": 64}),
-    "colour[of crops]": (views_triton.colour_kernel, {"BYTES": False, "BLOCK": 1024, "BLOCKS": 64}),
+    "colour[of bytes]": (views_triton.color_kernel, {"BYTES": True, "BLOCK": 1024, "BLOCKS": 64}),
+    "colour[of crops]": (views_triton.color_kernel, {"BYTES": False, "BLOCK": 1024, "BLOCKS": 64}),
     "blur[rows]": (views_triton.blur_kernel, {"ROWS": True, "TAPS": 23, "BLOCK": 1024}),
     "blur[columns]": (views_triton.blur_kernel, {"ROWS": False, "TAPS": 23, "BLOCK": 1024}),
 }  # fmt: skip

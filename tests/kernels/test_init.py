@@ -37,3 +37,22 @@ def test_every_public_name_exists_and_the_list_is_sorted():
     names = fastgessl.kernels.__all__
     assert all(hasattr(fastgessl.kernels, name) for name in names)
     assert sorted(names) == names
+
+
+def test_without_triton_as_on_macos_and_windows_losses_and_views_work():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from fastgessl.kernels import ViewParameters, augment_views, implementation_for, nt_xent
+rows = torch.randn(2, 600, 8, requires_grad=True)
+found, expected = (
+    torch.autograd.grad(nt_xent(*rows, implementation=name), rows)[0] for name in (None, "reference")
+)
+torch.testing.assert_close(found, expected)
+images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+augment_views(images, ViewParameters.unchanged(2, 8, 8), size=4, mean=(0.5,) * 3, std=(0.5,) * 3)
+print(implementation_for(rows)[0])
+"""
+    found = run(code)
+    assert found.stdout.strip() == "chunked", found.stdout + found.stderr

@@ -28,7 +28,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import importlib.util
 from pathlib import Path
 
-_spec = importlib.util.spec_from_file_location("ahead_of_time", Path(__file__).with_name("ahead_of_time.py"))
+_program = Path(__file__).parents[2] / "programs" / "ahead_of_time.py"
+_spec = importlib.util.spec_from_file_location("ahead_of_time", _program)
 ahead_of_time = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ahead_of_time)
 

@@ -15,7 +15,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastgessl.kernels.views.torch import ViewParameters, augment_views
+from fastgessl.kernels.views.parameters import ViewParameters
+from fastgessl.kernels.views.torch import augment_views
 
 # `whole` and `block` make small pictures take the path of large ones, in several blocks of which the last is
 # not full.
@@ -45,7 +46,7 @@ def older(package, *release):
 def differences():
     if older("triton", 3, 7) and not older("numpy", 2, 4):
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    program = Path(__file__).with_name("views_interpreter_program.py")
+    program = Path(__file__).parents[2] / "programs" / "views_in_the_interpreter.py"
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": str(program.parents[2]),
@@ -79,7 +80,7 @@ def test_a_cpu_takes_pytorch_and_a_wish_that_cannot_be_met_is_refused():
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [32, 64, 96, 224])
 def test_on_a_gpu_views_equal_those_of_the_cpu(size, interpolation):
-    spec = importlib.util.spec_from_file_location("views_on_cpu", Path(__file__).with_name("test_views.py"))
+    spec = importlib.util.spec_from_file_location("views_on_cpu", Path(__file__).with_name("test_torch.py"))
     on_cpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(on_cpu)
     images, drawn = on_cpu.images_of(64, 96, 80), on_cpu.random_parameters(64, 96, 80)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastgessl.kernels.views.parameters import ViewParameters
 from fastgessl.kernels.views.reference import augment_view_reference
-from fastgessl.kernels.views.torch import ViewParameters, augment_views, colour_views
+from fastgessl.kernels.views.torch import augment_views, color_views
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
 GREY_LEVEL = 1 / 255
@@ -157,12 +158,12 @@ def test_augment_views_equals_its_definition_in_float64(interpolation):
     torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=0)
 
 
-def test_colour_views_is_the_part_after_the_crop():
+def test_color_views_is_the_part_after_the_crop():
     images = images_of(10, 12, 12)
     drawn = only(random_parameters(10, 12, 12), "jitter", "factors", "grayscale", "blur_sigma", "solarize")
     whole = ViewParameters.unchanged(10, 12, 12)
     drawn = ViewParameters(**(vars(drawn) | {"crop": whole.crop, "reach": whole.reach}))
-    ours = colour_views(images, drawn, mean=MEAN, std=STD, blur_kernel=3)
+    ours = color_views(images, drawn, mean=MEAN, std=STD, blur_kernel=3)
     torch.testing.assert_close(
         ours, augment_views(images, drawn, size=12, mean=MEAN, std=STD, blur_kernel=3), atol=1e-5, rtol=0
     )
@@ -293,9 +294,9 @@ def test_other_parameters_and_images_that_do_not_fit_are_named_too():
     images, drawn = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ViewParameters.unchanged(1, 8, 8)
     options = {"mean": MEAN, "std": STD}
     with pytest.raises(ValueError, match=r"\(B, H, W, 3\) uint8, found \(8,\)"):
-        colour_views(torch.zeros(8, dtype=torch.uint8), drawn, **options)
+        color_views(torch.zeros(8, dtype=torch.uint8), drawn, **options)
     with pytest.raises(ValueError, match="order must hold columns of factors, 0 to 3, found 7"):
-        colour_views(
+        color_views(
             images, ViewParameters(**(vars(drawn) | {"order": torch.tensor([[0, 7, 1, 2]])})), **options
         )
     with pytest.raises(ValueError, match="no implementation='reference' in batch"):

@@ -111,7 +111,7 @@ def older(package, *release):
 def errors():
     if older("triton", 3, 7) and not older("numpy", 2, 4):
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    program = Path(__file__).parent / "interpreter_program.py"
+    program = Path(__file__).parents[2] / "programs" / "losses_in_the_interpreter.py"
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": str(program.parents[2]),

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from fastgessl.kernels.views import triton as views_triton
-from fastgessl.kernels.views.torch import ViewParameters, augment_views, colour_views
+from fastgessl.kernels.views.parameters import ViewParameters
+from fastgessl.kernels.views.torch import augment_views, color_views
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
 
@@ -58,7 +59,7 @@ def difference(case):
     options = {"mean": MEAN, "std": STD, "blur_kernel": case["kernel"], "solarize_threshold": 100.0}
     if case["interpolation"] == "none":
         found, expected = (
-            colour_views(images, drawn, **options, implementation=name) for name in ("triton", "chunked")
+            color_views(images, drawn, **options, implementation=name) for name in ("triton", "chunked")
         )
     else:
         options |= {"size": case["size"], "interpolation": case["interpolation"]}

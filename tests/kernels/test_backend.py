@@ -1,4 +1,4 @@
-"""Which implementation runs, how a user decides, and that small tables on a CPU, which are stored because that is
+"""Which implementation runs and how a user decides; small tables on a CPU, which are stored because that is
 faster, give the same results.
 """
 

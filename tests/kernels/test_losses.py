@@ -483,9 +483,9 @@ def test_compiled_code_checks_values_too():
     loss = torch.compile(similarity_logsumexp, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match=r"exclude of shape \(4, 1\) must lie in \[-1, 4\)"):
         loss(GOOD, GOOD, exclude=torch.full((4,), 4))
-    with pytest.raises(ValueError, match="temperature must be positive and finite, found -1.0"):
+    with pytest.raises(ValueError, match=r"temperature must be positive and finite, found -1.0"):
         loss(GOOD, GOOD, temperature=torch.tensor(-1.0))
-    with pytest.raises(ValueError, match="bias of shape .* must not be infinite"):
+    with pytest.raises(ValueError, match=r"bias of shape .* must not be infinite"):
         loss(GOOD, GOOD, bias=torch.full((4,), torch.inf))
 
 

@@ -1,4 +1,4 @@
-"""What a step asks of a device, counted by dispatch modes: operations, looks at values, copies for which the host waits."""
+"""What a step asks of a device, counted by dispatch modes: operations, looks at values, copies that wait."""
 
 import json
 import os

@@ -1,10 +1,11 @@
-"""Count what forward and backward of the losses ask of a device, in Triton's interpreter, and print it as JSON.
+"""Count what forward and backward of losses ask of a device, in Triton's interpreter, and print it as JSON.
 
 A program of its own because TRITON_INTERPRET must be set before the kernels are defined.
 """
 
 import json
 from collections import Counter
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -138,7 +139,7 @@ if __name__ == "__main__":
             for name in PAIRS for dtype in dtypes for order in (1, 2)
         },
         "stored": {
-            f"{name} {dtype}": [derivative(lambda a, b: loss(a, b, how), dtype, 1) for how in ("triton", "reference")]
+            f"{name} {dtype}": [derivative(partial(loss, how=how), dtype, 1) for how in ("triton", "reference")]
             for name, loss in STORED.items() for dtype in dtypes
         },
         "needs": {

@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE from one table against the two dense cross-entropies, in float64, and in every transform."""
+"""Symmetric InfoNCE from one table against the two dense cross-entropies, in float64, in every transform."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The batched views against torchvision's functions on float tensors, and against their one-image definition."""
+"""Batched views against torchvision's functions on float tensors, and against their one-image definition."""
 
 import math
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils.other import get_free_port
 from programs.training_ranks import MODES, PLAIN
 from rank_launch import launch
-from reliability.forked import free_port
 from small_training import run_steps, small_config, start, write_images
 from tiny_run import read_lines
 
@@ -23,7 +23,7 @@ from fastgessl.runs import checkpoint
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     write_images(folder)
-    (folder / "port").write_text(str(free_port()))
+    (folder / "port").write_text(str(get_free_port()))
     return folder
 
 
@@ -50,9 +50,7 @@ def test_fsdp_equals_ddp_and_each_rank_holds_a_part(reports, label):
 
 
 @pytest.mark.parametrize("label", sorted(METHODS))
-def test_a_sharded_run_continues_in_one_process_and_both_logs_are_alike(
-    reports, folder, tmp_path, label
-):
+def test_a_sharded_run_continues_in_one_process_and_both_logs_are_alike(reports, folder, tmp_path, label):
     logs = [read_lines(folder / kind / label / "metrics.jsonl") for kind in ("ddp", "fsdp")]
     for line, other in zip(*logs, strict=True):
         assert {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in line.items()} == other

@@ -25,7 +25,7 @@ from fastgessl.evaluate.sources import Source
 from fastgessl.methods import Method
 from fastgessl.objective.inner import Iterate, Sgd, as_leaves, descend
 from fastgessl.objective.sigma import sigma
-from fastgessl.objective.task import Task, adapted_weights, check_views, rank_local_task
+from fastgessl.objective.task import Task, adapted_weights, rank_local_task
 from fastgessl.runs import checkpoint
 
 # The copy has converged once so many steps change the loss by less than a hundredth of what all of them have
@@ -79,7 +79,7 @@ def adapt(
     The method is used in training mode and left as it was. Raises UsageError if the loss does not stay
     finite.
     """
-    check_views(method, views, labels)
+    method.check_views(views, labels)
     mode = method.training
     method.train()
     try:

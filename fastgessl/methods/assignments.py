@@ -36,7 +36,8 @@ def assignment_measures(
     one; invariance: mean KL(p(view) ‖ p(other view)), 0 if both views agree.
 
     >>> rows = torch.eye(4)
-    >>> {name: round(value.item(), 4) for name, value in assignment_measures(rows, rows, rows, 0.05, None).items()}
+    >>> measured = assignment_measures(rows, rows, rows, 0.05, None)
+    >>> {name: round(value.item(), 4) for name, value in measured.items()}
     {'maximality': 1.3863, 'determinism': 0.0, 'invariance': 0.0}
     """
     rows, others = torch.cat([first, second]), torch.cat([second, first])

@@ -35,7 +35,8 @@ class BarlowTwins(Method):
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> from fastgessl.config import BarlowConfig
-    >>> config = MethodConfig(name="barlow", projector_hidden=16, projector_out=4, barlow=BarlowConfig(projector_layers=3))
+    >>> own = BarlowConfig(projector_layers=3)
+    >>> config = MethodConfig(name="barlow", projector_hidden=16, projector_out=4, barlow=own)
     >>> method = BarlowTwins(config, backbone, RunFacts())
     >>> out = method([torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)])
     >>> tuple(out.projections.shape), tuple(method.loss(out).shape)
@@ -99,6 +100,6 @@ class BarlowTwins(Method):
 
 
 def _terms(correlation: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_i (1 - C_ii)² and Σ_{i≠j} C_ij². Out of place: an in-place change of a view has no second derivative."""
+    """Σ_i (1 - C_ii)² and Σ_{i≠j} C_ij². Out of place: in place there is no second derivative."""
     diagonal = torch.eye(len(correlation), dtype=torch.bool, device=correlation.device)
     return (1 - correlation.diagonal()).square().sum(), correlation.masked_fill(diagonal, 0.0).square().sum()

@@ -13,7 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+
+from fastgessl.config import UsageError
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,33 @@ class Method(nn.Module):
     """How the keys of all ranks meet this rank's queries: a copy of all of them here, or one rank's after the
     other, passed around."""
 
+    def check_views(self, views: Sequence[Tensor], labels: Tensor | None = None) -> None:
+        """Raise UsageError unless these are as many views as the method takes, of the same samples, with
+        labels if it needs them.
+        """
+        wanted = self.views_per_sample
+        if not views or (
+            wanted is not None and (len(views) < wanted or (len(views) > wanted and not self.multi_crop))
+        ):
+            least = "" if wanted and not self.multi_crop else "at least "
+            needs = f"{least}{wanted or 1} view" + "s" * ((wanted or 1) > 1)
+            raise UsageError(
+                f"{type(self).__name__} needs {needs} of each sample and was given {len(views)}. Pass a list "
+                "of that many tensors."
+            )
+        rows = [len(view) for view in views]
+        if len(set(rows)) > 1:
+            raise UsageError(
+                f"the views have {rows} rows. Row i of every view belongs to sample i: give all of them one "
+                "row per sample."
+            )
+        if self.needs_labels and (labels is None or len(labels) != rows[0]):
+            found = "none" if labels is None else f"{len(labels)} for {rows[0]} samples"
+            raise UsageError(
+                f"{type(self).__name__} learns from labels and was given {found}. Pass `labels`, one per "
+                "sample."
+            )
+
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Views, a list of V tensors (N, 3, S, S), or their `features` (V, N, F) if only heads run. Moves
         batch-norm statistics.
@@ -136,3 +166,17 @@ class Method(nn.Module):
         """Advance momentum encoder, queue, centre, once after optimiser step `step`; `passes`: its
         micro-batches' outputs and targets.
         """
+
+
+def other_views(rows: Tensor, targets: int) -> list[tuple[int, Tensor]]:
+    """Each of the first `targets` views by number, with the rows of every other view: rows (V, N, D) ->
+    (view, (V-1, N, D)).
+
+    The last comes first, so that of two views the first is compared with the second before the second with
+    the first.
+
+    >>> rows = torch.arange(3.0).view(3, 1, 1)
+    >>> [(view, others.flatten().tolist()) for view, others in other_views(rows, 2)]
+    [(1, [0.0, 2.0]), (0, [1.0, 2.0])]
+    """
+    return [(view, torch.cat([rows[:view], rows[view + 1 :]])) for view in reversed(range(targets))]

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from fastgessl.config import MethodConfig
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
-from fastgessl.methods.crops import other_views
+from fastgessl.methods.base import Outputs, RunFacts, Similarity, other_views
+from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.registry import register
-from fastgessl.models import Predictor, Projector, apply_head, encode, feature_width, follow, momentum_copy
-from fastgessl.schedules import cosine_momentum
+from fastgessl.models import Predictor, Projector, apply_head, encode, feature_width
 
 
 @register("byol")
-class BYOL(Method):
+class BYOL(MomentumMethod):
     """Two views and, if asked for, smaller ones; projector and predictor. State: the momentum encoder, an
     exponential moving average of the online weights, which sees the two views of full size.
 
@@ -36,19 +35,12 @@ class BYOL(Method):
     ((2, 5, 4), (2, 5, 4), ())
     """
 
-    views_per_sample = 2
-    multi_crop = True
-
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
         self.backbone = backbone
         self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out)
         self.predictor = Predictor(config.projector_out, config.predictor_hidden)
-        self.momentum_backbone = momentum_copy(self.backbone)
-        self.momentum_projector = momentum_copy(self.projector)
-        self.momentum = cosine_momentum(
-            config.momentum_start, config.momentum_end, facts.total_steps
-        ).tolist()
+        self.copy_parts(config, facts)
         self.temperature = config.temperature
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
@@ -62,9 +54,7 @@ class BYOL(Method):
         """The momentum encoder's projections of the two views of full size (2, N, D), with the batch
         statistics of these views.
         """
-        return apply_head(
-            self.momentum_projector, encode(self.momentum_backbone, views[: self.views_per_sample])
-        )
+        return self.momentum_projections(views[: self.views_per_sample])
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
         """Mean over images of 2 - 2 cos(prediction, momentum projection of another view), summed over the two
@@ -87,13 +77,4 @@ class BYOL(Method):
         return tuple(
             Similarity(others.flatten(0, 1), keys[view], self.temperature)
             for view, others in other_views(queries, len(keys))
-        )
-
-    @torch.no_grad()
-    def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
-        """The momentum encoder follows with the momentum of `step`."""
-        follow(
-            [self.momentum_backbone, self.momentum_projector],
-            [self.backbone, self.projector],
-            self.momentum[step],
         )

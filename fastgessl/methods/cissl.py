@@ -34,8 +34,10 @@ class CISSL(Method):
     >>> backbone.num_features = 6
     >>> method = CISSL(MethodConfig(name="cissl", projector_hidden=16, projector_out=4), backbone, RunFacts())
     >>> out = method([torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)])
-    >>> tuple(out.projections.shape), tuple(out.predictions.shape), [tuple(pi.key.shape) for pi in method.similarity(out)]
-    ((2, 5, 4), (2, 5, 4), [(10, 4)])
+    >>> tuple(out.projections.shape), tuple(out.predictions.shape)
+    ((2, 5, 4), (2, 5, 4))
+    >>> [tuple(pi.key.shape) for pi in method.similarity(out)]
+    [(10, 4)]
     """
 
     views_per_sample = 2
@@ -83,7 +85,7 @@ class CISSL(Method):
 
 
 def _unit_rows(out: Outputs) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's rows, the first view's N before the second's, normalised: (2N, D) each."""
+    """The student's and the teacher's unit rows, the first view's N before the second's: (2N, D) each."""
     assert out.predictions is not None
     student, teacher = (normalize(rows.flatten(0, 1), dim=1) for rows in (out.predictions, out.projections))
     return student, teacher

@@ -18,11 +18,11 @@ from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group
 from fastgessl.kernels import soft_cross_entropy
 from fastgessl.kernels.collectives import all_reduce_mean
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
-from fastgessl.methods.crops import other_views
+from fastgessl.methods.base import Outputs, RunFacts, Similarity, other_views
+from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.registry import check_prototypes, register
-from fastgessl.models import BottleneckHead, apply_head, encode, feature_width, follow, momentum_copy
-from fastgessl.schedules import cosine_momentum, linear_warmup
+from fastgessl.models import BottleneckHead, apply_head, encode, feature_width
+from fastgessl.schedules import linear_warmup
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Teacher:
 
 
 @register("dino")
-class DINO(Method):
+class DINO(MomentumMethod):
     """Two views and, if asked for, smaller ones, which only the student sees. Head: bottleneck of unit
     length, last layer with weight norm and gain 1. State: the momentum teacher, the centre of its outputs,
     its temperature.
@@ -50,16 +50,19 @@ class DINO(Method):
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> from fastgessl.config import DinoConfig
-    >>> config = MethodConfig(name="dino", projector_hidden=16, projector_out=4, dino=DinoConfig(prototypes=32))
+    >>> own = DinoConfig(prototypes=32)
+    >>> config = MethodConfig(name="dino", projector_hidden=16, projector_out=4, dino=own)
     >>> method = DINO(config, backbone, RunFacts(total_steps=100))
     >>> views = [torch.randn(5, 3, 2, 2) for _ in range(4)]
     >>> out, teacher = method(views), method.targets(views)
-    >>> tuple(out.projections.shape), tuple(out.prototypes.shape), tuple(teacher.rows.shape), tuple(method.loss(out, teacher).shape)
-    ((4, 5, 4), (32, 4), (2, 5, 4), ())
+    >>> tuple(out.projections.shape), tuple(out.prototypes.shape), tuple(teacher.rows.shape)
+    ((4, 5, 4), (32, 4), (2, 5, 4))
+    >>> tuple(method.loss(out, teacher).shape)
+    ()
     """
 
-    views_per_sample = 2
-    multi_crop = True
+    followed = ("backbone", "projector", "last_layer")
+    momentum_last_layer: nn.Linear
     center: Tensor
     teacher_temperature: Tensor
 
@@ -71,12 +74,7 @@ class DINO(Method):
             feature_width(backbone), config.projector_hidden, config.projector_out, norm=config.dino.head_norm
         )
         self.last_layer = nn.Linear(config.projector_out, config.dino.prototypes, bias=False)
-        self.momentum_backbone = momentum_copy(self.backbone)
-        self.momentum_projector = momentum_copy(self.projector)
-        self.momentum_last_layer = momentum_copy(self.last_layer)
-        self.momentum = cosine_momentum(
-            config.momentum_start, config.momentum_end, facts.total_steps
-        ).tolist()
+        self.copy_parts(config, facts)
         warmup = round(config.dino.teacher_warmup_epochs * facts.steps_per_epoch)
         # One more than there are steps: the temperature is set for the step to come.
         self.temperatures = linear_warmup(
@@ -101,8 +99,7 @@ class DINO(Method):
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Teacher:
         """The teacher on the two views of full size, with the centre and temperature of this step."""
-        features = encode(self.momentum_backbone, views[: self.views_per_sample])
-        rows = normalize(apply_head(self.momentum_projector, features), dim=-1)
+        rows = normalize(self.momentum_projections(views[: self.views_per_sample]), dim=-1)
         return Teacher(
             rows, normalize(self.momentum_last_layer.weight, dim=-1), self.center, self.teacher_temperature
         )
@@ -114,11 +111,16 @@ class DINO(Method):
         assert out.prototypes is not None
         terms = [
             soft_cross_entropy(
-                others.flatten(0, 1), out.prototypes, aux.rows[taught].repeat(len(others), 1), aux.prototypes,
-                temperature=self.temperature, teacher_temperature=aux.temperature, teacher_bias=-aux.center / aux.temperature,
+                others.flatten(0, 1),
+                out.prototypes,
+                aux.rows[taught].repeat(len(others), 1),
+                aux.prototypes,
+                temperature=self.temperature,
+                teacher_temperature=aux.temperature,
+                teacher_bias=-aux.center / aux.temperature,
             )
             for taught, others in other_views(out.projections, len(aux.rows))
-        ]  # fmt: skip
+        ]
         return torch.stack(terms).mean()
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
@@ -142,9 +144,4 @@ class DINO(Method):
             mean = passes[0][1].prototypes @ all_reduce_mean(row, world_group())
             self.center = torch.lerp(mean, self.center, self.center_momentum)
         self.teacher_temperature = torch.full_like(self.teacher_temperature, self.temperatures[step + 1])
-        student = [self.backbone, self.projector, self.last_layer]
-        follow(
-            [self.momentum_backbone, self.momentum_projector, self.momentum_last_layer],
-            student,
-            self.momentum[step],
-        )
+        super().update_state(passes, step)

@@ -33,7 +33,8 @@ class DISSL(Method):
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> from fastgessl.config import DisslConfig
-    >>> config = MethodConfig(name="dissl", projector_hidden=16, projector_out=4, dissl=DisslConfig(prototypes=32))
+    >>> own = DisslConfig(prototypes=32)
+    >>> config = MethodConfig(name="dissl", projector_hidden=16, projector_out=4, dissl=own)
     >>> method = DISSL(config, backbone, RunFacts(classes=10))
     >>> out = method([torch.randn(5, 3, 2, 2) for _ in range(3)])
     >>> tuple(out.projections.shape), tuple(out.predictions.shape), tuple(method.loss(out).shape)

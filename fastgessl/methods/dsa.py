@@ -165,7 +165,7 @@ class DSA(Method):
             follow([self.helper], [self.backbone], self.config.helper_momentum)
 
     def _terms(self, out: Outputs, helper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(separation (), prior (), s (n,)) of this rank's n images against the N of all that are compared."""
+        """(separation (), prior (), s (n,)) of this rank's n images against the N compared."""
         assert isinstance(out, RegulatedOutputs)
         group = world_group() if self.compares_all else None
         everyone, seen = _gathered(out.projections[:2], group), _gathered(helper, group)

@@ -17,8 +17,8 @@ from torch.nn.functional import logsigmoid, normalize
 
 from fastgessl.config import MethodConfig, UsageError
 from fastgessl.kernels import similarity_logsumexp
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
-from fastgessl.methods.crops import other_views
+from fastgessl.methods.base import Outputs, RunFacts, Similarity, other_views
+from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.queue import check_queue, enqueued
 from fastgessl.methods.registry import register
 from fastgessl.models import (
@@ -26,11 +26,8 @@ from fastgessl.models import (
     apply_head,
     encode,
     feature_width,
-    follow,
-    momentum_copy,
     shuffled_over_ranks,
 )
-from fastgessl.schedules import cosine_momentum
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Keys:
 
 
 @register("moco")
-class MoCo(Method):
+class MoCo(MomentumMethod):
     """Two views and, if asked for, smaller ones. State: the momentum encoder, and a queue of its projections,
     one a view.
 
@@ -54,16 +51,17 @@ class MoCo(Method):
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> from fastgessl.config import MocoConfig
-    >>> config = MethodConfig(name="moco", projector_hidden=16, projector_out=4, moco=MocoConfig(queue_length=20))
+    >>> own = MocoConfig(queue_length=20)
+    >>> config = MethodConfig(name="moco", projector_hidden=16, projector_out=4, moco=own)
     >>> method = MoCo(config, backbone, RunFacts(total_steps=100, images_per_forward=5))
     >>> views = [torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)]
     >>> out, keys = method(views), method.targets(views)
-    >>> tuple(out.projections.shape), tuple(keys.positive.shape), tuple(keys.queue.shape), tuple(method.loss(out, keys).shape)
-    ((2, 5, 4), (2, 5, 4), (2, 20, 4), ())
+    >>> tuple(out.projections.shape), tuple(keys.positive.shape), tuple(keys.queue.shape)
+    ((2, 5, 4), (2, 5, 4), (2, 20, 4))
+    >>> tuple(method.loss(out, keys).shape)
+    ()
     """
 
-    views_per_sample = 2
-    multi_crop = True
     queue: Tensor
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
@@ -78,11 +76,7 @@ class MoCo(Method):
         self.projector = PlainProjector(
             feature_width(backbone), config.projector_hidden, config.projector_out
         )
-        self.momentum_backbone = momentum_copy(self.backbone)
-        self.momentum_projector = momentum_copy(self.projector)
-        self.momentum = cosine_momentum(
-            config.momentum_start, config.momentum_end, facts.total_steps
-        ).tolist()
+        self.copy_parts(config, facts)
         self.temperature = config.temperature
         self.symmetric, self.shuffles = config.moco.symmetric, config.moco.shuffle_batch_norm
         queues = 2 if self.symmetric else 1
@@ -104,12 +98,11 @@ class MoCo(Method):
         """Keys and the queue as it is now."""
         keys = views[:2] if self.symmetric else views[1:2]
         if self.shuffles:
-            features = shuffled_over_ranks(self.momentum_backbone, torch.cat(list(keys))).unflatten(
-                0, (len(keys), -1)
-            )
+            features = shuffled_over_ranks(self.momentum_backbone, torch.cat(list(keys)))
+            projections = apply_head(self.momentum_projector, features.unflatten(0, (len(keys), -1)))
         else:
-            features = encode(self.momentum_backbone, keys)
-        return Keys(normalize(apply_head(self.momentum_projector, features), dim=-1), self.queue)
+            projections = self.momentum_projections(keys)
+        return Keys(normalize(projections, dim=-1), self.queue)
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
         """-log( exp(q·k₊/τ) / (exp(q·k₊/τ) + Σ_queue exp(q·k/τ)) ), averaged over queries and then over keyed
@@ -145,8 +138,4 @@ class MoCo(Method):
         """
         for _, keys in passes:
             self.queue = enqueued(self.queue, keys.positive)
-        follow(
-            [self.momentum_backbone, self.momentum_projector],
-            [self.backbone, self.projector],
-            self.momentum[step],
-        )
+        super().update_state(passes, step)

@@ -19,15 +19,14 @@ from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group
 from fastgessl.kernels import info_nce
 from fastgessl.kernels.collectives import rank_and_size
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
-from fastgessl.methods.crops import other_views
+from fastgessl.methods.base import Outputs, RunFacts, Similarity, other_views
+from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.registry import register
-from fastgessl.models import MoCoV3Head, apply_head, encode, feature_width, follow, momentum_copy
-from fastgessl.schedules import cosine_momentum
+from fastgessl.models import MoCoV3Head, apply_head, encode, feature_width
 
 
 @register("mocov3")
-class MoCoV3(Method):
+class MoCoV3(MomentumMethod):
     """Two views and, if asked for, smaller ones; projector and predictor. State: the momentum encoder.
 
     A vision transformer keeps its random patch embedding, and gets a projector of three layers and a batch
@@ -43,8 +42,6 @@ class MoCoV3(Method):
     ((2, 5, 4), (2, 5, 4), ())
     """
 
-    views_per_sample = 2
-    multi_crop = True
     rings = True
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
@@ -64,11 +61,7 @@ class MoCoV3(Method):
         self.predictor = MoCoV3Head(
             outputs, config.predictor_hidden, outputs, layers=2, output_norm=transformer
         )
-        self.momentum_backbone = momentum_copy(self.backbone)
-        self.momentum_projector = momentum_copy(self.projector)
-        self.momentum = cosine_momentum(
-            config.momentum_start, config.momentum_end, facts.total_steps
-        ).tolist()
+        self.copy_parts(config, facts)
         self.temperature = config.temperature
         self.gathers = facts.negatives == "global"
 
@@ -81,8 +74,7 @@ class MoCoV3(Method):
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """The momentum encoder's unit projections of the two views of full size (2, N, D)."""
-        features = encode(self.momentum_backbone, views[: self.views_per_sample])
-        return normalize(apply_head(self.momentum_projector, features), dim=-1)
+        return normalize(self.momentum_projections(views[: self.views_per_sample]), dim=-1)
 
     def loss(self, out: Outputs, aux: Any = None) -> Tensor:
         """2τ · InfoNCE of predictions over the keys of all ranks, summed over the two keyed views, averaged
@@ -118,12 +110,3 @@ class MoCoV3(Method):
         """(number of the keyed view, unit predictions of the others (V-1, N, D))."""
         assert out.predictions is not None
         return other_views(normalize(out.predictions, dim=-1), 2)
-
-    @torch.no_grad()
-    def update_state(self, passes: Sequence[tuple[Outputs, Any]], step: int) -> None:
-        """The momentum encoder follows with the momentum of `step`."""
-        follow(
-            [self.momentum_backbone, self.momentum_projector],
-            [self.backbone, self.projector],
-            self.momentum[step],
-        )

@@ -20,7 +20,8 @@ def pairwise_scores(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
     """Σ_h weight_h · max(0, first_ih - second_jh): (N, H), (M, H), (H,) -> (N, M). Third derivatives raise
     RuntimeError.
 
-    >>> pairwise_scores(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 1.0], [4.0, -1.0]]), torch.tensor([1.0, 10.0]))
+    >>> second = torch.tensor([[1.0, 1.0], [4.0, -1.0]])
+    >>> pairwise_scores(torch.tensor([[3.0, 0.0]]), second, torch.tensor([1.0, 10.0]))
     tensor([[ 2., 10.]])
     """
     return _Scores.apply(first, second, weight)
@@ -131,7 +132,7 @@ class _Curvature(torch.autograd.Function):
 
 
 def _blocks(first: Tensor, second: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of `first` at a time, with their differences from every row of `second`: (rows, (n, M, H))."""
+    """Some rows of `first` at a time, and their differences from every row of `second`: (n, M, H)."""
     step = max(1, BLOCK_NUMBERS // max(second.numel(), 1))
     for start in range(0, len(first), step):
         rows = slice(start, start + step)

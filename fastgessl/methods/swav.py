@@ -18,8 +18,7 @@ from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group, world_size
 from fastgessl.kernels import sinkhorn_potentials, soft_cross_entropy
 from fastgessl.kernels.collectives import rank_and_size
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
-from fastgessl.methods.crops import other_views
+from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity, other_views
 from fastgessl.methods.queue import check_queue, enqueued
 from fastgessl.methods.registry import check_prototypes, register
 from fastgessl.models import Projector, apply_head, encode, feature_width
@@ -50,12 +49,15 @@ class SwAV(Method):
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> from fastgessl.config import SwavConfig
-    >>> config = MethodConfig(name="swav", projector_hidden=16, projector_out=4, swav=SwavConfig(prototypes=32, queue_length=0))
+    >>> own = SwavConfig(prototypes=32, queue_length=0)
+    >>> config = MethodConfig(name="swav", projector_hidden=16, projector_out=4, swav=own)
     >>> method = SwAV(config, backbone, RunFacts())
     >>> views = [torch.randn(5, 3, size, size) for size in (2, 2, 2)]
     >>> out = method(views)
-    >>> tuple(out.projections.shape), tuple(out.prototypes.shape), tuple(method.loss(out, method.targets(views)).shape)
-    ((3, 5, 4), (32, 4), ())
+    >>> tuple(out.projections.shape), tuple(out.prototypes.shape)
+    ((3, 5, 4), (32, 4))
+    >>> tuple(method.loss(out, method.targets(views)).shape)
+    ()
     """
 
     views_per_sample = 2
@@ -133,11 +135,16 @@ class SwAV(Method):
         assert out.prototypes is not None
         terms = [
             soft_cross_entropy(
-                others.flatten(0, 1), out.prototypes, codes.rows[coded].repeat(len(others), 1), codes.prototypes,
-                temperature=self.temperature, teacher_temperature=self.epsilon, teacher_bias=codes.potentials[coded],
+                others.flatten(0, 1),
+                out.prototypes,
+                codes.rows[coded].repeat(len(others), 1),
+                codes.prototypes,
+                temperature=self.temperature,
+                teacher_temperature=self.epsilon,
+                teacher_bias=codes.potentials[coded],
             )
             for coded, others in other_views(out.projections, len(codes.rows))
-        ]  # fmt: skip
+        ]
         return torch.stack(terms).mean()
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:

@@ -11,7 +11,7 @@ second derivative. Not found: an operation that hides its dependence on the weig
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,16 @@ WAYS_OUT = (
 )
 
 
-def attention_for(second_order: bool) -> AbstractContextManager[None]:
-    """Inside, attention takes the math path if second derivatives are needed: the fused kernels have none."""
-    return sdpa_kernel(SDPBackend.MATH) if second_order else nullcontext()
+def math_attention() -> AbstractContextManager[None]:
+    """Inside, attention takes the math path: the fused kernels have no second derivatives."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
-def retained_when_compiled(bi_level: bool) -> AbstractContextManager[None]:
+def buffers_retained() -> AbstractContextManager[None]:
     """Inside, what torch.compile compiles keeps the buffers of its backward: with K = 0 the SSL loss and σ
     run back through one forward.
     """
-    return functorch_config.patch(donated_buffer=False) if bi_level else nullcontext()
+    return functorch_config.patch(donated_buffer=False)
 
 
 def check_modules(method: Method, settings: GesslConfig) -> None:

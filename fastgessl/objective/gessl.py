@@ -9,6 +9,7 @@ through them are options of ours: see docs/gessl.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,14 @@ from fastgessl.methods.base import Method, Outputs
 from fastgessl.models import SynchronisedBatchNorm
 from fastgessl.objective.bilevel import bi_level_sigma
 from fastgessl.objective.differentiable import (
-    attention_for,
+    buffers_retained,
     check_modules,
     check_sharding,
-    retained_when_compiled,
+    math_attention,
     second_order,
 )
 from fastgessl.objective.inner import Sgd, attach_gradients
-from fastgessl.objective.noise import Noise
-from fastgessl.objective.task import Task, adapted_weights, check_views, full_precision, rank_local_task
+from fastgessl.objective.task import Noise, Task, adapted_weights, rank_local_task
 
 
 @dataclass(frozen=True)
@@ -98,41 +98,34 @@ class GeSSL(nn.Module):
         method's own measures are wanted, as they are on steps that are logged. UsageError if views or labels
         are missing, or if there are more or fewer views than the method takes.
         """
-        check_views(self.method, views, labels)
-        with retained_when_compiled(self.settings.w_sigma > 0):
-            return self._forward(views, step, query_views, inner_lr, labels, measured)
-
-    def _forward(
-        self,
-        views: Sequence[Tensor],
-        step: int,
-        query_views: Sequence[Tensor] | None,
-        inner_lr: float | None,
-        labels: Tensor | None,
-        measured: bool,
-    ) -> Result:
+        self.method.check_views(views, labels)
         settings = self.settings
         with_sigma = settings.w_sigma > 0 and step % settings.every == 0
+        twice = with_sigma and second_order(settings)
         if with_sigma:
             # Here and not at the start: modules are sharded after they are built.
             check_sharding(self.method)
-        with attention_for(with_sigma and second_order(settings) and settings.scope == "all"):
-            aux = self.method.targets(views, labels)
-            noise = Noise.now(views[0].device)
-            out = self.method(views)
-        with full_precision(views[0].device.type):
-            settled = self._settled(out, aux)
-            loss_ssl = self.method.loss(out, settled)
-        loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()}
-        if measured:
-            metrics |= self._measures(out, settled)
-        if with_sigma:
-            with attention_for(second_order(settings)):
-                task = self._task(views, labels, aux if self._compares_ranks() else settled, noise, out)
-                query = task if settings.query == "same" else self._fresh_task(query_views, labels)
-                loss, further = self._bi_level(self._sgd(inner_lr), loss_ssl, out, task, query)
-                metrics |= further
-        return Result(loss, metrics, out.detached(), settled)
+        with buffers_retained() if settings.w_sigma > 0 else nullcontext():
+            with math_attention() if twice and settings.scope == "all" else nullcontext():
+                aux = self.method.targets(views, labels)
+                noise = Noise.now(views[0].device) if with_sigma else None
+                out = self.method(views)
+            detached = out.detached()
+            with torch.autocast(views[0].device.type, enabled=False):  # as in `full_precision`
+                with torch.no_grad():
+                    settled = self.method.settle(detached, aux)
+                loss_ssl = self.method.loss(out, settled)
+                loss, metrics = settings.w_ssl * loss_ssl, {"loss_ssl": loss_ssl.detach()}
+                if measured:
+                    with torch.no_grad():
+                        metrics |= self.method.measures(detached, settled)
+            if noise is not None:
+                with math_attention() if twice else nullcontext():
+                    task = self._task(views, labels, aux if self._compares_ranks() else settled, noise, out)
+                    query = task if settings.query == "same" else self._fresh_task(query_views, labels)
+                    loss, of_sigma = self._bi_level(self._sgd(inner_lr), loss_ssl, out, task, query)
+                    metrics |= of_sigma
+        return Result(loss, metrics, detached, settled)
 
     def _bi_level(
         self, sgd: Sgd, loss_ssl: Tensor, out: Outputs, task: Task, query: Task
@@ -166,15 +159,6 @@ class GeSSL(nn.Module):
             metrics["inner_lr"] = loss_ssl.detach().new_full((), sgd.lr)
         return settings.w_ssl * loss_ssl + settings.w_sigma * gated, metrics
 
-    @torch.no_grad()
-    def _settled(self, out: Outputs, aux: Any) -> Any:
-        return self.method.settle(out.detached(), aux)
-
-    @torch.no_grad()
-    def _measures(self, out: Outputs, aux: Any) -> dict[str, Tensor]:
-        with full_precision(out.projections.device.type):
-            return self.method.measures(out.detached(), aux)
-
     def _task(
         self, views: Sequence[Tensor], labels: Tensor | None, aux: Any, noise: Noise, out: Outputs
     ) -> Task:
@@ -201,7 +185,7 @@ class GeSSL(nn.Module):
                 "gessl.query is 'fresh_views' and no query_views were given. Pass a further pair of views, "
                 "or use 'same'."
             )
-        check_views(self.method, query_views, labels)
+        self.method.check_views(query_views, labels)
         return rank_local_task(self.method, query_views, labels, self.settings.scope)
 
     def _mixes_ranks(self) -> bool:

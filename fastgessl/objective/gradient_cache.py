@@ -20,8 +20,7 @@ from fastgessl.config import GesslConfig, UsageError
 from fastgessl.methods.base import Method, Outputs
 from fastgessl.objective.gessl import Result
 from fastgessl.objective.inner import attach_gradients
-from fastgessl.objective.noise import Noise
-from fastgessl.objective.task import check_views, full_precision
+from fastgessl.objective.task import Noise, full_precision
 
 _BY_ROW = ("features", "projections", "predictions")
 """The fields of `Outputs` that hold one row a sample, along dimension 1. The others are weights, the same in
@@ -72,7 +71,7 @@ class CachedObjective(nn.Module):
         """V views of N samples -> Result, as `GeSSL.forward` gives it; `query_views` and `inner_lr` belong to
         GeSSL and are not used.
         """
-        check_views(self.method, views, labels)
+        self.method.check_views(views, labels)
         # Chunks of nearly one size: a last chunk of one row would have no batch statistics.
         count = -(-len(views[0]) // self.chunk)
         parts = list(zip(*(view.tensor_split(count) for view in views), strict=True))

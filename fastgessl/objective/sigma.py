@@ -12,7 +12,7 @@ from fastgessl.kernels import sigma_kl
 from fastgessl.methods.base import Method, Similarity
 from fastgessl.objective.differentiable import check_sharding
 from fastgessl.objective.inner import Iterate, Sgd, as_leaves, descend
-from fastgessl.objective.task import adapted_weights, check_views, full_precision, rank_local_task
+from fastgessl.objective.task import adapted_weights, full_precision, rank_local_task
 
 
 def sigma(student: Sequence[Similarity], teacher: Sequence[Similarity]) -> Tensor:
@@ -52,10 +52,11 @@ def measure_sigma(
     >>> from fastgessl.models import build_backbone
     >>> backbone = build_backbone(ModelConfig(stem="small", width=0.125))
     >>> method = build_method(MethodConfig(projector_hidden=16), backbone, RunFacts())
-    >>> measure_sigma(method, GesslConfig(inner_lr=0.1), [torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)]) > 0
+    >>> views = [torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)]
+    >>> measure_sigma(method, GesslConfig(inner_lr=0.1), views) > 0
     True
     """
-    check_views(method, views, labels)
+    method.check_views(views, labels)
     check_sharding(method)
     mode = method.training
     device = views[0].device

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastgessl.config import UsageError
 from fastgessl.distributed import rank_local
 from fastgessl.methods.base import Method, Outputs, Similarity
-from fastgessl.objective.noise import Noise
 
 Weights = dict[str, Tensor]
 """Trainable parameters of a method by name: all of them, or those of the heads."""
@@ -25,6 +23,35 @@ Weights = dict[str, Tensor]
 # 4096 the second derivatives of narrow test networks overflow already; with 256 they agree with float32 to a
 # cosine of 0.9999.
 HALF_PRECISION_SCALE = 256.0
+
+
+@dataclass(frozen=True)
+class Noise:
+    """State of the generators that a module on `device` draws from."""
+
+    device: torch.device
+    states: tuple[Tensor, ...]
+
+    @classmethod
+    def now(cls, device: torch.device) -> Noise:
+        on_gpu = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+        return cls(device, (torch.get_rng_state(), *on_gpu))
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, the generators start from this state; afterwards they are where they were.
+
+        >>> noise = Noise.now(torch.device("cpu"))
+        >>> first = torch.rand(3)
+        >>> with noise.replayed():
+        ...     torch.equal(first, torch.rand(3))
+        True
+        """
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.set_rng_state(self.states[0])
+            for state in self.states[1:]:
+                torch.cuda.set_rng_state(state, self.device)
+            yield
 
 
 @dataclass(frozen=True)
@@ -57,7 +84,7 @@ class Task:
 
     @property
     def inputs(self) -> Weights:
-        """What besides the weights a gradient may flow to: the backbone's features, if only the heads adapt."""
+        """What a gradient may flow to besides the weights: the features, if only the heads adapt."""
         return {} if self.features is None else {"features": self.features}
 
     @torch.no_grad()
@@ -74,33 +101,6 @@ class Task:
             self
             if self.features is None
             else replace(self, features=self.features.detach().requires_grad_(requires_grad))
-        )
-
-
-def check_views(method: Method, views: Sequence[Tensor], labels: Tensor | None = None) -> None:
-    """Raise UsageError unless these are as many views as the method takes, of the same samples, with labels
-    if it needs them.
-    """
-    wanted = method.views_per_sample
-    if not views or (
-        wanted is not None and (len(views) < wanted or (len(views) > wanted and not method.multi_crop))
-    ):
-        least = "" if wanted and not method.multi_crop else "at least "
-        needs = f"{least}{wanted or 1} view" + "s" * ((wanted or 1) > 1)
-        raise UsageError(
-            f"{type(method).__name__} needs {needs} of each sample and was given {len(views)}. Pass a list "
-            "of that many tensors."
-        )
-    rows = [len(view) for view in views]
-    if len(set(rows)) > 1:
-        raise UsageError(
-            f"the views have {rows} rows. Row i of every view belongs to sample i: give all of them one row "
-            "a sample."
-        )
-    if method.needs_labels and (labels is None or len(labels) != rows[0]):
-        found = "none" if labels is None else f"{len(labels)} for {rows[0]} samples"
-        raise UsageError(
-            f"{type(method).__name__} learns from labels and was given {found}. Pass `labels`, one a sample."
         )
 
 

@@ -7,7 +7,7 @@ from toys import toy_method
 
 from fastgessl.config import GesslConfig, UsageError
 from fastgessl.methods import METHODS, Outputs, RunFacts
-from fastgessl.methods.crops import other_views
+from fastgessl.methods.base import other_views
 from fastgessl.objective import GeSSL
 
 OPTIONS = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from finished_run import train_tiny
 
 
 class Outcome(NamedTuple):
@@ -43,3 +45,9 @@ def forget_processes() -> None:
 def fastgessl(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
     """Run `fastgessl ARGUMENTS` in this process."""
     yield lambda *arguments: in_this_process(arguments, capsys.readouterr)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A finished run, shared: copy it before writing into it."""
+    return train_tiny(tmp_path_factory.mktemp("finished") / "run")

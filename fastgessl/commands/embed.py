@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from fastgessl import pipelines, runs
 from fastgessl.config import UsageError
 from fastgessl.distributed import build_accelerator
-from fastgessl.evaluate.cache import FeatureCache
-from fastgessl.evaluate.extraction import Extraction
+from fastgessl.evaluate.extraction import Extractor, FeatureCache
 from fastgessl.evaluate.features import extract_features
 from fastgessl.evaluate.subject import Subject, base_config, open_subject
 from fastgessl.pipelines.sources.images import Images
@@ -46,12 +45,12 @@ def embed(subject: Subject, path: Path, out: Path) -> int:
     accelerator = build_accelerator(subject.config, subject.folder)
     if accelerator.num_processes > 1:
         raise UsageError("embed runs on one process. Start it without a launcher of several.")
-    extraction = Extraction(subject.config, accelerator, FeatureCache(None))
+    extractor = Extractor(subject.config, accelerator, FeatureCache(None))
     encoder = subject.encoder.to(accelerator.device)
     features, files, labels = [], [], []
     classes: tuple[str, ...] = ()
     for split, images in _splits(path):
-        loader = extraction.loader(images, [extraction.still])
+        loader = extractor.loader(images, [extractor.still])
         found = extract_features(encoder, loader, accelerator.device, progress=True)
         loader.close()
         found.require_finite(str(path))

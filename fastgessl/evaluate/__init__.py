@@ -2,10 +2,14 @@
 docs/evaluation.md.
 """
 
-from fastgessl.evaluate.conditions import Conditions, measure_conditions
 from fastgessl.evaluate.features import Features, extract_features, extract_views, raw_pixels
-from fastgessl.evaluate.few_shot import FewShotResult, few_shot
-from fastgessl.evaluate.geometry import (
+from fastgessl.evaluate.measure import Evaluation, EvaluationData, evaluate, measure, monitor
+from fastgessl.evaluate.online import OnlineProbe
+from fastgessl.evaluate.sources import held_out_test
+from fastgessl.evaluate.tasks import TASKS
+from fastgessl.evaluate.tasks.conditions import Conditions, measure_conditions
+from fastgessl.evaluate.tasks.few_shot import FewShotResult, few_shot
+from fastgessl.evaluate.tasks.geometry import (
     Geometry,
     alignment,
     crowding_ratio,
@@ -14,26 +18,31 @@ from fastgessl.evaluate.geometry import (
     uniformity,
     view_retrieval,
 )
-from fastgessl.evaluate.gradient_probes import (
+from fastgessl.evaluate.tasks.gradient_probes import (
     GradientProbe,
     GradientProbeResult,
+    SgdProtocol,
     fit_gradient_probe,
     gradient_probe,
 )
-from fastgessl.evaluate.knn import Neighbours, knn_classify, knn_protocols
-from fastgessl.evaluate.label_fractions import FractionResult, label_fraction_probe
-from fastgessl.evaluate.linear import LinearProbe, ProbeResult, few_label_probe, fit_probe, linear_probe
-from fastgessl.evaluate.online import OnlineProbe
-from fastgessl.evaluate.report import Report
-from fastgessl.evaluate.sigma import Sigma, sigma_to_labels
-from fastgessl.evaluate.suite import EvaluationData, Extracted, evaluate, held_out_test, measure, monitor
-from fastgessl.evaluate.tasks import TASKS, plan_tasks, require_known_tasks
+from fastgessl.evaluate.tasks.knn import Neighbours, knn_classify, knn_protocols
+from fastgessl.evaluate.tasks.linear import (
+    FractionResult,
+    LinearProbe,
+    ProbeResult,
+    Sigma,
+    few_label_probe,
+    fit_probe,
+    label_fraction_probe,
+    linear_probe,
+    sigma_to_labels,
+)
 
 __all__ = [
     "TASKS",
     "Conditions",
+    "Evaluation",
     "EvaluationData",
-    "Extracted",
     "Features",
     "FewShotResult",
     "FractionResult",
@@ -44,7 +53,7 @@ __all__ = [
     "Neighbours",
     "OnlineProbe",
     "ProbeResult",
-    "Report",
+    "SgdProtocol",
     "Sigma",
     "alignment",
     "crowding_ratio",
@@ -66,9 +75,7 @@ __all__ = [
     "measure_conditions",
     "measure_geometry",
     "monitor",
-    "plan_tasks",
     "raw_pixels",
-    "require_known_tasks",
     "sigma_to_labels",
     "uniformity",
     "view_retrieval",

@@ -1,37 +1,60 @@
-"""From a data set to features: the loaders of evaluation, through the cache."""
+"""From a data set to features: the loaders of evaluation, through a cache that extracts once.
+
+Features are kept in a folder, in parts, and thrown away as soon as the encoder, an image or the view changes.
+`<folder>/<name>/` holds `key.json`, which says what the features were made of, and `<first
+image>.safetensors` parts of at most `PART_IMAGES` images. A part is complete or absent, so an interrupted
+extraction continues with the first part that is missing.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from fastgessl import pipelines
 from fastgessl.build import view_specs
 from fastgessl.config import Config
 from fastgessl.distributed import world_size
-from fastgessl.evaluate.cache import FeatureCache, digest_of, subset
-from fastgessl.evaluate.classifier import ClassifierLoaders
-from fastgessl.evaluate.features import Features, Pixels, extract_views
-from fastgessl.evaluate.sources import Source
+from fastgessl.evaluate.features import (
+    Features,
+    Pixels,
+    RowFeatures,
+    extract_views,
+    gathered,
+    is_first_rank,
+    view_sample,
+    with_progress,
+)
+from fastgessl.evaluate.sources import Source, subset
 from fastgessl.evaluate.subject import untrained_encoder
-from fastgessl.evaluate.suite import Extracted, hold_out_features, view_sample, wants_views
 from fastgessl.pipelines.sources.images import Images
 
+# 33 MB of 512 features: some seconds of extraction on a GPU, half an hour on a CPU, is what an interruption
+# costs at most.
+PART_IMAGES = 16384
 # Batches that estimate the untrained encoder's batch-norm statistics: 20 x 256 images fix a mean to about 1.5
 # % of a standard deviation.
 CALIBRATION_BATCHES = 20
 
 
 @dataclass(frozen=True)
-class Extraction:
+class Extractor:
     """Extracts features of data sets under one configuration; every rank calls every method."""
 
     config: Config
@@ -59,7 +82,7 @@ class Extraction:
         training: bool = False,
     ) -> pipelines.Loader:
         """Every image once, in order, this rank's part of them if `sharded`; in `training` in a new order
-        each epoch, whole batches only.
+        per epoch, whole batches only.
 
         `batch_size` 0 is evaluation's own.
         """
@@ -84,76 +107,203 @@ class Extraction:
         """Batches of the views that training sees, each image once, in order and always the same."""
         return self.loader(images, view_specs(self.config), sharded=False, batch_size=batch_size)
 
-    def classifier_loaders(self) -> ClassifierLoaders:
-        """Training with the recipe's crops and flips and nothing else, which is what supervised training of
-        its backbones takes.
-        """
-        first = replace(self.pair[0], jitter_probability=0.0, grayscale_probability=0.0)
-        light = replace(first, blur_probability=0.0, solarize_probability=0.0)
-        return ClassifierLoaders(
-            training=lambda images, size: self.loader(
-                images, [light], sharded=False, batch_size=size, training=True
-            ),
-            still=lambda images: self.loader(images, [self.still], sharded=False),
-        )
-
     def features(
         self,
         row: str,
         encoder: nn.Module | Literal["pixels"],
         name: str,
         images: Images,
-        views: list[pipelines.ViewSpec],
+        views: Sequence[pipelines.ViewSpec],
     ) -> tuple[Features, ...]:
-        """Features of `images`, one `Features` a view; kept under `row` and `name`, except raw pixels, which
-        cost nothing to make again.
+        """Features of `images`, one `Features` per view; kept under `row` and `name`, except raw pixels,
+        which cost nothing to make again.
         """
-        progress = self.accelerator.is_main_process
-        net, device = (
-            (Pixels(), torch.device("cpu")) if encoder == "pixels" else (encoder, self.accelerator.device)
-        )
-        cache = FeatureCache(None) if encoder == "pixels" else self.cache
+        net, device, cache = encoder, self.accelerator.device, self.cache
+        if net == "pixels":
+            net, device, cache = Pixels(), torch.device("cpu"), FeatureCache(None)
 
         def extract(part: Images) -> tuple[Features, ...]:
             loader: Any = self.loader(part, views)
             try:
-                return extract_views(net, loader, device, progress=progress)
+                return extract_views(net, loader, device, self.accelerator.is_main_process)
             finally:
                 loader.close()
 
         key = digest_of(net, images, views, self.config.train.seed) if cache.folder is not None else ""
-        return cache.features(
-            f"{row}-{name}".replace(" ", "-").replace("/", "-").replace(":", "-"), key, images, extract
-        )
+        return cache.features(re.sub("[ /:]", "-", f"{row}-{name}"), key, images, extract)
 
-    def extracted(
-        self, row: str, encoder: nn.Module | Literal["pixels"], source: Source, *, transfer: bool = False
-    ) -> Extracted:
-        """All that is measured of one encoder on one data set; of a `transfer` set no augmented views, and
-        few-shot episodes from all of it where it has no test split."""
+    def row(
+        self,
+        name: str,
+        encoder: nn.Module | Literal["pixels"],
+        source: Source,
+        *,
+        with_views: bool,
+        whole_pool: bool = False,
+    ) -> RowFeatures:
+        """All features of one encoder on one data set: of two augmented views too if asked for; with
+        `whole_pool`, few-shot episodes are drawn from all of a set without a test split.
+        """
         seed = self.config.train.seed
-        (train,) = self.features(row, encoder, f"{source.slug}-train", source.train, [self.still])
-        everything = train
+        (train,) = self.features(name, encoder, f"{source.slug}-train", source.train, [self.still])
+        pool, views = None, None
         if source.test is not None:
-            (test,) = self.features(row, encoder, f"{source.slug}-test", source.test, [self.still])
+            (test,) = self.features(name, encoder, f"{source.slug}-test", source.test, [self.still])
         else:
-            train, test = hold_out_features(train, source.held_out(seed))
-        if transfer:
-            return Extracted(train, test, None, pool=everything if source.test is None else None)
-        views = None
-        if wants_views(self.config.evaluate):
+            pool = train if whole_pool else None
+            train, test = train.hold_out(source.held_out(seed))
+        if with_views:
             seen = source.train if source.test is None else source.test
             sample = subset(seen, view_sample(len(seen), seed).numpy())
-            views = self.features(row, encoder, f"{source.slug}-views", sample, self.pair)
-        return Extracted(train, test, views)
+            views = self.features(name, encoder, f"{source.slug}-views", sample, self.pair)
+        held_out = source.test is None
+        return RowFeatures(train, test, views, pool, held_out, self.accelerator.device)
 
     def untrained(self, images: Images) -> nn.Module:
         """The encoder that training started from, with batch-norm statistics of the training images: with the
         initial 0 and 1 it would be a weaker baseline than it is."""
-        backbone = (
-            untrained_encoder(self.config).to(self.accelerator.device).to(memory_format=torch.channels_last)
+        backbone = untrained_encoder(self.config).to(
+            self.accelerator.device, memory_format=torch.channels_last
         )
         loader = self.loader(images, [self.still], sharded=False)
         update_bn((batch.views[0] for batch in itertools.islice(loader, CALIBRATION_BATCHES)), backbone)
         loader.close()
         return backbone
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A folder of cached features.
+
+    >>> import tempfile
+    >>> images = pipelines.ArrayImages(np.zeros((3, 4, 4, 3), dtype=np.uint8))
+    >>> cache = FeatureCache(Path(tempfile.mkdtemp()))
+    >>> calls = []
+    >>> def extract(part):
+    ...     calls.append(len(part))
+    ...     return (Features(torch.ones(len(part), 2), None, torch.arange(len(part))),)
+    >>> [len(cache.features("train", "key", images, extract)[0]) for _ in range(2)], calls
+    ([3, 3], [3])
+    """
+
+    folder: Path | None
+    """Where the features are kept; None keeps nothing."""
+
+    def features(
+        self, name: str, key: str, images: Images, extract: Callable[[Images], tuple[Features, ...]]
+    ) -> tuple[Features, ...]:
+        """The features of `images`, one `Features` per view, from the folder `name` where its key is `key`,
+        else by `extract`, part by part.
+
+        `extract` numbers the images it is given from 0. Every rank calls this; the first one writes.
+        """
+        starts = range(0, len(images), PART_IMAGES)
+        folder = None if self.folder is None else self.folder / name
+        if folder is not None and is_first_rank():
+            _make_ready(folder, key)
+        parts = []
+        for start in with_progress(starts, f"features of {name}", len(starts) > 1 and is_first_rank()):
+            chosen = np.arange(start, min(start + PART_IMAGES, len(images)))
+            path = None if folder is None else folder / f"{start:09d}.safetensors"
+            part = None if path is None else _read(path)
+            # Ranks extract together, so all of them must have read it.
+            everywhere = all(gathered(part is not None))
+            if part is None or not everywhere:
+                part = extract(images if len(starts) == 1 else subset(images, chosen))
+                if path is not None and is_first_rank():
+                    _write(path, part)
+            parts.append(tuple(replace(view, index=view.index + start) for view in part))
+        return tuple(_joined(views) for views in zip(*parts, strict=True))
+
+
+def digest_of(
+    encoder: nn.Module, images: Images, views: Sequence[pipelines.ViewSpec], *settings: object
+) -> str:
+    """What cached features depend on, as 64 hexadecimal digits: weights and buffers, images with their
+    labels, views, and `settings`.
+
+    An image file counts by its path, size and time of change; reading ImageNet to learn that nothing changed
+    would take as long as extracting its features.
+    """
+    digest = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(digest_of_images(images).encode())
+    digest.update(json.dumps([asdict(view) for view in views]).encode())
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()
+
+
+def digest_of_images(images: Images) -> str:
+    """The images and labels of a data set as 64 hexadecimal digits.
+
+    >>> images = pipelines.ArrayImages(np.zeros((3, 4, 4, 3), dtype=np.uint8))
+    >>> digest_of_images(images) == digest_of_images(subset(images, np.array([0, 1])))
+    False
+    """
+    digest = hashlib.sha256(repr(images.classes).encode())
+    if images.labels is not None:
+        digest.update(images.labels.tobytes())
+    if isinstance(images, pipelines.ArrayImages):
+        digest.update(repr(images.images.shape).encode())
+        digest.update(np.ascontiguousarray(images.images).data)
+        return digest.hexdigest()
+    for path in getattr(images, "paths", ()) or getattr(images, "shards", ()):
+        digest.update(f"{path}\0{_state_of(path)}\n".encode("utf-8", "surrogateescape"))
+    for place in ("shard", "offset", "length"):
+        digest.update(np.ascontiguousarray(getattr(images, place, np.empty(0))).tobytes())
+    return digest.hexdigest()
+
+
+def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors by renaming, so that it is complete or absent."""
+    temporary = path.with_suffix(".part")
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def _state_of(path: Path) -> str:
+    """Size and time of change of a file; one that is gone is left out of the features, and found again it
+    must change them.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "absent"
+    return f"{status.st_size}\0{status.st_mtime_ns}"
+
+
+def _make_ready(folder: Path, key: str) -> None:
+    """Make `folder` ready for parts of this key: with those that belong to it, without any that do not."""
+    mark = folder / "key.json"
+    if mark.is_file() and mark.read_text() == json.dumps(key):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.write_text(json.dumps(key))
+
+
+def _read(path: Path) -> tuple[Features, ...] | None:
+    """A part; None if it is absent or damaged."""
+    try:
+        tensors = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    views = [tensors[f"view{number}"] for number in range(sum(name.startswith("view") for name in tensors))]
+    return tuple(Features(view, tensors.get("labels"), tensors["index"]) for view in views)
+
+
+def _write(path: Path, part: tuple[Features, ...]) -> None:
+    tensors = {f"view{number}": view.features for number, view in enumerate(part)}
+    tensors["index"] = part[0].index
+    if part[0].labels is not None:
+        tensors["labels"] = part[0].labels
+    save_whole(tensors, path)
+
+
+def _joined(views: Sequence[Features]) -> Features:
+    labels = [view.labels for view in views if view.labels is not None]
+    features = torch.cat([view.features for view in views])
+    index = torch.cat([view.index for view in views])
+    return Features(features, torch.cat(labels) if labels else None, index)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgessl.config import UsageError
-from fastgessl.evaluate.progress import shown
 
-AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # 10,000 photos of 224 pixels would fill 6 GB as they are.
 LARGEST_PIXEL_SIDE = 32
+# The pairs of uniformity and retrieval grow with the square of the images: 4,096 take 7 s a row on two busy
+# cores.
+VIEWED_IMAGES = 4096
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,8 @@ class Features:
 
     def subset(self, rows: Tensor) -> Features:
         """The given rows, (M,) int64."""
-        return Features(
-            self.features[rows], None if self.labels is None else self.labels[rows], self.index[rows]
-        )
+        labels = None if self.labels is None else self.labels[rows]
+        return Features(self.features[rows], labels, self.index[rows])
 
     def require_finite(self, owner: str) -> None:
         """Raises UsageError, naming `owner` and the first such image, if a feature is NaN or infinite."""
@@ -50,39 +54,115 @@ class Features:
         if bad.any():
             raise UsageError(
                 f"{owner}: the features of {int(bad.sum())} of {len(self)} images are NaN or infinite "
-                "(first: image "
-                f"{int(self.index[bad][0])}), so nothing can be measured on them. Did the training diverge? "
-                "Take an earlier checkpoint, "
-                "or train with a smaller optim.base_lr."
+                f"(first: image {int(self.index[bad][0])}), so nothing can be measured on them. Did the "
+                "training diverge? Take an earlier checkpoint, or train with a smaller optim.base_lr."
             )
+
+    def hold_out(self, held: Tensor) -> tuple[Features, Features]:
+        """(kept, held out), where there is no test split; `held` (H,) are numbers of images, not of rows."""
+        judged = torch.isin(self.index, held)
+        return self.subset((~judged).nonzero().squeeze(1)), self.subset(judged.nonzero().squeeze(1))
+
+
+@dataclass(frozen=True)
+class RowFeatures:
+    """All features of one encoder, a row of the tables, on one data set."""
+
+    train: Features
+    test: Features
+    views: tuple[Features, ...] | None = None
+    """The two augmented views of each image; None if there are none."""
+    pool: Features | None = None
+    """Images that few-shot episodes are drawn from; None draws from the test images."""
+    held_out: bool = False
+    """Whether the test images were taken from the training images."""
+    device: torch.device | str = "cpu"
+    """Where a probe that is trained step by step is trained."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What one task has made and another needs, by name: see `shared_probe`."""
+
+    @property
+    def episodes(self) -> Features:
+        """What few-shot episodes are drawn from."""
+        return self.test if self.pool is None else self.pool
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.train.features.shape[1]
+
+    @property
+    def classes(self) -> int:
+        """How many classes the training labels have; 0 without labels."""
+        return 0 if self.train.labels is None else len(self.train.labels.unique())
+
+    def view_pair(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Both views of a seeded sample of the images, (N, F) each."""
+        assert self.views is not None
+        if len(self.views) != 2:
+            raise ValueError(
+                f"The loader of augmented views yields {len(self.views)} views an image; geometry takes two."
+            )
+        rows = view_sample(len(self.views[0]), seed)
+        return self.views[0].features[rows], self.views[1].features[rows]
+
+
+def view_sample(count: int, seed: int) -> Tensor:
+    """Which of `count` images augmented views are looked at: at most 4,096, increasing."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:VIEWED_IMAGES].sort().values
 
 
 def extract_features(
-    encoder: nn.Module,
-    loader: Iterable[Any],
-    device: torch.device | str,
-    precision: str = "fp32",
-    progress: bool = False,
+    encoder: nn.Module, loader: Iterable[Any], device: torch.device | str, progress: bool = False
 ) -> Features:
-    """Features of a loader that yields one view an image: `encoder` maps (B, 3, S, S) on `device` to (B, F).
+    """Features of a loader that yields one view per image: `encoder` maps (B, 3, S, S) on `device` to (B, F).
 
-    Evaluation mode without gradient; every submodule's training mode is put back. `precision` (fp32, bf16,
-    fp16) is the autocast type of the forward pass. With several ranks each one extracts the shard that its
-    loader yields, and every rank gets all the rows. Raises ValueError if the loader yields several views or
-    an image twice, or the encoder returns anything but (B, F).
+    Evaluation mode without gradient; every submodule's training mode is put back. With several ranks each one
+    extracts the shard that its loader yields, and every rank gets all the rows. Raises ValueError if the
+    loader yields several views or an image twice, or the encoder returns anything but (B, F).
 
     >>> from types import SimpleNamespace as Batch
     >>> batch = Batch(views=[torch.ones(2, 3, 4, 4)], index=torch.arange(2), label=None)
     >>> extract_features(nn.Flatten(), [batch], "cpu").features.shape
     torch.Size([2, 48])
     """
-    views = extract_views(encoder, loader, device, precision, progress)
+    views = extract_views(encoder, loader, device, progress)
     if len(views) != 1:
         raise ValueError(
             f"The loader yields {len(views)} views an image; frozen features take exactly one. Use "
             "extract_views."
         )
     return views[0]
+
+
+def extract_views(
+    encoder: nn.Module, loader: Iterable[Any], device: torch.device | str, progress: bool = False
+) -> tuple[Features, ...]:
+    """As `extract_features`, for a loader that yields V views per image: one `Features` per view, their rows
+    aligned.
+    """
+    rows: list[list[Tensor]] = []
+    index: list[Tensor] = []
+    labels: list[Tensor] = []
+    with _evaluation_mode(encoder), torch.no_grad():
+        for batch in with_progress(loader, "features", progress):
+            rows.append([_forward(encoder, view, device) for view in batch.views])
+            index.append(batch.index.to("cpu", torch.int64))
+            if batch.label is not None:
+                labels.append(batch.label.to("cpu", torch.int64))
+    # A rank whose shard is empty knows neither the width nor whether there are labels.
+    parts = [part for part in gathered((rows, labels, index)) if part[2]]
+    if not parts:
+        raise UsageError("The loader yields no batch: not one image could be read, so there are no features.")
+    all_index = torch.cat([each for _, _, one in parts for each in one])
+    order = all_index.argsort()
+    _require_each_once(all_index[order])
+    all_labels = None
+    if parts[0][1]:
+        all_labels = torch.cat([each for _, one, _ in parts for each in one])[order]
+    views = zip(*(batch for one, _, _ in parts for batch in one), strict=True)
+    return tuple(Features(torch.cat(view)[order], all_labels, all_index[order]) for view in views)
 
 
 class Pixels(nn.Module):
@@ -94,12 +174,9 @@ class Pixels(nn.Module):
     """
 
     def forward(self, view: Tensor) -> Tensor:
-        small = (
-            F.adaptive_avg_pool2d(view, LARGEST_PIXEL_SIDE)
-            if max(view.shape[-2:]) > LARGEST_PIXEL_SIDE
-            else view
-        )
-        return small.flatten(1)
+        if max(view.shape[-2:]) > LARGEST_PIXEL_SIDE:
+            view = F.adaptive_avg_pool2d(view, LARGEST_PIXEL_SIDE)
+        return view.flatten(1)
 
 
 def raw_pixels(loader: Iterable[Any], progress: bool = False) -> Features:
@@ -109,42 +186,55 @@ def raw_pixels(loader: Iterable[Any], progress: bool = False) -> Features:
     >>> raw_pixels([Batch(views=[torch.ones(2, 3, 4, 4)], index=torch.arange(2), label=None)]).features.sum()
     tensor(96.)
     """
-    return extract_features(Pixels(), loader, "cpu", progress=progress)
+    return extract_features(Pixels(), loader, "cpu", progress)
 
 
-def extract_views(
-    encoder: nn.Module,
-    loader: Iterable[Any],
-    device: torch.device | str,
-    precision: str = "fp32",
-    progress: bool = False,
-) -> tuple[Features, ...]:
-    """As `extract_features`, for a loader that yields V views an image: one `Features` a view, their rows
-    aligned.
+def with_progress(items: Iterable[Item], what: str, progress: bool) -> Iterable[Item]:
+    """The items one by one; with `progress`, and on a terminal, under a bar on standard error.
+
+    >>> list(with_progress([1, 2], "features", progress=False))
+    [1, 2]
     """
-    device = torch.device(device)
-    rows: list[list[Tensor]] = []
-    index: list[Tensor] = []
-    labels: list[Tensor] = []
-    with _evaluation_mode(encoder), torch.no_grad():
-        for batch in shown(loader, "features", progress):
-            rows.append([_forward(encoder, view, device, precision) for view in batch.views])
-            index.append(batch.index.to("cpu", torch.int64))
-            if batch.label is not None:
-                labels.append(batch.label.to("cpu", torch.int64))
-    local = [torch.cat(view) for view in zip(*rows, strict=True)]
-    local_index = torch.cat(index) if index else torch.empty(0, dtype=torch.int64)
-    *gathered, all_labels, all_index = _gather(local, torch.cat(labels) if labels else None, local_index)
-    order = all_index.argsort()
-    _require_each_once(all_index[order])
-    sorted_labels = None if all_labels is None else all_labels[order]
-    return tuple(Features(view[order], sorted_labels, all_index[order]) for view in gathered)
+    console = Console(stderr=True)
+    if progress and console.is_terminal:
+        return track(items, what, console=console, transient=True)
+    return items
 
 
-def _forward(encoder: nn.Module, view: Tensor, device: torch.device, precision: str) -> Tensor:
-    kind = AUTOCAST_TYPES[precision]
-    with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
-        features = encoder(view.to(device, non_blocking=True))
+def gathered(mine: Item) -> list[Item]:
+    """What every rank has, in the order of the ranks; only `mine` where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes and prints: rank 0, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def on_first_rank(measure: Callable[[], Found]) -> Found:
+    """Measure on rank 0; every rank waits for what it found, as long as the process group's timeout allows,
+    and returns it or raises its error.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return measure()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [measure()]
+        except Exception as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _forward(encoder: nn.Module, view: Tensor, device: torch.device | str) -> Tensor:
+    features = encoder(view.to(device, non_blocking=True))
     if features.ndim != 2 or len(features) != len(view):
         raise ValueError(
             f"The encoder maps views {tuple(view.shape)} to {tuple(features.shape)}; evaluation needs (B, F)."
@@ -164,52 +254,11 @@ def _evaluation_mode(encoder: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _gather(views: list[Tensor], labels: Tensor | None, index: Tensor) -> list[Any]:
-    """Views (n, F) each, labels (n,) or None and index (n,) of this rank -> those of all ranks, one after the
-    other.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        if not views:
-            raise UsageError(
-                "The loader yields no batch: not one image could be read, so there are no features."
-            )
-        return [*views, labels, index]
-    headers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(headers, (len(index), [view.shape[1] for view in views], labels is not None))
-    counts = [count for count, _, _ in headers]
-    if sum(counts) == 0:
-        raise UsageError(
-            "The loader yields no batch on any rank: not one image could be read, so there are no features."
-        )
-    # A rank whose shard is empty knows neither the width nor whether there are labels.
-    widths, labelled = next((widths, labelled) for count, widths, labelled in headers if count)
-    views = views or [torch.empty(0, width) for width in widths]
-    gathered = [_gather_rows(view, counts) for view in views]
-    all_labels = _gather_rows(index[:0] if labels is None else labels, counts) if labelled else None
-    return [*gathered, all_labels, _gather_rows(index, counts)]
-
-
-def _gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """This rank's rows -> all ranks' rows. `counts`: how many each rank has; padded, because collectives want
-    equal shapes.
-    """
-    place = (
-        torch.device("cuda", torch.cuda.current_device())
-        if "nccl" in dist.get_backend()
-        else torch.device("cpu")
-    )
-    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=place)
-    padded[: len(rows)] = rows.to(place)
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
-
-
 def _require_each_once(index: Tensor) -> None:
     repeated = index[1:][index[1:] == index[:-1]]
     if len(repeated):
         raise ValueError(
             f"The loader yields {len(repeated)} images more than once (first: image {int(repeated[0])}); an "
-            "evaluation loader covers each "
-            "image exactly once. With several ranks, give each rank its own shard."
+            "evaluation loader covers each image exactly once. With several ranks, give each rank its own "
+            "shard."
         )

@@ -5,10 +5,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,22 +16,19 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastgessl import pipelines, runs
-from fastgessl.config import Config, EvaluateConfig, UsageError
+from fastgessl.config import Config, UsageError
 from fastgessl.distributed import build_accelerator, continues_alone
-from fastgessl.evaluate.cache import FeatureCache
-from fastgessl.evaluate.extraction import Extraction
-from fastgessl.evaluate.further import Rows, measure_further, require_one_process
+from fastgessl.evaluate.extraction import Extractor, FeatureCache
+from fastgessl.evaluate.features import RowFeatures
+from fastgessl.evaluate.measure import Evaluation, EvaluationData, measure, monitor, plain, tables_of
 from fastgessl.evaluate.online import OnlineProbe
-from fastgessl.evaluate.report import Report, plain
-from fastgessl.evaluate.sources import Source, open_transfer
-from fastgessl.evaluate.splits import require_labels
+from fastgessl.evaluate.sources import Source, labels_of, open_transfer, require_labels
 from fastgessl.evaluate.subject import Subject
-from fastgessl.evaluate.suite import EvaluationData, Extracted, held_out_test, measure, monitor
-from fastgessl.evaluate.tables import tables
-from fastgessl.evaluate.tasks import DEFAULT_TASKS, TRANSFER_TASKS, named_tasks, plan_tasks
+from fastgessl.evaluate.tasks import DataFacts, EvaluationTask, Work, plan_tasks, wanted_tasks
 from fastgessl.methods import METHODS, Outputs
 from fastgessl.models import build_backbone, feature_width
 from fastgessl.pipelines.sources.images import Images
+from fastgessl.runs import checkpoint
 
 
 class RunEvaluation:
@@ -43,26 +39,25 @@ class RunEvaluation:
     def __init__(
         self, config: Config, images: Images, accelerator: Accelerator, cache: FeatureCache | None = None
     ) -> None:
-        self._config, self._accelerator = config, accelerator
-        self._source = Source(
-            config.data.name, images, pipelines.open_images(config.data.name, config.data.root, "test")
-        )
-        labels = _labels(images)
-        self._held_out = self._source.held_out(config.train.seed)
-        self._tasks, _ = plan_tasks(
-            config.evaluate, *_judged_labels(self._source, config.train.seed), has_views=True
-        )
-        require_one_process(self._tasks, accelerator.num_processes)
-        self._transfer = _transfer_sources(config)
-        for source in self._transfer:
+        self._config = config
+        self._accelerator = accelerator
+        self._extractor = Extractor(config, accelerator, cache or FeatureCache(None))
+        test = pipelines.open_images(config.data.name, config.data.root, "test")
+        own = Source(config.data.name, images, test)
+        self._sources = [own, *_transfer_sources(config)]
+        seed = config.train.seed
+        facts = DataFacts(*own.judged_labels(seed), views=True)
+        self._tasks, _ = plan_tasks(config.evaluate, facts)
+        for source in self._sources[1:]:
             _require_measurable(source, config, self._tasks)
-        self._extraction = Extraction(config, accelerator, cache or FeatureCache(None))
+        self._held_out = own.held_out(seed)
         self.probe: OnlineProbe | None = None
+        labels = labels_of(images)
         if config.evaluate.every_epochs and labels is not None:
             width = feature_width(build_backbone(config.model))
             self.probe = OnlineProbe(width, int(labels.max()) + 1).to(accelerator.device)
-        # A method that reads labels never gets the images that are held out, and numbers the others anew: see
-        # `trained_on`.
+        # A method that reads labels never gets the images that are held out, and numbers the others again:
+        # see `trained_on`.
         unlearned = self._held_out[:0] if _reads_labels(config) else self._held_out
         self._unlearned = unlearned.to(accelerator.device)
 
@@ -75,19 +70,17 @@ class RunEvaluation:
     def during_training(self, backbone: nn.Module) -> dict[str, float]:
         """Effective rank, and with labels k-NN accuracy and the online probe's. Every rank calls it."""
         _adopt_first_ranks_statistics(backbone)
-        still, test = [self._extraction.still], self._source.test
-        loaders = [
-            self._extraction.loader(images, still)
-            for images in (self._source.train, test)
-            if images is not None
-        ]
+        own, extractor = self._sources[0], self._extractor
+        train = extractor.loader(own.train, [extractor.still])
+        test = None if own.test is None else extractor.loader(own.test, [extractor.still])
         try:
             device, seed = self._accelerator.device, self._config.train.seed
-            data = EvaluationData(loaders[0], None if test is None else loaders[1], held_out=self._held_out)
-            return monitor(backbone, data, self._config.evaluate, seed, device, probe=self.probe)
+            data = EvaluationData(train, test, held_out=self._held_out)
+            return monitor(backbone, data, self._config.evaluate, seed, device, self.probe)
         finally:
-            for loader in loaders:
-                loader.close()
+            for loader in (train, test):
+                if loader is not None:
+                    loader.close()
 
     def finish(
         self, backbone: nn.Module, run: Path, facts: Mapping[str, Any], name: str = "this run"
@@ -98,58 +91,53 @@ class RunEvaluation:
         The ranks share the extraction of features; then the process group ends, and rank 0 measures alone.
         """
         _adopt_first_ranks_statistics(backbone)
-        rows: Rows = {
+        own = self._sources[0]
+        rows: dict[str, nn.Module | Literal["pixels"]] = {
             "raw pixels": "pixels",
-            "untrained encoder": self._extraction.untrained(self._source.train),
+            "untrained encoder": self._extractor.untrained(own.train),
             name: backbone,
         }
-        sources = [self._source, *self._transfer]
         features = {
-            source.name: {
-                row: self._extraction.extracted(row, encoder, source, transfer=number > 0)
-                for row, encoder in rows.items()
-            }
-            for number, source in enumerate(sources)
+            source.name: {row: self._features(row, encoder, source) for row, encoder in rows.items()}
+            for source in self._sources
         }
         if not continues_alone(self._accelerator):
             return
-        reports = [
-            self._report(source, features[source.name], transfer=number > 0)
-            for number, source in enumerate(sources)
-        ]
-        further = measure_further(self._tasks, rows, features, sources, self._extraction, run)
-        self._show([report for report in reports if report.tasks], further)
-        transfer = {
-            source.name: report.to_json() for source, report in zip(sources[1:], reports[1:], strict=True)
-        }
-        measured = reports[0].to_json() | ({"transfer": transfer} if transfer else {}) | plain(further)
+        found = {source.name: self._measured(source, features[source.name]) for source in self._sources}
+        measured = found.pop(own.name).to_json() | {"data": own.name}
+        if found:
+            measured["transfer"] = {data: each.to_json() for data, each in found.items()}
+        work = Work(rows, features, self._sources, self._extractor, run)
+        for task in self._tasks:
+            asked = task.name in self._config.evaluate.tasks or not task.needs_checkpoints
+            if task.tables and (asked or checkpoint.complete(run)):
+                measured[task.name] = plain(task.measure(work))
+        console = Console()
+        for table in tables_of(measured):
+            console.print(table.terminal())
         runs.write_json(run / "evaluation.json", measured)
-        runs.write_json(
-            run / "summary.json",
-            {"recipe": self._config.recipe, "run": run.name, **facts, "evaluation": measured},
-        )
+        summary = {"recipe": self._config.recipe, "run": run.name, **facts, "evaluation": measured}
+        runs.write_json(run / "summary.json", summary)
         print(f"run folder: {run}", flush=True)
 
-    def _report(self, source: Source, features: Mapping[str, Extracted], *, transfer: bool) -> Report:
-        """The feature tasks on one data set; on a further one those that say something of transfer."""
-        settings, progress = self._config.evaluate, self._accelerator.is_main_process
-        lenient = transfer and _lenient(settings)
-        if transfer:
-            settings = _transfer_settings(settings)
-            if not settings.tasks:
-                return Report({}, (), {}, {}, settings, source.name)
+    def _features(self, row: str, encoder: nn.Module | Literal["pixels"], source: Source) -> RowFeatures:
+        """Of a transfer set no augmented views, and few-shot episodes from all of it where it has no test
+        split.
+        """
+        transfer = source is not self._sources[0]
+        wanted = any(task.needs_views for task in wanted_tasks(self._config.evaluate))
+        return self._extractor.row(
+            row, encoder, source, with_views=wanted and not transfer, whole_pool=transfer
+        )
+
+    def _measured(self, source: Source, features: Mapping[str, RowFeatures]) -> Evaluation:
+        """The tasks of frozen features on one data set."""
+        seed, progress = self._config.train.seed, self._accelerator.is_main_process
+        transfer = source is not self._sources[0]
         try:
-            report = measure(
-                features, source.test is None, settings, self._config.train.seed, progress, lenient
-            )
+            return measure(features, self._config.evaluate, seed, transfer=transfer, progress=progress)
         except UsageError as error:
             raise UsageError(f"{source.name}: {error}") from None
-        return replace(report, data=source.name)
-
-    def _show(self, reports: list[Report], further: Mapping[str, Any]) -> None:
-        console = Console()
-        for table in [*(report.table() for report in reports), *tables(further)]:
-            console.print(table)
 
 
 def trained_on(config: Config, images: Images) -> Images:
@@ -165,20 +153,6 @@ def trained_on(config: Config, images: Images) -> Images:
     return images if test is not None else Source(config.data.name, images, None).splits(config.train.seed)[0]
 
 
-def _reads_labels(config: Config) -> bool:
-    method = METHODS.get(config.method.name)
-    return method is not None and method.needs_labels
-
-
-def _judged_labels(source: Source, seed: int) -> tuple[Tensor | None, Tensor | None]:
-    """The labels that probes will learn from and be judged by."""
-    labels = _labels(source.train)
-    if source.test is not None or labels is None:
-        return labels, None if source.test is None else _labels(source.test)
-    kept, held = held_out_test(labels, seed)
-    return labels[kept], labels[held]
-
-
 def evaluate_subject(subject: Subject) -> None:
     """`fastgessl evaluate`: measure an encoder, its features kept in its folder."""
     config = subject.config
@@ -191,8 +165,13 @@ def evaluate_subject(subject: Subject) -> None:
     evaluation.finish(encoder, subject.folder, _earlier_facts(subject.folder), subject.name)
 
 
+def _reads_labels(config: Config) -> bool:
+    method = METHODS.get(config.method.name)
+    return method is not None and method.needs_labels
+
+
 def _transfer_sources(config: Config) -> list[Source]:
-    """The data sets of evaluate.transfer. UsageError for two of one name, which a table could not tell apart."""
+    """The data sets of evaluate.transfer. UsageError for two of one name, which no table could tell apart."""
     sources = [open_transfer(specification) for specification in config.evaluate.transfer]
     names = [config.data.name, *(source.name for source in sources)]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -204,29 +183,15 @@ def _transfer_sources(config: Config) -> list[Source]:
     return sources
 
 
-def _transfer_settings(settings: EvaluateConfig) -> EvaluateConfig:
-    """What is asked of a data set to transfer to: of the tasks that are meant those that say something of
-    transfer.
-    """
-    wanted = named_tasks(settings.tasks) or DEFAULT_TASKS
-    return settings.model_copy(update={"tasks": tuple(task for task in wanted if task in TRANSFER_TASKS)})
-
-
-def _lenient(settings: EvaluateConfig) -> bool:
-    """Whether a data set to transfer to may miss tasks: those that nobody asked for by name."""
-    return not settings.tasks or "all" in settings.tasks
-
-
-def _require_measurable(source: Source, config: Config, tasks: tuple[str, ...]) -> None:
+def _require_measurable(source: Source, config: Config, tasks: Iterable[EvaluationTask]) -> None:
     """UsageError, naming the data set, for a task that a data set to transfer to does not allow."""
-    train, test = _judged_labels(source, config.train.seed)
-    pool = _labels(source.train) if source.test is None else None
-    settings = _transfer_settings(config.evaluate)
+    train, test = source.judged_labels(config.train.seed)
+    pool = labels_of(source.train) if source.test is None else None
     try:
-        if settings.tasks:
-            plan_tasks(settings, train, test, has_views=False, pool=pool, lenient=_lenient(config.evaluate))
-        if "universality" in tasks:
-            require_labels("universality", train, test)
+        plan_tasks(config.evaluate, DataFacts(train, test, pool), transfer=True)
+        for task in tasks:
+            if task.tables and task.transfer:
+                require_labels(task.name, train, test)
     except UsageError as error:
         raise UsageError(f"{source.name}: {error}") from None
 
@@ -236,10 +201,6 @@ def _earlier_facts(folder: Path) -> dict[str, Any]:
     summary = folder / "summary.json"
     written = json.loads(summary.read_text()) if summary.is_file() else {}
     return {key: value for key, value in written.items() if key not in ("recipe", "run", "evaluation")}
-
-
-def _labels(images: Images) -> Tensor | None:
-    return None if images.labels is None else torch.from_numpy(images.labels)
 
 
 def _adopt_first_ranks_statistics(backbone: nn.Module) -> None:

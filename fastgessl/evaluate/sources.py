@@ -1,10 +1,13 @@
-"""Data sets to transfer to: by name, as a folder, or as one .npz."""
+"""Data sets and their splits: which images a probe learns from and which it is judged on. Seeded, stratified,
+from training labels alone.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +15,11 @@ from torch import Tensor
 
 from fastgessl import pipelines
 from fastgessl.config import UsageError
-from fastgessl.evaluate.cache import subset
-from fastgessl.evaluate.suite import held_out_test
 from fastgessl.pipelines.sources.images import Images
+
+HELD_OUT_FRACTION = 0.2
+# The fields of `fastgessl.pipelines.sources.images` that hold a value for each image.
+PER_IMAGE = ("images", "paths", "names", "shard", "offset", "length", "labels")
 
 
 @dataclass(frozen=True)
@@ -38,19 +43,32 @@ class Source:
         Drawn from the labels of the whole data set: training, probes and supervised models leave out the same
         images, whichever files are found to be bad on the way.
         """
-        if self.test is not None or self.train.labels is None:
+        labels = labels_of(self.train)
+        if self.test is not None or labels is None:
             return torch.empty(0, dtype=torch.int64)
-        return held_out_test(torch.from_numpy(self.train.labels), seed)[1]
+        return held_out_test(labels, seed)[1]
 
     def splits(self, seed: int) -> tuple[Images, Images]:
         """Training and test images: without a test split those that are not held out and those that are;
         without labels all, twice.
         """
-        if self.test is not None or self.train.labels is None:
-            return self.train, self.train if self.test is None else self.test
+        if self.test is not None:
+            return self.train, self.test
+        if self.train.labels is None:
+            return self.train, self.train
         held = self.held_out(seed).numpy()
         kept = np.setdiff1d(np.arange(len(self.train)), held)
         return subset(self.train, kept), subset(self.train, held)
+
+    def judged_labels(self, seed: int) -> tuple[Tensor | None, Tensor | None]:
+        """The labels that probes will learn from and be judged by, without a test split those of the images
+        that are held out.
+        """
+        labels = labels_of(self.train)
+        if self.test is not None or labels is None:
+            return labels, None if self.test is None else labels_of(self.test)
+        kept, held = held_out_test(labels, seed)
+        return labels[kept], labels[held]
 
 
 def open_source(name: str, root: Path | None, shown: str = "") -> Source:
@@ -82,3 +100,137 @@ def open_transfer(specification: str) -> Source:
             + " Give NAME=ROOT (cifar100=/data), a folder of images, or an .npz with train_x and train_y."
         )
     return open_source(specification, None)
+
+
+def labels_of(images: Images) -> Tensor | None:
+    """Labels (N,) int64; None without labels."""
+    return None if images.labels is None else torch.from_numpy(images.labels)
+
+
+def subset(images: Images, rows: np.ndarray) -> Images:
+    """The images `rows`, (M,) int64, numbered again from 0.
+
+    >>> len(subset(pipelines.ArrayImages(np.zeros((3, 4, 4, 3), dtype=np.uint8)), np.array([2, 0])))
+    2
+    """
+    kept: dict[str, Any] = {}
+    for name in PER_IMAGE:
+        values = getattr(images, name, None)
+        if isinstance(values, np.ndarray):
+            kept[name] = values[rows]
+        elif isinstance(values, tuple):
+            kept[name] = tuple(values[row] for row in rows)
+    return replace(images, **kept)
+
+
+def numbered(images: Images, classes: Tensor) -> Images:
+    """The same images with labels that are positions in `classes` (C,), increasing."""
+    labels = labels_of(images)
+    assert labels is not None
+    return replace(images, labels=torch.searchsorted(classes, labels).numpy())
+
+
+def hold_out(labels: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Row numbers (kept, held), both increasing; `fraction` of each class of `labels` (N,) is held, never a
+    whole class.
+
+    A class of one or two images gives none away at a fifth, so `held` may be empty.
+
+    >>> kept, held = hold_out(torch.tensor([0] * 10 + [1] * 5), 0.2, torch.Generator().manual_seed(0))
+    >>> len(kept), (held < 10).sum().item(), (held >= 10).sum().item()
+    (12, 2, 1)
+    """
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        take = min(round(fraction * len(members)), len(members) - 1)
+        held[members[torch.randperm(len(members), generator=generator)[:take]]] = True
+    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+
+
+def held_out_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows (kept, held) of the training images, in the order of their index, that train and judge the probes
+    without a test split.
+
+    >>> [len(rows) for rows in held_out_test(torch.zeros(10, dtype=torch.int64), seed=0)]
+    [8, 2]
+    """
+    return hold_out(labels, HELD_OUT_FRACTION, torch.Generator().manual_seed(seed))
+
+
+def draw_labelled(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
+    """Row numbers of `per_class` random images of each class, (C·per_class,).
+
+    Raises UsageError if a class has fewer.
+
+    >>> labels = torch.tensor([0, 1, 0, 1, 0, 1])
+    >>> labels[draw_labelled(labels, 2, torch.Generator().manual_seed(0))]
+    tensor([0, 0, 1, 1])
+    """
+    obstacle = too_few_labels(labels, per_class)
+    if obstacle:
+        raise UsageError(obstacle)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    return torch.cat([shuffled[labels[shuffled] == label][:per_class] for label in labels.unique()])
+
+
+def draw_fraction(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Row numbers, increasing: `fraction` of each class of `labels` (N,), rounded, at least one image.
+
+    >>> draw_fraction(torch.tensor([0] * 20 + [1] * 3), 0.1, torch.Generator().manual_seed(0)).shape
+    torch.Size([3])
+    """
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        take = max(1, round(fraction * len(members)))
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:take]])
+    return torch.cat(chosen).sort().values
+
+
+def too_few_labels(labels: Tensor, per_class: int) -> str:
+    """Why `per_class` labelled images per class cannot be drawn; empty if they can."""
+    classes, counts = labels.unique(return_counts=True)
+    fewest, smallest = int(counts.min()), int(classes[counts.argmin()])
+    if fewest >= per_class:
+        return ""
+    return (
+        f"evaluate.labels_per_class is {per_class}, but class {smallest} has only {fewest} training images. "
+        f"Choose --evaluate.labels_per_class {fewest} or less."
+    )
+
+
+def unusable_labels(train: Tensor | None, test: Tensor | None) -> str:
+    """Why these labels, (N,) and (M,) int64, do not allow a classifier to be trained and judged; empty if
+    they do.
+    """
+    if train is None or test is None:
+        split = "training" if train is None else "test"
+        return f"the {split} images have no labels. Add labels, or choose --evaluate.tasks geometry."
+    if len(test) == 0:
+        return (
+            "there is no test split, and no class has the three images that a fifth can be held out of. Add "
+            "test images."
+        )
+    classes = train.unique()
+    if len(classes) < 2:
+        return (
+            f"all {len(train)} training images are of class {int(classes[0])}, so there is nothing to tell "
+            "apart. Add a second class."
+        )
+    unseen = test.unique()[~torch.isin(test.unique(), classes)]
+    if len(unseen):
+        shown = ", ".join(str(int(label)) for label in unseen[:5])
+        return (
+            f"{len(unseen)} classes of the test images (labels {shown}) have no training image, so no probe "
+            "can know them. Add training images of these classes, or leave them out of the test split."
+        )
+    return ""
+
+
+def require_labels(task: str, train: Tensor | None, test: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both labels, or UsageError, naming the task, if they do not allow it."""
+    obstacle = unusable_labels(train, test)
+    if obstacle or train is None or test is None:
+        raise UsageError(f"Task {task}: {obstacle}")
+    return train, test

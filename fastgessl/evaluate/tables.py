@@ -1,74 +1,106 @@
-"""Tables of what goes beyond one data set's frozen features: transfer, fine-tuning, universality."""
+"""A table, told once: the terminal and the HTML report show the same one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+import rich.table
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 
-def tables(measured: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """A table for each of finetune, universality and learning that was measured."""
-    if "finetune" in measured:
-        yield _finetune(measured["finetune"])
-    if "universality" in measured:
-        yield _universality(measured["universality"])
-    if "learning" in measured:
-        yield _learning(measured["learning"])
+@dataclass(frozen=True)
+class Table:
+    """Headings and cells as text; line breaks in them are kept. The first column names the rows.
+
+    >>> table = Table(["encoder", "k-NN"], [["this <run>", "91.5"]])
+    >>> "<td>91.5</td>" in table.html(), "this &lt;run&gt;" in table.html()
+    (True, True)
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    notes: str = ""
+    """What stands below it."""
+
+    def terminal(self) -> RenderableType:
+        """The table as rich prints it."""
+        table = rich.table.Table(box=SIMPLE_HEAD, caption=self.notes or None, caption_justify="left")
+        table.padding = (0, 0)
+        for number, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
+        for row in self.rows:
+            table.add_row(*row)
+        # The title is above the table: one of a narrow table would be folded to its width.
+        return Group(Text(self.title, style="italic"), table) if self.title else table
+
+    def html(self) -> str:
+        """The table as HTML, every text of it escaped; it scrolls sideways where the screen is narrow."""
+        head = "".join(f"<th>{_html(text)}</th>" for text in self.headings)
+        body = ""
+        for first, *rest in self.rows:
+            cells = "".join(f"<td>{_html(cell)}</td>" for cell in rest)
+            body += f'<tr><th scope="row">{_html(first)}</th>{cells}</tr>'
+        title, notes = (
+            f'<p class="caption">{_html(text)}</p>' if text else "" for text in (self.title, self.notes)
+        )
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f'{title}<div class="scroll">{table}</div>{notes}'
 
 
-def _new(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.padding = (0, 0)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
-    return table
+def _html(text: str) -> str:
+    return escape(text).replace("\n", "<br>")
 
 
-def _finetune(rows: Mapping[str, list[dict[str, Any]]]) -> Group:
-    shares = next(iter(rows.values()))
-    first = shares[0]
-    title = f"Fine-tuned, AdamW, {first['epochs']} epochs, layer decay {first['layer_decay']:g}; learning rate chosen on a validation split"
-    table = _new(
-        "encoder",
-        *(f"{100 * share['fraction']:g} % labels\n({share['labelled']} images)\n%" for share in shares),
-    )
-    for name, found in rows.items():
-        table.add_row(name, *(f"{100 * each['accuracy']:.1f}" for each in found))
-    return Group(Text(title, style="italic"), table)
+@dataclass(frozen=True)
+class Column:
+    """A column that a task adds to the table of frozen features."""
+
+    heading: str
+    show: Callable[[dict[str, Any]], str]
+    """What the task has measured -> the text of a cell."""
+    needs: str = "accuracy"
+    """A measurement without which the column is left out."""
 
 
-def _universality(measured: Mapping[str, Any]) -> Group:
-    target = {"labels": "the labels", "supervised": "supervised task models"}[measured["target"]]
-    rows = measured["rows"]
-    tasks = next(iter(rows.values()))["tasks"]
-    title = f"Universality: σ against {target}, nats (accuracy of the same probe, %); low is universal"
-    table = _new(
-        "encoder",
-        *(f"{task['task']}\n{task['group']}\n{task['images']} images" for task in tasks),
-        "sum",
-    )
-    for name, found in rows.items():
-        cells = [
-            f"{task['sigma']:.3f} ({100 * task['accuracy']:.1f}) {task['probe']}" for task in found["tasks"]
-        ]
-        table.add_row(name, *cells, f"{found['total']:.3f}")
-    accuracies = measured["task_model_accuracy"]
-    if accuracies:
-        shown = ", ".join(f"{name} {100 * accuracy:.1f} %" for name, accuracy in accuracies.items())
-        table.caption, table.caption_justify = f"test accuracy of the supervised task models: {shown}", "left"
-    return Group(Text(title, style="italic"), table)
+def percent(heading: str, key: str = "accuracy") -> Column:
+    """A column of a share in per cent.
+
+    >>> percent("linear").show({"accuracy": 0.915})
+    '91.5'
+    """
+    return Column(f"{heading}\n%", lambda measured: f"{100 * measured[key]:.1f}", key)
 
 
-def _learning(points: list[dict[str, Any]]) -> Group:
-    title = f"Learning universality on {points[0]['tasks']} held-out mini-batches: σ to the task-specific copy, nats"
-    table = _new("step", "σ", "SSL loss\nhere", "SSL loss\nof the copy", "copies\nconverged")
-    for point in points:
-        spread = f"{point['sigma']:.4f}±{point['deviation']:.4f}"
-        losses = f"{point['loss_before']:.3f}", f"{point['loss_after']:.3f}"
-        table.add_row(str(point["step"]), spread, *losses, f"{point['converged']} of {point['tasks']}")
-    return Group(Text(title, style="italic"), table)
+def decimals(heading: str, key: str, digits: int) -> Column:
+    """A column of a number; None, as JSON has it, is infinite."""
+
+    def show(measured: dict[str, Any]) -> str:
+        return f"{math.inf if measured[key] is None else measured[key]:.{digits}f}"
+
+    return Column(heading, show, key)
+
+
+def accuracies(headings: Sequence[str], key: str) -> list[Column]:
+    """A column for each entry of the list `key`: its accuracy in per cent, with ± what it varies by."""
+
+    def column(number: int, heading: str) -> Column:
+        return Column(f"{heading}\n%", lambda measured: spread(measured[key][number]), key)
+
+    return [column(number, heading) for number, heading in enumerate(headings)]
+
+
+def spread(found: dict[str, Any]) -> str:
+    """An accuracy in per cent, with ± its deviation over draws or half of its interval.
+
+    >>> spread({"accuracy": 0.5, "deviation": 0.012}), spread({"accuracy": 0.5})
+    ('50.0±1.2', '50.0')
+    """
+    around = found.get("deviation") or found.get("interval") or 0
+    return f"{100 * found['accuracy']:.1f}" + (f"±{100 * around:.1f}" if around else "")

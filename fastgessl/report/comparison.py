@@ -12,19 +12,22 @@ from typing import Any
 
 from scipy import stats
 
+from fastgessl.evaluate.tables import Table
 from fastgessl.report.record import Record
 
-# (task, measurement, heading, factor, decimals) in evaluation.json's row of the run itself.
-MEASURES = (
-    ("linear", "accuracy", "linear %", 100, 1),
-    ("few_labels", "accuracy", "few labels %", 100, 1),
-    ("knn", "accuracy", "k-NN %", 100, 1),
-    ("linear_sgd", "accuracy", "linear SGD %", 100, 1),
-    ("mlp", "accuracy", "MLP %", 100, 1),
-    ("sigma", "generalisation", "σ test", 1, 3),
-    ("geometry", "effective_rank", "eff. rank", 1, 1),
-    ("geometry", "crowding", "crowding", 1, 2),
-)
+# Heading -> (task, measurement) in evaluation.json's row of the run itself, and its factor.
+MEASURES = {
+    "linear %": ("linear", "accuracy", 100),
+    "few labels %": ("few_labels", "accuracy", 100),
+    "k-NN %": ("knn", "accuracy", 100),
+    "linear SGD %": ("linear_sgd", "accuracy", 100),
+    "MLP %": ("mlp", "accuracy", 100),
+    "σ test": ("sigma", "generalisation", 1),
+    "eff. rank": ("geometry", "effective_rank", 1),
+    "crowding": ("geometry", "crowding", 1),
+}
+LOSS, SPEED = "SSL loss", "images/s"
+DIGITS = dict.fromkeys(MEASURES, 1) | {"σ test": 3, "crowding": 2, LOSS: 3, SPEED: 0}
 # What may differ between two runs that are one experiment.
 INDIFFERENT = {
     f"train.{name}"
@@ -48,17 +51,15 @@ def kinds_of(records: list[Record]) -> list[Kind]:
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(json.dumps(_options(record), sort_keys=True), []).append(record)
+        groups.setdefault(json.dumps([record.config.recipe, _options(record)]), []).append(record)
     first = _options(records[0])
     kinds = []
     for members in groups.values():
         own = _options(members[0])
-        changed = [
-            f"{key} {value}" for key, value in own.items() if value != first.get(key) and key != "recipe"
-        ]
-        name = ", ".join([members[0].config.recipe, *changed[:4]]) + (
-            f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        )
+        changed = [f"{key} {value}" for key, value in own.items() if value != first.get(key)]
+        name = ", ".join([members[0].config.recipe, *changed[:4]])
+        if len(changed) > 4:
+            name += f" and {len(changed) - 4} more"
         kinds.append(Kind(name, {record.config.train.seed: record for record in members}))
     return kinds
 
@@ -68,41 +69,39 @@ def measured(record: Record) -> dict[str, float]:
     rows: Mapping[str, Any] = record.evaluation.get("rows", {})
     row: Mapping[str, Any] = rows.get("this run") or next(reversed(list(rows.values())), {})
     found = {}
-    for task, key, heading, factor, _ in MEASURES:
+    for heading, (task, key, factor) in MEASURES.items():
         value = row.get(task, {}).get(key)
         if isinstance(value, int | float):
             found[heading] = factor * float(value)
     loss = record.series("loss_ssl")[1] or record.series("loss")[1]
     if loss:
-        found["SSL loss"] = loss[-1]
+        found[LOSS] = loss[-1]
     speed = record.series("images_per_second")[1]
     if speed:
-        found["images/s"] = statistics.median(speed)
+        found[SPEED] = statistics.median(speed)
     return found
 
 
-def comparison_cells(kinds: list[Kind]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: a row a kind with mean ± s.d., and under each but the first its paired difference
-    with a 95 % interval.
+def comparison_table(kinds: list[Kind]) -> Table:
+    """A row per kind with mean ± s.d., and under each but the first its paired difference with a 95 %
+    interval.
     """
     numbers = [{seed: measured(record) for seed, record in kind.by_seed.items()} for kind in kinds]
-    known = [heading for _, _, heading, _, _ in MEASURES] + ["SSL loss", "images/s"]
-    headings = [
-        heading for heading in known if any(heading in values for each in numbers for values in each.values())
-    ]
+    headings = [name for name in DIGITS if any(_by_seed(each, name) for each in numbers)]
     rows = []
-    for number, kind in enumerate(kinds):
-        cells = []
-        for heading in headings:
-            values = [values[heading] for values in numbers[number].values() if heading in values]
-            cells.append(summary(values, _decimals(heading)))
-        rows.append([kind.name, str(len(kind.by_seed)), *cells])
-        if number:
-            rows.append(["difference to the first", *_difference_row(numbers[0], numbers[number], headings)])
-    return ["runs", "seeds", *headings], rows
+    for kind, own in zip(kinds, numbers, strict=True):
+        cells = [summary(list(_by_seed(own, name).values()), DIGITS[name]) for name in headings]
+        rows.append([kind.name, str(len(own)), *cells])
+        if own is not numbers[0]:
+            cells = [
+                _difference(_by_seed(numbers[0], name), _by_seed(own, name), DIGITS[name])
+                for name in headings
+            ]
+            rows.append(["difference to the first", f"{len(set(numbers[0]) & set(own))} paired", *cells])
+    return Table(["runs", "seeds", *headings], rows)
 
 
-def summary(values: list[float], decimals: int) -> str:
+def summary(values: list[float], digits: int) -> str:
     """mean ± standard deviation (n − 1).
 
     >>> summary([1.0, 2.0, 3.0], 1), summary([1.5], 2), summary([], 1)
@@ -110,8 +109,8 @@ def summary(values: list[float], decimals: int) -> str:
     """
     if not values:
         return "–"
-    mean = f"{statistics.mean(values):.{decimals}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[float, float, int]:
@@ -121,37 +120,25 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     >>> paired_difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0, 2: 9.0})
     (1.0, 0.0, 2)
     """
-    shared = sorted(set(first) & set(second))
-    if not shared:
-        return float("nan"), float("inf"), 0
-    differences = [second[seed] - first[seed] for seed in shared]
-    mean = statistics.mean(differences)
-    if len(shared) == 1:
-        return mean, float("inf"), 1
-    half = stats.t.ppf(0.975, len(shared) - 1) * statistics.stdev(differences) / len(shared) ** 0.5
-    return mean, float(half), len(shared)
+    differences = [second[seed] - first[seed] for seed in sorted(set(first) & set(second))]
+    count = len(differences)
+    mean = statistics.mean(differences) if differences else float("nan")
+    if count < 2:
+        return mean, float("inf"), count
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
+    return mean, float(half), count
 
 
-def _difference_row(
-    first: dict[int, dict[str, float]], second: dict[int, dict[str, float]], headings: list[str]
-) -> list[str]:
-    cells = []
-    for heading in headings:
-        by_seed = [
-            {seed: values[heading] for seed, values in each.items() if heading in values}
-            for each in (first, second)
-        ]
-        mean, half, count = paired_difference(*by_seed)
-        decimals = _decimals(heading)
-        interval = f"\n[{mean - half:+.{decimals}f}, {mean + half:+.{decimals}f}]" if count > 1 else ""
-        cells.append(f"{mean:+.{decimals}f}{interval}" if count else "–")
-    return [f"{len(set(first) & set(second))} paired", *cells]
+def _by_seed(numbers: Mapping[int, Mapping[str, float]], heading: str) -> dict[int, float]:
+    return {seed: values[heading] for seed, values in numbers.items() if heading in values}
 
 
-def _decimals(heading: str) -> int:
-    return {name: decimals for _, _, name, _, decimals in MEASURES}.get(
-        heading, 3 if heading == "SSL loss" else 0
-    )
+def _difference(first: Mapping[int, float], second: Mapping[int, float], digits: int) -> str:
+    mean, half, count = paired_difference(first, second)
+    if not count:
+        return "–"
+    interval = f"\n[{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]" if count > 1 else ""
+    return f"{mean:+.{digits}f}{interval}"
 
 
 def _options(record: Record) -> dict[str, Any]:

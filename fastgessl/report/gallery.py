@@ -1,233 +1,310 @@
-"""What there is to look at of one run: its views, the map of its features, nearest neighbours, and which
-classes are taken for which.
+"""What there is to look at of one run: its views, maps of its features, nearest neighbors, and which classes
+are taken for which.
 """
 
 from __future__ import annotations
 
+import base64
+import importlib.util
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.utils import make_grid
 
-from fastgessl.evaluate.cache import FeatureCache, subset
-from fastgessl.evaluate.extraction import Extraction
-from fastgessl.evaluate.features import Features
-from fastgessl.evaluate.linear import fit_probe
-from fastgessl.evaluate.splits import unusable_labels
+from fastgessl.evaluate.extraction import Extractor, FeatureCache
+from fastgessl.evaluate.sources import Source, subset, unusable_labels
 from fastgessl.evaluate.subject import Subject
-from fastgessl.pipelines.sources.images import Images
-from fastgessl.report.maps import POINTS, colour, layouts, scatter
-from fastgessl.report.pictures import Sheet, sheet
-from fastgessl.report.tables import table
+from fastgessl.evaluate.tables import Table
+from fastgessl.evaluate.tasks.linear import fit_probe
 
 VIEW_IMAGES = 12
 MOST_VIEWS = 8
-QUERIES, NEIGHBOURS = 8, 7
+QUERIES, NEIGHBORS = 8, 7
 MOST_CLASSES = 20
+MOST_CONFUSIONS = 15
+# More points are drowned in ink, and t-SNE of 1,000 takes some seconds.
+POINTS = 1000
+MAP_SIZE = 480
+PERPLEXITY = 30.0
+# 1,000 pictures of 32 pixels make a JPEG of about 600 kB.
+PICTURE_SIDE = 32
+PICTURE_COLUMNS = 32
 
 
 class Gallery:
     """Pictures and features of one run, extracted once."""
 
-    def __init__(
-        self, subject: Subject, images: Images, test: Images | None, accelerator: Accelerator
-    ) -> None:
+    def __init__(self, subject: Subject, source: Source, accelerator: Accelerator) -> None:
         config = subject.config
+        self._config, self._source = config, source
         cache = FeatureCache(subject.folder / "features" if config.evaluate.cache else None)
-        self._extraction = Extraction(config, accelerator, cache)
-        self._config, self._images, self._test = config, images, test
-        self._shown = images if test is None else test
-        encoder = subject.encoder.to(accelerator.device).to(memory_format=torch.channels_last)
+        self._extractor = Extractor(config, accelerator, cache)
+        encoder = subject.encoder.to(accelerator.device, memory_format=torch.channels_last)
         # The names and keys of `fastgessl evaluate`, whose features are then used.
-        (self._train,) = self._extraction.features(
-            subject.name, encoder, f"{config.data.name}-train", images, [self._extraction.still]
-        )
-        self._seen = self._train
-        if test is not None:
-            (self._seen,) = self._extraction.features(
-                subject.name, encoder, f"{config.data.name}-test", test, [self._extraction.still]
-            )
+        self._features = self._extractor.row(subject.name, encoder, source, with_views=False, whole_pool=True)
+        self._shown = source.train if source.test is None else source.test
+        self._seen = self._features.episodes
         self._seen.require_finite(f"Run '{subject.folder}'")
-        count = len(self._seen)
-        rows = (
-            torch.randperm(count, generator=torch.Generator().manual_seed(config.train.seed))[:POINTS]
-            .sort()
-            .values
-        )
-        self._sample = self._seen.subset(rows)
+        order = torch.randperm(len(self._seen), generator=torch.Generator().manual_seed(config.train.seed))
+        self._sample = self._seen.subset(order[:POINTS].sort().values)
         # A bad file has no row, so that rows are not numbers of images.
-        self._thumbnails = self._pictures(subset(self._shown, self._sample.index.numpy()))
+        images = subset(self._shown, self._sample.index.numpy())
+        loader = self._extractor.loader(images, [self._extractor.still], sharded=False)
+        self._thumbnails = self._sheet("thumb", torch.cat([batch.views[0].cpu() for batch in loader]))
+        loader.close()
+        self._views, self._view_columns = self._view_sheet()
 
     def styles(self) -> str:
-        """CSS that holds the thumbnails."""
-        return self._thumbnails.style("thumb") + self._views()[0].style("view")
+        """CSS that holds the pictures."""
+        return self._thumbnails.style() + self._views.style()
 
     def view_grid(self) -> str:
-        """A row an image: itself, then the views that training makes of it."""
-        pictures, columns = self._views()
-        rows = [range(start, start + columns) for start in range(0, pictures.count, columns)]
-        whole = [
-            [pictures.picture("view", number, "view" if number % columns else "image") for number in row]
-            for row in rows
-        ]
-        cells = "".join(f"<div>{''.join(row)}</div>" for row in whole)
-        return f'<div class="views" style="--n:{columns}">{cells}</div><p>Left the image, to its right the views of one epoch.</p>'
+        """A row per image: itself, then the views that training makes of it."""
+        columns = self._view_columns
+        rows = ""
+        for start in range(0, self._views.count, columns):
+            views = [self._views.picture(number, "view") for number in range(start + 1, start + columns)]
+            rows += f"<div>{self._views.picture(start, 'image')}{''.join(views)}</div>"
+        return (
+            f'<div class="views" style="--n:{columns}">{rows}</div>'
+            "<p>Left the image, to its right the views of one epoch.</p>"
+        )
 
     def embedding_map(self) -> str:
-        """Every layout of the features, a dot an image; a pointer shows the picture and its label."""
+        """Every layout of the features, a dot per image; a pointer shows the picture and its label."""
         labels = None if self._sample.labels is None else self._sample.labels.numpy()
-        maps = layouts(self._sample.features, self._config.train.seed) if len(self._sample) > 3 else {}
-        dots = {
-            name: scatter(name, points, labels, len(self._shown.classes)) for name, points in maps.items()
-        }
-        figures = "".join(
-            f'<figure class="chart"><figcaption>{escape(name)}</figcaption>{each}</figure>'
-            for name, each in dots.items()
+        classes = self._shown.classes
+        figures = ""
+        if len(self._sample) > 3:
+            for name, points in layouts(self._sample.features, self._config.train.seed).items():
+                dots = scatter(name, points, labels, len(classes))
+                figures += f'<figure class="chart"><figcaption>{name}</figcaption>{dots}</figure>'
+        legend = ""
+        if labels is not None and 0 < len(classes) <= MOST_CLASSES:
+            for number, name in enumerate(classes):
+                style = color(number, len(classes))
+                legend += f'<li><span class="key dot" style="{style}"></span>{escape(name)}</li>'
+        about = (
+            f"{len(self._sample)} of {len(self._seen)} {'training' if self._source.test is None else 'test'} "
+            f"images, {'without labels' if labels is None else 'colors are classes'}. Point at or touch a "
+            "dot to see its image."
         )
-        what = "test" if self._test is not None else "training"
-        colours = "colours are classes" if labels is not None else "without labels"
-        about = f"{len(self._sample)} of {len(self._seen)} {what} images, {colours}. Point at or touch a dot to see its image."
-        return f'<p>{about}</p><div class="charts maps">{figures}</div>{self._legend()}'
+        return f'<p>{about}</p><div class="charts maps">{figures}</div><ul class="legend">{legend}</ul>'
 
     def points(self) -> list[dict[str, Any]]:
-        """For each dot: its name, its label, and where its picture lies on the sheet."""
+        """For each dot: its name, its label, and where its picture is on the sheet."""
+        paths = getattr(self._shown, "paths", None)
         return [
             {
-                "name": self._name(image),
+                "name": f"image {image}" if paths is None else paths[image].name,
                 "label": self._label(number),
-                "place": self._thumbnails.place(number).split(":")[1],
+                "place": self._thumbnails.place(number),
             }
             for number, image in enumerate(self._sample.index.tolist())
         ]
 
-    def neighbours(self) -> str:
-        """A row a query: an image and its nearest neighbours among the others, by cosine."""
+    def neighbors(self) -> str:
+        """A row per query: an image and its nearest neighbors among the others, by cosine."""
         points = F.normalize(self._sample.features, dim=1)
         queries = torch.linspace(0, len(points) - 1, min(QUERIES, len(points))).round().long()
         similarity = points[queries] @ points.T
         similarity[torch.arange(len(queries)), queries] = -torch.inf
-        nearest = similarity.topk(min(NEIGHBOURS, len(points) - 1), dim=1).indices
-        rows = "".join(
-            self._neighbour_row(int(query), found.tolist())
-            for query, found in zip(queries, nearest, strict=True)
+        nearest = similarity.topk(min(NEIGHBORS, len(points) - 1), dim=1).indices
+        rows = ""
+        for query, found in zip(queries.tolist(), nearest.tolist(), strict=True):
+            own = self._label(query)
+            rows += f"<div>{self._thumbnails.picture(query, f'query {own}', 'query')}"
+            for number in found:
+                label = self._label(number)
+                rows += self._thumbnails.picture(number, label, "" if label == own else "other")
+            rows += f"<span>{escape(own)}</span></div>"
+        frames = "" if self._sample.labels is None else " A red frame is another class."
+        return (
+            f"<p>Left the query, then its nearest neighbors by cosine.{frames}</p>"
+            f'<div class="neighbors">{rows}</div>'
         )
-        borders = " A red frame is another class." if self._sample.labels is not None else ""
-        return f'<p>Left the query, then its nearest neighbours by cosine.{borders}</p><div class="neighbours">{rows}</div>'
-
-    def _neighbour_row(self, query: int, found: list[int]) -> str:
-        own = self._label(query)
-        pieces = [self._thumbnails.picture("thumb", query, f"query {own}", "query")]
-        for number in found:
-            wrong = "other" if self._label(number) != own else ""
-            pieces.append(self._thumbnails.picture("thumb", number, self._label(number), wrong))
-        return f"<div>{''.join(pieces)}<span>{escape(own)}</span></div>"
 
     def confusion(self) -> str:
         """Which class a linear probe takes for which, on images that it has not seen."""
-        if self._test is None:
+        if self._source.test is None:
             return '<p class="none">There is no test split to be confused on.</p>'
-        obstacle = unusable_labels(self._train.labels, self._seen.labels)
+        train, test = self._features.train, self._features.test
+        obstacle = unusable_labels(train.labels, test.labels)
         if obstacle:
             return f'<p class="none">Not measured: {escape(obstacle)}</p>'
-        matrix, classes = confusion_matrix(self._train, self._seen, self._config.train.seed)
-        names = [
-            self._shown.classes[int(label)] if int(label) < len(self._shown.classes) else str(int(label))
-            for label in classes
-        ]
-        accuracy = matrix.diagonal().sum() / matrix.sum()
-        about = f"A linear probe on all training labels, {100 * accuracy:.1f} % right on {int(matrix.sum())} test images."
-        return f"<p>{about}</p>" + (
-            heat_table(matrix, names) if len(names) <= MOST_CLASSES else worst_pairs(matrix, names)
+        assert test.labels is not None
+        probe = fit_probe(train, self._config.train.seed)
+        predicted = probe.classes[probe.log_probabilities(test.features).argmax(dim=1)]
+        counts = confusion_matrix(test.labels.numpy(), predicted.numpy(), labels=probe.classes.numpy())
+        about = (
+            f"A linear probe on all training labels, {100 * probe.accuracy(test):.1f} % right on {len(test)} "
+            "test images."
         )
+        names = [self._class_name(label) for label in probe.classes.tolist()]
+        drawn = heat_table(counts, names) if len(names) <= MOST_CLASSES else worst_pairs(counts, names).html()
+        return f"<p>{about}</p>{drawn}"
 
-    def _views(self) -> tuple[Sheet, int]:
-        """The sheet of images and their views, and how many of these make a row."""
-        if not hasattr(self, "_view_sheet"):
-            spread = (
-                np.linspace(0, len(self._images) - 1, min(VIEW_IMAGES, len(self._images)))
-                .round()
-                .astype(np.int64)
-            )
-            images = subset(self._images, spread)
-            still = next(iter(self._extraction.loader(images, [self._extraction.still], sharded=False))).views
-            drawn = next(iter(self._extraction.training_views(images, len(images)))).views[:MOST_VIEWS]
-            size = self._config.views.size
-            shown = [F.interpolate(view.float().cpu(), (size, size)) for view in [*still, *drawn]]
-            stacked = torch.stack(shown, dim=1).flatten(0, 1)
-            self._view_sheet = sheet(stacked, self._config.views.mean, self._config.views.std), len(shown)
-        return self._view_sheet
+    def _view_sheet(self) -> tuple[Sheet, int]:
+        """A few images with their views, and how many pictures are a row."""
+        images = self._source.train
+        spread = np.linspace(0, len(images) - 1, min(VIEW_IMAGES, len(images))).round().astype(np.int64)
+        chosen = subset(images, spread)
+        still = self._extractor.loader(chosen, [self._extractor.still], sharded=False)
+        drawn = self._extractor.training_views(chosen, len(chosen))
+        views = [next(iter(still)).views[0], *next(iter(drawn)).views[:MOST_VIEWS]]
+        size = self._config.views.size
+        rows = torch.stack([F.interpolate(view.float().cpu(), (size, size)) for view in views], dim=1)
+        return self._sheet("view", rows.flatten(0, 1)), len(views)
 
-    def _pictures(self, images: Images) -> Sheet:
-        loader = self._extraction.loader(images, [self._extraction.still], sharded=False)
-        views: list[Tensor] = [batch.views[0].cpu() for batch in loader]
-        loader.close()
-        return sheet(torch.cat(views), self._config.views.mean, self._config.views.std)
-
-    def _name(self, image: int) -> str:
-        paths = getattr(self._shown, "paths", None)
-        return paths[image].name if paths is not None else f"image {image}"
+    def _sheet(self, name: str, views: Tensor) -> Sheet:
+        return sheet(name, views, self._config.views.mean, self._config.views.std)
 
     def _label(self, number: int) -> str:
         """The class name of a point of the sample; empty without labels."""
-        if self._sample.labels is None:
-            return ""
-        label = int(self._sample.labels[number])
+        return "" if self._sample.labels is None else self._class_name(int(self._sample.labels[number]))
+
+    def _class_name(self, label: int) -> str:
         return self._shown.classes[label] if label < len(self._shown.classes) else str(label)
 
-    def _legend(self) -> str:
-        classes = self._shown.classes
-        if self._sample.labels is None or not 0 < len(classes) <= MOST_CLASSES:
-            return ""
-        keys = "".join(
-            f'<li><span class="key dot" style="{colour(number, len(classes))}"></span>{escape(name)}</li>'
-            for number, name in enumerate(classes)
+
+@dataclass(frozen=True)
+class Sheet:
+    """Small pictures of one size on a grid, one JPEG, shown piece by piece by a CSS class."""
+
+    name: str
+    """Of the class."""
+    uri: str
+    count: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """Of the grid."""
+        return math.ceil(self.count / self.columns)
+
+    def style(self) -> str:
+        """The CSS class."""
+        size = f"{100 * self.columns}% {100 * self.rows}%"
+        return f".{self.name}{{background-image:url({self.uri});background-size:{size}}}"
+
+    def place(self, number: int) -> str:
+        """The CSS position that shows the number-th picture."""
+        across = 100 * (number % self.columns) / max(self.columns - 1, 1)
+        down = 100 * (number // self.columns) / max(self.rows - 1, 1)
+        return f"{across:.3f}% {down:.3f}%"
+
+    def picture(self, number: int, caption: str = "", css: str = "") -> str:
+        """An element that shows the number-th picture; `caption` is its description."""
+        return (
+            f'<span class="picture {self.name} {css}" style="background-position:{self.place(number)}" '
+            f'role="img" aria-label="{escape(caption)}"></span>'
         )
-        return f'<ul class="legend">{keys}</ul>'
 
 
-def confusion_matrix(train: Features, test: Features, seed: int) -> tuple[np.ndarray, Tensor]:
-    """Counts (C, C), the row the true class and the column the predicted one, of a linear probe; and the
-    labels (C,).
+def sheet(name: str, views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Sheet:
+    """Normalized views (N, 3, S, S) -> their pictures, 32 pixels wide.
+
+    >>> sheet("thumb", torch.zeros(3, 3, 8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).count
+    3
     """
-    assert test.labels is not None
-    probe = fit_probe(train, seed)
-    predicted = probe.log_probabilities(test.features).argmax(dim=1)
-    count = len(probe.classes)
-    return (probe.columns(test.labels) * count + predicted).bincount(minlength=count * count).view(
-        count, count
-    ).numpy(), probe.classes
+    pixels = views.float() * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)
+    # Small images are enlarged without smoothing: their pixels are what the encoder sees.
+    mode = "area" if views.shape[-1] >= PICTURE_SIDE else "nearest"
+    small = F.interpolate(pixels, (PICTURE_SIDE, PICTURE_SIDE), mode=mode).clamp(0, 1)
+    columns = min(PICTURE_COLUMNS, len(small))
+    grid = make_grid(small, nrow=columns, padding=0).mul(255).round().byte().permute(1, 2, 0)
+    packed = io.BytesIO()
+    Image.fromarray(grid.numpy()).save(packed, "JPEG", quality=85)
+    uri = f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
+    return Sheet(name, uri, len(small), columns)
 
 
-def heat_table(matrix: np.ndarray, names: list[str]) -> str:
-    """The counts (C, C) as a table, darker the larger their share of the row."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    rows = []
-    for name, counts in zip(names, matrix, strict=True):
-        total = max(int(counts.sum()), 1)
-        cells = "".join(f'<td style="--s:{count / total:.3f}">{count or ""}</td>' for count in counts)
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    body = "".join(rows)
+def layouts(features: Tensor, seed: int) -> dict[str, NDArray[np.float64]]:
+    """Features (N, F), N >= 3, in two dimensions by PCA, t-SNE, and UMAP where it is installed: name of the
+    method -> (N, 2), each axis in [0, 1].
+
+    >>> sorted(layouts(torch.randn(20, 4), seed=0))[:2]
+    ['PCA', 't-SNE']
+    """
+    wide = features.double().numpy()
+    principal = PCA(n_components=min(50, *wide.shape), random_state=seed).fit_transform(wide)
+    found = {"PCA": principal[:, [0, min(1, principal.shape[1] - 1)]]}
+    neighbors = min(PERPLEXITY, (len(wide) - 1) / 3)
+    tsne = TSNE(perplexity=neighbors, init="random", random_state=seed)
+    found["t-SNE"] = tsne.fit_transform(principal.astype(np.float32))
+    if importlib.util.find_spec("umap") is not None:
+        import umap
+
+        found["UMAP"] = umap.UMAP(random_state=seed).fit_transform(principal)
+    extents = {name: np.ptp(points, axis=0) for name, points in found.items()}
+    return {
+        name: (points - points.min(axis=0)) / np.where(extents[name] > 0, extents[name], 1.0)
+        for name, points in found.items()
+    }
+
+
+def color(group: int, classes: int) -> str:
+    """The CSS of a group's color: one of the page's ten where they are enough, else a place on the color
+    circle.
+    """
+    return f"--f:var(--c{group})" if classes <= 10 else f"--f:hsl({360 * group / classes:.0f} 62% 52%)"
+
+
+def scatter(name: str, points: NDArray[np.float64], groups: NDArray[np.int64] | None, classes: int) -> str:
+    """Coordinates (N, 2) as an SVG with a dot for each image, its number in `data-n`, colored by its group
+    (N,).
+    """
+    dots = ""
+    for number, (x, y) in enumerate(
+        10 + (MAP_SIZE - 20) * np.stack([points[:, 0], 1 - points[:, 1]], axis=1)
+    ):
+        hue = "" if groups is None else f' style="{color(int(groups[number]), classes)}"'
+        dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" data-n="{number}"{hue}/>'
     return (
-        '<p class="caption">Rows: what it is. Columns: what the probe says.</p><div class="scroll"><table '
-        'class="heat">'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<svg class="map" viewBox="0 0 {MAP_SIZE} {MAP_SIZE}" role="img" '
+        f'aria-label="{name} of the features">{dots}</svg>'
     )
 
 
-def worst_pairs(matrix: np.ndarray, names: list[str], count: int = 15) -> str:
+def heat_table(counts: NDArray[np.int64], names: list[str]) -> str:
+    """The counts (C, C), true class by predicted class, as a table: darker for a larger share of its row."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = ""
+    for name, row in zip(names, counts, strict=True):
+        shares = row / max(row.sum(), 1)
+        cells = "".join(
+            f'<td style="--s:{share:.3f}">{count or ""}</td>'
+            for share, count in zip(shares, row, strict=True)
+        )
+        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    return (
+        '<p class="caption">Rows: what it is. Columns: what the probe says.</p><div class="scroll">'
+        f'<table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def worst_pairs(counts: NDArray[np.int64], names: list[str]) -> Table:
     """The most frequent confusions of many classes."""
-    wrong = matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(wrong, axis=None)[::-1][:count]
+    wrong = counts - np.diag(counts.diagonal())
+    order = np.argsort(wrong, axis=None)[::-1][:MOST_CONFUSIONS]
     rows = [
-        [names[row], names[column], f"{wrong[row, column]} of {matrix[row].sum()}"]
+        [names[row], names[column], f"{wrong[row, column]} of {counts[row].sum()}"]
         for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
         if wrong[row, column]
     ]
-    return table(
-        ["it is", "taken for", "images"], rows, f"The most frequent of {len(names)} x {len(names)} confusions"
-    )
+    title = f"The most frequent of {len(names)} x {len(names)} confusions"
+    return Table(["it is", "taken for", "images"], rows, title)

@@ -34,13 +34,13 @@ class Record:
 
     def series(self, name: str) -> Series:
         """A logged number by step, where it was measured and finite; images_per_second is in timing.jsonl."""
-        lines = self.timing if name == "images_per_second" else self.metrics
-        found = [
-            (line["step"], line[name])
-            for line in lines
-            if isinstance(line.get(name), int | float) and math.isfinite(line[name])
-        ]
-        return [float(step) for step, _ in found], [float(value) for _, value in found]
+        steps, values = [], []
+        for line in self.timing if name == "images_per_second" else self.metrics:
+            value = line.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                steps.append(float(line["step"]))
+                values.append(float(value))
+        return steps, values
 
     @property
     def last_step(self) -> int:
@@ -52,28 +52,19 @@ def read_record(folder: Path) -> Record:
     """A run from its folder. UsageError if it is no run, or holds no metrics and no evaluation."""
     config = read_config(folder)
     metrics, timing = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "timing"))
-    record = Record(
-        folder,
-        config,
-        metrics,
-        timing,
-        _object(folder / "evaluation.json"),
-        _object(folder / "environment.json"),
-    )
-    if not record.metrics and not record.evaluation:
+    evaluation, environment = (_object(folder / f"{name}.json") for name in ("evaluation", "environment"))
+    if not metrics and not evaluation:
         raise UsageError(
             f"run '{folder}' has no metrics.jsonl and no evaluation.json, so there is nothing to report. "
             "Train it first."
         )
-    return record
+    return Record(folder, config, metrics, timing, evaluation, environment)
 
 
 def _lines(path: Path) -> tuple[dict[str, Any], ...]:
     """The objects of a .jsonl file; the half line that a killed run leaves at its end is passed over."""
-    if not path.is_file():
-        return ()
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             values = json.loads(line)
         except json.JSONDecodeError:

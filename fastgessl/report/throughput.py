@@ -1,12 +1,10 @@
-"""Where the time of a training step goes: making views, forward, backward, optimiser."""
+"""Where the time of a training step goes: making views, forward, backward, optimizer."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
 import time
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -19,82 +17,63 @@ from fastgessl.training.optimizers import build_optimizer
 IMAGES = 64
 STEPS = 4
 SECONDS = 20.0
+PARTS = ("views", "forward and inner steps", "backward", "optimizer")
 
 
-@dataclass(frozen=True)
-class Split:
-    """Means over steps, milliseconds an image."""
-
-    views: float
-    forward: float
-    backward: float
-    optimizer: float
-    images: int
-    """Batch it was measured with."""
-    steps: int
-
-
-def measure_split(config: Config, images: Images, accelerator: Accelerator) -> Split:
-    """Run a few training steps of this configuration, untrained weights, on this machine."""
-    # Batches of `IMAGES`, or of all images where they are fewer, in one micro-batch.
+def step_times(config: Config, images: Images, accelerator: Accelerator) -> list[dict[str, float]]:
+    """Run a few training steps of this configuration, untrained weights, on this machine: for each, part of
+    the step -> milliseconds per image.
+    """
     size = min(IMAGES, len(images))
-    small = config.model_copy(
-        update={"train": config.train.model_copy(update={"batch_size": size, "accumulate": 1})}
-    )
+    train = config.train.model_copy(update={"batch_size": size, "accumulate": 1})
+    small = config.model_copy(update={"train": train})
     loader = build_loader(small, images, accelerator)
     plan = make_plan(small, images, loader, accelerator)
     objective = build_objective(small, plan).to(accelerator.device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(objective, small.optim, plan.peak_learning_rate)
-    found: list[tuple[float, ...]] = []
-    started, before = time.perf_counter(), time.perf_counter()
+
+    def now() -> float:
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    found: list[dict[str, float]] = []
+    started = now()
+    marks = [started]
     for step, batch in enumerate(loader):
+        marks.append(now())
         half = len(batch.views) // (2 if needs_fresh_views(small) else 1)
-        marks = [before, _now(accelerator)]
-        result = objective(
-            batch.views[:half], step, batch.views[half:] or None, config.gessl.inner_lr, batch.label
-        )
-        marks.append(_now(accelerator))
+        queries = batch.views[half:] or None
+        result = objective(batch.views[:half], step, queries, config.gessl.inner_lr, batch.label)
+        marks.append(now())
         result.loss.backward()
-        marks.append(_now(accelerator))
+        marks.append(now())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        before = _now(accelerator)
-        marks.append(before)
-        found.append(tuple(1e3 * (end - start) / size for start, end in itertools.pairwise(marks)))
+        marks.append(now())
+        found.append(dict(zip(PARTS, 1e3 * np.diff(marks) / size, strict=True)))
+        marks = marks[-1:]
         # σ may be measured on every m-th step only: whole rounds of m steps are timed, the first step warms
         # up.
-        rounds = (len(found) - 1) % config.gessl.every == 0 and len(found) > 1
-        if rounds and (len(found) > STEPS or before - started > SECONDS):
+        whole = step > 0 and step % config.gessl.every == 0
+        if whole and (step >= STEPS or marks[0] - started > SECONDS):
             break
     loader.close()
-    timed = found[1:] or found
-    views, forward, backward, update = (statistics.mean(values) for values in zip(*timed, strict=True))
-    return Split(views, forward, backward, update, size, len(timed))
+    return found[1:] or found
 
 
-def _now(accelerator: Accelerator) -> float:
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def bar(split: Split) -> str:
-    """A bar of the four shares with their milliseconds, as HTML."""
-    parts = {
-        "views": split.views,
-        "forward and inner steps": split.forward,
-        "backward": split.backward,
-        "optimiser": split.optimizer,
-    }
+def bar(steps: list[dict[str, float]]) -> str:
+    """A bar of the parts' shares with their milliseconds, as HTML."""
+    parts = {part: float(np.mean([step[part] for step in steps])) for part in PARTS}
     total = sum(parts.values()) or 1.0
-    widths = [100 * value / total for value in parts.values()]
-    pieces = "".join(
-        f'<span class="c{number}" style="width:{width:.2f}%"></span>' for number, width in enumerate(widths)
+    pieces, legend = "", ""
+    for number, (part, milliseconds) in enumerate(parts.items()):
+        share = 100 * milliseconds / total
+        pieces += f'<span class="c{number}" style="width:{share:.2f}%"></span>'
+        text = f"{part}: {milliseconds:.3g} ms per image ({share:.0f} %)"
+        legend += f'<li><span class="key c{number}"></span>{text}</li>'
+    about = (
+        f"Measured while this page was written: batches of at most {IMAGES} images, mean of {len(steps)} "
+        "steps, untrained weights."
     )
-    legend = "".join(
-        f'<li><span class="key c{number}"></span>{name}: {value:.3g} ms an image ({100 * value / total:.0f} '
-        "%)</li>"
-        for number, (name, value) in enumerate(parts.items())
-    )
-    about = f"Measured while this page was written: batches of {split.images} images, mean of {split.steps} steps, untrained weights."
     return f'<p>{about}</p><div class="bar">{pieces}</div><ul class="legend">{legend}</ul>'

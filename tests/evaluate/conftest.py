@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from finished_run import train_tiny
 from torch import Tensor
 
 from fastgessl.evaluate import Features
@@ -51,9 +49,3 @@ def clusters(count: int, width: int, classes: int, seed: int, spread: float = 1.
 @pytest.fixture
 def cluster_features() -> Callable[..., Features]:
     return clusters
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory) -> Path:
-    """A finished run, shared: copy it before writing into it."""
-    return train_tiny(tmp_path_factory.mktemp("finished") / "run")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rank_launch import launch
 
-PROGRAM = Path(__file__).with_name("evaluate_ranks.py")
+PROGRAM = Path(__file__).parents[1] / "programs" / "evaluate_ranks.py"
 WORLD_SIZE = 3
 
 

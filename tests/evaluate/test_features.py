@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from fastgessl.config import UsageError
-from fastgessl.evaluate import Features, extract_features, extract_views, progress, raw_pixels
-from fastgessl.evaluate.progress import LateProgress, shown
+from fastgessl.evaluate import Features, extract_features, extract_views, raw_pixels
+from fastgessl.evaluate.features import with_progress
 
 
 def pictures(count: int = 20, seed: int = 0) -> torch.Tensor:
@@ -95,19 +94,6 @@ def test_raw_pixels_of_large_views_are_block_means(loader):
     torch.testing.assert_close(raw_pixels(loader([images], None)).features, blocks.flatten(1))
 
 
-def test_bf16_forward_gives_float32_features_of_bf16_accuracy(loader):
-    images, net = pictures(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    expected = nn.functional.linear(
-        images.flatten(1).bfloat16(), net[1].weight.bfloat16(), net[1].bias.bfloat16()
-    ).float()
-
-    features = extract_features(net, loader([images], None), "cpu", precision="bf16").features
-
-    assert features.dtype == torch.float32
-    torch.testing.assert_close(features, expected)
-    assert not features.equal(net(images))
-
-
 @pytest.mark.parametrize(
     ("net", "views", "order", "message"),
     [
@@ -142,24 +128,17 @@ def test_features_that_are_not_finite_name_their_owner_and_first_image():
         features.require_finite("Row 'x'")
 
 
-def test_the_progress_bar_stays_away_for_two_seconds_and_then_appears(monkeypatch):
-    console = Console(force_terminal=True, width=80, file=open("/dev/null", "w"))  # noqa: SIM115
-    with LateProgress(console) as bar:
-        bar.add_task("features", total=3)
-        assert list(bar.get_renderables()) == []
-        monkeypatch.setattr(progress, "SECONDS_BEFORE_BAR", -1.0)
-        assert len(list(bar.get_renderables())) == 1
+def test_a_log_file_gets_no_progress_bar_and_the_items_unchanged(loader, capfd):
+    batches = loader([pictures()], None)
 
-
-def test_a_log_file_gets_no_progress_bar(loader, capfd, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BEFORE_BAR", -1.0)
-
-    assert len(list(shown(loader([pictures()], None), "features", progress=True))) == 3
+    assert list(with_progress(batches, "features", progress=True)) == batches
+    assert list(with_progress(iter(batches), "features", progress=True)) == batches
     assert capfd.readouterr() == ("", "")
 
 
-def test_items_pass_under_the_progress_bar_unchanged(loader):
+def test_a_terminal_gets_a_progress_bar_and_the_items_unchanged(loader, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
     batches = loader([pictures()], None)
 
-    assert list(shown(batches, "features", progress=True)) == batches
-    assert list(shown(iter(batches), "features", progress=True)) == batches
+    assert list(with_progress(batches, "features", progress=True)) == batches
+    assert "features" in capfd.readouterr().err

@@ -162,12 +162,12 @@ def test_every_task_runs_on_a_run_of_ours_and_stands_in_table_and_json(run, fast
 
 
 def test_sigma_against_a_supervised_model_trains_it_once(run, few, fastgessl, monkeypatch):
-    from fastgessl.evaluate import supervised
+    from fastgessl.evaluate.tasks.finetune import ClassifierTrainer
 
     trained = []
-    train = supervised.train_classifier
+    train = ClassifierTrainer.train
     monkeypatch.setattr(
-        supervised, "train_classifier", lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)
+        ClassifierTrainer, "train", lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)
     )
     options = (*few, "--tasks", "universality", "--evaluate.sigma_against", "supervised", *IMAGE_SETTINGS)
 

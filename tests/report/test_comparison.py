@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from fastgessl.config import Config
-from fastgessl.report.comparison import comparison_cells, kinds_of, paired_difference
+from fastgessl.report.comparison import comparison_table, kinds_of, paired_difference
 from fastgessl.report.record import Record
 
 
@@ -62,7 +62,8 @@ def test_the_table_holds_means_deviations_and_paired_differences():
         record(2, 0.99, 1.0),
     ]
 
-    headings, rows = comparison_cells(kinds_of(records))
+    table = comparison_table(kinds_of(records))
+    headings, rows = table.headings, table.rows
 
     assert headings == ["runs", "seeds", "k-NN %", "SSL loss"]
     assert rows[0] == ["digits-simclr", "2", "55.0 ± 7.1", "2.500 ± 0.707"]

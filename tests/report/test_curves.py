@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fastgessl.report.curves import HEIGHT, LEFT, RIGHT, WIDTH, _ticks, line_chart
+from fastgessl.report.curves import HEIGHT, LEFT, RIGHT, WIDTH, line_chart, ticks
 
 
 def drawn_points(chart: str) -> list[list[tuple[float, float]]]:
@@ -38,8 +38,8 @@ def test_a_long_series_keeps_its_mean_and_its_last_point():
 @pytest.mark.parametrize(
     ("low", "high"), [(0.2, 3.1), (-4e-7, 9e-7), (5.0, 5.0), (0.0, 0.0), (-3.0, 1234567.0)]
 )
-def test_ticks_are_even_and_enclose_the_values(low, high):
-    ticks = _ticks(low, high, 4)
+def testticks_are_even_and_enclose_the_values(low, high):
+    ticks = ticks(low, high, 4)
 
     assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
     gaps = [after - before for before, after in itertools.pairwise(ticks)]

@@ -4,6 +4,8 @@ as a browser shows it.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -77,7 +79,7 @@ def labelled_run(two_runs, tmp_path) -> Path:
 def test_the_page_of_several_runs_has_every_section_and_fetches_nothing(page_of_two):
     outline = Outline(page_of_two.read_text())
 
-    for section in ("comparison", "curves", "evaluation", "universality", "views", "map", "neighbours", "confusion", "throughput",
+    for section in ("comparison", "curves", "evaluation", "views", "map", "neighbors", "confusion", "throughput",
                     "configuration"):  # fmt: skip
         assert section in outline.ids, section
     assert outline.sources == []
@@ -115,8 +117,8 @@ def test_names_of_classes_files_and_recipes_are_escaped(labelled_run, fastgessl)
 
 @pytest.mark.filterwarnings("ignore:data.bad_files skip")
 def test_a_skipped_file_moves_no_name_and_no_picture(labelled_run, tmp_path, fastgessl):
-    from fastgessl import pipelines
     from fastgessl.distributed import build_accelerator
+    from fastgessl.evaluate.sources import open_source
     from fastgessl.evaluate.subject import base_config, open_subject
     from fastgessl.report.gallery import Gallery
 
@@ -127,23 +129,18 @@ def test_a_skipped_file_moves_no_name_and_no_picture(labelled_run, tmp_path, fas
     config = base_config(str(labelled_run))
     config = config.model_copy(update={"data": config.data.model_copy(update={"bad_files": "skip"})})
     subject = open_subject(str(labelled_run), config)
-    images, test = (
-        pipelines.open_images("folder", tmp_path / "photos", split) for split in ("train", "test")
-    )
-
-    shown = []
-    pictures = Gallery._pictures
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            Gallery, "_pictures", lambda self, images: shown.append(images) or pictures(self, images)
-        )
-        gallery = Gallery(subject, images, test, build_accelerator(config, labelled_run))
+    source = open_source("folder", tmp_path / "photos")
+    gallery = Gallery(subject, source, build_accelerator(config, labelled_run))
     points = gallery.points()
+    sheet = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^)]*)", gallery.styles())[1])))
 
     names = [point["name"] for point in points]
     assert len(points) == 7 and "150.png" not in names
-    assert [path.name for path in shown[0].paths] == names
-    classes = {path.name: path.parent.name for path in test.paths}
+    for number, name in enumerate(names):
+        # A picture is as red as the number in its name says.
+        red = sheet.getpixel((32 * number + 16, 16))[0]
+        assert red == pytest.approx(int(name.removesuffix(".png")), abs=4)
+    classes = {path.name: path.parent.name for path in source.test.paths}
     assert all(point["label"] == classes[point["name"]] for point in points)
 
 

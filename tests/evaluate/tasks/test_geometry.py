@@ -11,11 +11,11 @@ from fastgessl.evaluate import (
     alignment,
     crowding_ratio,
     effective_rank,
-    geometry,
     measure_geometry,
     uniformity,
     view_retrieval,
 )
+from fastgessl.evaluate.tasks import geometry
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

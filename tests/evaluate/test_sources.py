@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgessl.config import UsageError
-from fastgessl.evaluate.splits import draw_labelled, hold_out, require_labels
+from fastgessl.evaluate.sources import draw_labelled, hold_out, require_labels
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from fastgessl import pipelines
-from fastgessl.evaluate import Features, cache
-from fastgessl.evaluate.cache import FeatureCache, digest_of, subset
+from fastgessl.evaluate import Features, extraction
+from fastgessl.evaluate.extraction import FeatureCache, digest_of
+from fastgessl.evaluate.sources import subset
 
 VIEW = pipelines.evaluation_view(4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -38,7 +39,7 @@ class Extraction:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(cache, "PART_IMAGES", 4)
+    monkeypatch.setattr(extraction, "PART_IMAGES", 4)
 
 
 def test_what_was_extracted_once_comes_back_to_the_last_digit(tmp_path, small_parts):
@@ -55,7 +56,7 @@ def test_what_was_extracted_once_comes_back_to_the_last_digit(tmp_path, small_pa
     assert again[0].labels.tolist() == images.labels.tolist()
 
 
-def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path, small_parts):
+def test_an_interrupted_extraction_continues_where_it_stopped(tmp_path, small_parts):
     with pytest.raises(KeyboardInterrupt):
         FeatureCache(tmp_path).features("x", "key", pictures(), Extraction(fails_at=2))
     rest = Extraction()
@@ -76,7 +77,7 @@ def test_another_key_throws_the_old_features_away(tmp_path, small_parts):
     assert found[0].features.equal(Extraction()(pictures(1))[0].features)
 
 
-def test_a_damaged_part_is_extracted_anew(tmp_path, small_parts):
+def test_a_damaged_part_is_extracted_again(tmp_path, small_parts):
     FeatureCache(tmp_path).features("x", "key", pictures(), Extraction())
     (tmp_path / "x" / "000000004.safetensors").write_bytes(b"torn")
     again = Extraction()

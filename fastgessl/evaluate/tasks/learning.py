@@ -9,8 +9,9 @@ a decaying rate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from fastgessl.build import build_model, make_plan
 from fastgessl.config import GesslConfig, UsageError
-from fastgessl.evaluate.cache import subset
-from fastgessl.evaluate.extraction import Extraction
-from fastgessl.evaluate.progress import shown
-from fastgessl.evaluate.sources import Source
+from fastgessl.evaluate.extraction import Extractor
+from fastgessl.evaluate.features import with_progress
+from fastgessl.evaluate.sources import Source, subset
+from fastgessl.evaluate.tables import Table
+from fastgessl.evaluate.tasks.base import EvaluationTask, Work, register
 from fastgessl.methods import Method
 from fastgessl.objective.inner import Iterate, Sgd, as_leaves, descend
 from fastgessl.objective.sigma import sigma
@@ -111,36 +113,31 @@ def adapt(
     if not np.isfinite([found, *losses]).all():
         raise UsageError(
             f"Task learning: the task-specific copy diverged (loss {losses[-1]:g}) at gessl.inner_lr "
-            f"{settings.inner_lr:g}. Choose a "
-            "smaller --gessl.inner_lr."
+            f"{settings.inner_lr:g}. Choose a smaller "
+            "--gessl.inner_lr."
         )
     return Adaptation(found, losses[0], losses[-1], steps, converged)
 
 
-def along_checkpoints(run: Path, source: Source, extraction: Extraction) -> list[LearningPoint]:
-    """Learning universality at checkpoints that the run has kept, evenly spread. UsageError if it has none."""
+def along_checkpoints(run: Path, source: Source, extractor: Extractor) -> list[LearningPoint]:
+    """Learning universality at checkpoints that a run has kept, evenly spread. UsageError without any."""
     kept = checkpoint.complete(run)
     if not kept:
         raise UsageError(
             f"Task learning: '{run}' has no checkpoints. Train with --train.keep_checkpoints 100 to keep "
-            "those of the whole run; a timm "
-            "model or a file of weights has none."
+            "those of the whole run; a timm model or a file of weights has none."
         )
-    config = extraction.config
-    places = (
-        np.linspace(0, len(kept) - 1, min(config.evaluate.learning_checkpoints, len(kept)))
-        .round()
-        .astype(int)
-    )
-    tasks = _held_out_tasks(source, extraction)
-    loader = extraction.loader(source.train, [extraction.still], sharded=False)
-    plan = make_plan(config, source.train, loader, extraction.accelerator)
-    method = build_model(config, plan, filled_later=True).to(extraction.accelerator.device)
+    config = extractor.config
+    count = min(config.evaluate.learning_checkpoints, len(kept))
+    places = np.linspace(0, len(kept) - 1, count).round().astype(int)
+    tasks = _held_out_tasks(source, extractor)
+    loader = extractor.loader(source.train, [extractor.still], sharded=False)
+    plan = make_plan(config, source.train, loader, extractor.accelerator)
+    method = build_model(config, plan, filled_later=True).to(extractor.accelerator.device)
     loader.close()
     points = []
-    for folder in shown(
-        [kept[place] for place in places], "learning universality", extraction.accelerator.is_main_process
-    ):
+    folders = [kept[place] for place in places]
+    for folder in with_progress(folders, "learning universality", extractor.accelerator.is_main_process):
         state = checkpoint.load(folder)
         try:
             method.load_state_dict(weights_of_method(state["objective"]))
@@ -152,7 +149,18 @@ def along_checkpoints(run: Path, source: Source, extraction: Extraction) -> list
             adapt(method, config.gessl, views, labels, config.evaluate.converged_steps)
             for views, labels in tasks
         ]
-        points.append(_point(state["step"], found))
+        sigmas = [each.sigma for each in found]
+        points.append(
+            LearningPoint(
+                step=state["step"],
+                sigma=float(np.mean(sigmas)),
+                deviation=float(np.std(sigmas, ddof=1)) if len(found) > 1 else 0.0,
+                loss_before=float(np.mean([each.loss_before for each in found])),
+                loss_after=float(np.mean([each.loss_after for each in found])),
+                converged=sum(each.converged for each in found),
+                tasks=len(found),
+            )
+        )
     return points
 
 
@@ -163,34 +171,54 @@ def weights_of_method(objective: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _held_out_tasks(source: Source, extraction: Extraction) -> list[tuple[list[Tensor], Tensor | None]]:
+def _held_out_tasks(source: Source, extractor: Extractor) -> list[tuple[list[Tensor], Tensor | None]]:
     """The first held-out mini-batches, as training views: of the size of training's, or of all held-out
     images if they are fewer.
     """
-    config = extraction.config
+    config = extractor.config
     images = source.train if source.test is None else source.test
     size = min(config.train.batch_size // config.train.accumulate, len(images))
     wanted = min(config.evaluate.learning_tasks, len(images) // size)
     order = np.random.default_rng(config.train.seed).permutation(len(images))[: wanted * size]
-    loader = extraction.training_views(subset(images, order), size)
+    loader = extractor.training_views(subset(images, order), size)
     tasks = [(batch.views, batch.label) for batch in loader]
     loader.close()
     return tasks
 
 
-def _point(step: int, found: list[Adaptation]) -> LearningPoint:
-    sigmas = np.array([each.sigma for each in found])
-    return LearningPoint(
-        step=step,
-        sigma=float(sigmas.mean()),
-        deviation=float(sigmas.std(ddof=1)) if len(found) > 1 else 0.0,
-        loss_before=float(np.mean([each.loss_before for each in found])),
-        loss_after=float(np.mean([each.loss_after for each in found])),
-        converged=sum(each.converged for each in found),
-        tasks=len(found),
-    )
-
-
 def _loss(task: Task, at: Iterate) -> float:
     with torch.no_grad():
         return task.loss(task.outputs(at.weights)).item()
+
+
+def _measure(work: Work) -> list[dict[str, Any]]:
+    points = along_checkpoints(work.folder, work.sources[0], work.extractor)
+    return [asdict(point) for point in points]
+
+
+def _tables(measured: list[dict[str, Any]]) -> list[Table]:
+    rows = []
+    for point in measured:
+        spread = f"{point['sigma']:.4f}±{point['deviation']:.4f}"
+        losses = f"{point['loss_before']:.3f}", f"{point['loss_after']:.3f}"
+        rows.append([str(point["step"]), spread, *losses, f"{point['converged']} of {point['tasks']}"])
+    count = measured[0]["tasks"]
+    return [
+        Table(
+            ["step", "σ", "SSL loss\nhere", "SSL loss\nof the copy", "copies\nconverged"],
+            rows,
+            f"Learning universality on {count} held-out mini-batches: σ to the task-specific copy, nats",
+        )
+    ]
+
+
+register(
+    EvaluationTask(
+        "learning",
+        _measure,
+        tables=_tables,
+        place=(4, 2),
+        needs_labels=False,
+        needs_checkpoints=True,
+    )
+)

@@ -5,8 +5,8 @@ import torch
 from scipy.stats import entropy
 from torch.nn import functional as F
 
-from fastgessl.evaluate import Features, fit_gradient_probe, fit_probe
-from fastgessl.evaluate.universality import (
+from fastgessl.evaluate import Features, SgdProtocol, fit_gradient_probe, fit_probe
+from fastgessl.evaluate.tasks.universality import (
     TaskSigma,
     choose_probe,
     kl_divergence,
@@ -45,7 +45,7 @@ def test_sigma_of_a_model_against_itself_is_zero(cluster_features):
 @pytest.mark.parametrize("hidden", [0, 16])
 def test_sigma_against_one_hot_labels_is_the_cross_entropy(cluster_features, hidden):
     images = cluster_features(200, 8, 4, seed=0, spread=2.0)
-    probe = fit_gradient_probe(images, hidden=hidden, epochs=5, rates=(0.05,))
+    probe = fit_gradient_probe(images, SgdProtocol(hidden, epochs=5, rates=(0.05,)))
 
     found = task_sigma("clusters", "discriminability", images, probe, "mlp" if hidden else "linear")
 
@@ -85,8 +85,8 @@ def test_the_probe_is_the_one_of_the_lower_validation_cross_entropy():
         torch.arange(600),
     )
 
-    assert choose_probe(bent, hidden=32, epochs=40)[0] == "mlp"
-    assert choose_probe(straight, hidden=32, epochs=2)[0] == "linear"
+    assert choose_probe(bent, SgdProtocol(hidden=32, epochs=40))[0] == "mlp"
+    assert choose_probe(straight, SgdProtocol(hidden=32, epochs=2))[0] == "linear"
 
 
 def test_sums_are_by_group_and_over_all():

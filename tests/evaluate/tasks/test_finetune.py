@@ -9,17 +9,17 @@ from torch import nn
 
 from fastgessl import pipelines
 from fastgessl.config import EvaluateConfig, ModelConfig, UsageError
-from fastgessl.evaluate.classifier import Classifier, ClassifierLoaders, train_classifier
-from fastgessl.evaluate.finetune import finetune
+from fastgessl.evaluate.sources import numbered
+from fastgessl.evaluate.tasks.finetune import Classifier, ClassifierTrainer, finetune
 from fastgessl.models import build_backbone
 
 VIEW = pipelines.evaluation_view(8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-LOADERS = ClassifierLoaders(
+TRAINER = ClassifierTrainer(
     training=lambda images, size: pipelines.build(images, [VIEW], batch_size=size),
     still=lambda images: pipelines.build(images, [VIEW], batch_size=64, training=False),
+    device=torch.device("cpu"),
 )
 SETTINGS = EvaluateConfig(finetune_epochs=8, finetune_lrs=(1e-2, 1e-6), layer_decay=0.9)
-CPU = torch.device("cpu")
 
 
 def pictures(count: int, seed: int) -> pipelines.ArrayImages:
@@ -41,7 +41,7 @@ def test_fine_tuning_learns_on_a_copy_and_takes_the_rate_that_validates_best():
     net = encoder()
     before = copy.deepcopy(net.state_dict())
 
-    result = finetune(net, pictures(120, 0), pictures(60, 1), 0.5, SETTINGS, LOADERS, CPU)
+    result = finetune(net, (pictures(120, 0), pictures(60, 1)), 0.5, SETTINGS, TRAINER)
 
     assert result.labelled == 60 and result.lr == 1e-2
     assert result.validation[1e-2] > result.validation[1e-6]
@@ -57,7 +57,7 @@ def test_no_test_label_reaches_the_choice_of_a_rate():
     settings = SETTINGS.model_copy(update={"finetune_epochs": 2})
 
     honest, blind = (
-        finetune(encoder(), pictures(60, 0), part, 1.0, settings, LOADERS, CPU) for part in (test, shuffled)
+        finetune(encoder(), (pictures(60, 0), part), 1.0, settings, TRAINER) for part in (test, shuffled)
     )
 
     assert (blind.lr, blind.validation) == (honest.lr, honest.validation)
@@ -68,15 +68,8 @@ def test_lower_layers_move_less_under_layer_decay():
     def moved(decay: float) -> tuple[float, float]:
         net = encoder()
         start = {name: value.clone() for name, value in net.named_parameters()}
-        train_classifier(
-            Classifier(net, 3),
-            relabelled(pictures(60, 0)),
-            LOADERS,
-            CPU,
-            epochs=1,
-            lr=1e-2,
-            layer_decay=decay,
-        )
+        images = numbered(pictures(60, 0), torch.tensor([3, 5, 8]))
+        TRAINER.train(Classifier(net, 3), images, epochs=1, lr=1e-2, layer_decay=decay)
         end = dict(net.named_parameters())
         return tuple(
             (end[name] - start[name]).abs().mean().item()
@@ -88,10 +81,6 @@ def test_lower_layers_move_less_under_layer_decay():
     assert first / last < 0.05 * even_first / even_last
 
 
-def relabelled(images: pipelines.ArrayImages) -> pipelines.ArrayImages:
-    return pipelines.ArrayImages(images.images, np.searchsorted([3, 5, 8], images.labels), images.classes)
-
-
 def test_layers_that_nobody_knows_cannot_decay():
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     backbone.num_features = 4
@@ -100,19 +89,11 @@ def test_layers_that_nobody_knows_cannot_decay():
         UsageError,
         match=r"layer_decay 0.5 needs a backbone whose layers timm knows.* Use --evaluate.layer_decay 1",
     ):
-        train_classifier(
-            Classifier(backbone, 3),
-            relabelled(pictures(60, 0)),
-            LOADERS,
-            CPU,
-            epochs=1,
-            lr=1e-2,
-            layer_decay=0.5,
-        )
+        TRAINER.train(Classifier(backbone, 3), pictures(60, 0), epochs=1, lr=1e-2, layer_decay=0.5)
 
 
 def test_images_without_labels_are_refused():
     unlabelled = pipelines.ArrayImages(pictures(10, 0).images)
 
     with pytest.raises(UsageError, match="Task finetune: the training images have no labels"):
-        finetune(encoder(), unlabelled, pictures(10, 0), 0.5, SETTINGS, LOADERS, CPU)
+        finetune(encoder(), (unlabelled, pictures(10, 0)), 0.5, SETTINGS, TRAINER)

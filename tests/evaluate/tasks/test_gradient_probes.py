@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgessl.config import UsageError
-from fastgessl.evaluate import Features, fit_gradient_probe, gradient_probe, gradient_probes
-from fastgessl.evaluate.splits import hold_out
+from fastgessl.evaluate import Features, SgdProtocol, fit_gradient_probe, gradient_probe
+from fastgessl.evaluate.sources import hold_out
+from fastgessl.evaluate.tasks import gradient_probes
 
 
 def as_torch_trains_it(train: Features, rate: float, epochs: int, seed: int, hidden: int) -> nn.Module:
@@ -66,7 +67,7 @@ def test_the_probe_is_the_one_that_torchs_layers_autograd_and_sgd_train(cluster_
         .log_softmax(dim=1)
     )
 
-    probe = fit_gradient_probe(train, hidden=hidden, epochs=4, seed=3, rates=(0.05,))
+    probe = fit_gradient_probe(train, SgdProtocol(hidden, epochs=4, seed=3, rates=(0.05,)))
 
     torch.testing.assert_close(
         probe.log_probabilities(test.features), expected.detach(), rtol=1e-3, atol=1e-3
@@ -76,16 +77,14 @@ def test_the_probe_is_the_one_that_torchs_layers_autograd_and_sgd_train(cluster_
 @pytest.mark.parametrize("hidden", [0, 12])
 def test_rates_side_by_side_are_the_rates_one_by_one(cluster_features, hidden):
     train = cluster_features(300, 8, 3, seed=0, spread=2.0)
-    rates = (0.3, 0.05, 0.001)
+    rates, protocol = (0.3, 0.05, 0.001), SgdProtocol(hidden, epochs=5)
     fitted, held = hold_out(train.labels, 0.2, torch.Generator().manual_seed(0))
     inputs = (train.features - train.features.mean(dim=0)) / train.features.std(dim=0, correction=0)
 
-    together = gradient_probes._descend(inputs[fitted], train.labels[fitted], rates, 3, hidden, 5, 0, False)
+    together = gradient_probes.descend(inputs[fitted], train.labels[fitted], rates, protocol)
 
     for number, rate in enumerate(rates):
-        alone = gradient_probes._descend(
-            inputs[fitted], train.labels[fitted], (rate,), 3, hidden, 5, 0, False
-        )
+        alone = gradient_probes.descend(inputs[fitted], train.labels[fitted], (rate,), protocol)
         for (weight, bias), (own_weight, own_bias) in zip(together, alone, strict=True):
             torch.testing.assert_close(weight[number], own_weight[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(bias[number], own_bias[0], rtol=1e-4, atol=1e-5)
@@ -98,15 +97,15 @@ def test_the_rate_of_the_best_validation_accuracy_is_chosen_and_trained_again_on
         cluster_features(300, 10, 4, seed=1, spread=4.0),
     )
 
-    result = gradient_probe(train, test, epochs=3)
+    result = gradient_probe(train, test, SgdProtocol(epochs=3))
 
     best = max(result.validation.values())
     assert result.learning_rate == min(
         rate for rate, accuracy in result.validation.items() if accuracy == best
     )
     assert len(set(result.validation.values())) > 1
-    alone = fit_gradient_probe(train, epochs=3, rates=(result.learning_rate,))
-    assert result.accuracy == gradient_probes.accuracy_of(alone, test.features, test.labels)
+    alone = fit_gradient_probe(train, SgdProtocol(epochs=3, rates=(result.learning_rate,)))
+    assert result.accuracy == alone.accuracy(test)
 
 
 def test_a_linear_probe_by_sgd_reaches_what_scikit_learns_optimum_reaches(cluster_features):
@@ -122,15 +121,15 @@ def test_a_linear_probe_by_sgd_reaches_what_scikit_learns_optimum_reaches(cluste
     expected = oracle.score(scaler.transform(test.features.numpy()), test.labels.numpy())
 
     assert 0.5 < expected < 0.99
-    assert gradient_probe(train, test, epochs=20).accuracy == pytest.approx(expected, abs=0.02)
+    assert gradient_probe(train, test, SgdProtocol(epochs=20)).accuracy == pytest.approx(expected, abs=0.02)
 
 
 def test_a_hidden_layer_solves_what_no_linear_probe_can():
     points = torch.randn(600, 2, generator=torch.Generator().manual_seed(0))
     exclusive_or = Features(points, (points[:, 0] * points[:, 1] > 0).long(), torch.arange(600))
 
-    assert gradient_probe(exclusive_or, exclusive_or, epochs=10).accuracy < 0.7
-    assert gradient_probe(exclusive_or, exclusive_or, hidden=32, epochs=60).accuracy > 0.95
+    assert gradient_probe(exclusive_or, exclusive_or, SgdProtocol(epochs=10)).accuracy < 0.7
+    assert gradient_probe(exclusive_or, exclusive_or, SgdProtocol(hidden=32, epochs=60)).accuracy > 0.95
 
 
 @pytest.mark.parametrize("hidden", [0, 8])
@@ -145,7 +144,7 @@ def test_no_test_label_reaches_the_choice_of_a_learning_rate(cluster_features, h
         test.index,
     )
 
-    honest, blind = (gradient_probe(train, part, hidden=hidden, epochs=5) for part in (test, shuffled))
+    honest, blind = (gradient_probe(train, part, SgdProtocol(hidden, epochs=5)) for part in (test, shuffled))
 
     assert (blind.learning_rate, blind.validation) == (honest.learning_rate, honest.validation)
     assert blind.accuracy < honest.accuracy - 0.2
@@ -158,7 +157,7 @@ def test_classes_too_small_to_validate_on_take_the_documented_rate():
         torch.arange(6),
     )
 
-    probe = fit_gradient_probe(few, epochs=2)
+    probe = fit_gradient_probe(few, SgdProtocol(epochs=2))
 
     assert probe.learning_rate == gradient_probes.DEFAULT_LEARNING_RATE and probe.validation == {}
 
@@ -174,4 +173,4 @@ def test_what_allows_no_classifier_is_refused(cluster_features):
         (good, broken, "test images: "),
     ]:
         with pytest.raises(UsageError, match=message):
-            gradient_probe(train, test, epochs=1)
+            gradient_probe(train, test, SgdProtocol(epochs=1))

@@ -11,14 +11,16 @@ with fewer classes needs fewer dimensions, C_labels − 1; an MLP probe needs fe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from fastgessl.config import UsageError
 from fastgessl.evaluate.features import Features
-from fastgessl.evaluate.linear import fit_probe
+from fastgessl.evaluate.tables import Column, percent
+from fastgessl.evaluate.tasks.base import EvaluationTask, register
+from fastgessl.evaluate.tasks.linear import fit_probe
 
 # Each image is a class of the linear probe: 200 classes are fitted in seconds.
 PREDICTED_IMAGES = 200
@@ -61,11 +63,8 @@ def measure_conditions(first: Tensor, second: Tensor, label_classes: int = 0, se
         raise UsageError(
             f"Task conditions: there is {len(first)} image, and nothing to tell it from. Add images."
         )
-    rows = (
-        torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))[:PREDICTED_IMAGES]
-        .sort()
-        .values
-    )
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(first), generator=generator)[:PREDICTED_IMAGES].sort().values
     return Conditions(
         variation=within_share(first, second),
         dimension=spanned_dimensions((first.double() + second.double()) / 2),
@@ -104,7 +103,25 @@ def linear_predictability(first: Tensor, second: Tensor) -> float:
     each.
     """
     classes = torch.arange(len(first))
-    # One example a class leaves nothing to validate on, and the answer is a weight decay small enough to
+    # One example per class leaves nothing to validate on, and the answer is a weight decay small enough to
     # separate what can be separated.
     probe = fit_probe(Features(first.float(), classes, classes), weight_decay=1e-4)
-    return (probe.log_probabilities(second.float()).argmax(dim=1) == classes).double().mean().item()
+    return probe.accuracy(Features(second.float(), classes, classes))
+
+
+register(
+    EvaluationTask(
+        "conditions",
+        lambda features, settings, seed: asdict(
+            measure_conditions(*features.view_pair(seed), features.classes, seed)
+        ),
+        columns=lambda settings: [
+            percent("variance\nwithin", "variation"),
+            Column("dimensions\nof needed", lambda m: f"{m['dimension']} of {m['needed']}", "dimension"),
+            percent("image\nnamed", "predictability"),
+        ],
+        place=(2, 1),
+        needs_labels=False,
+        needs_views=True,
+    )
+)

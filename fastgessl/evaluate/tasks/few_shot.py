@@ -2,20 +2,23 @@
 belong to.
 
 Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017: a class is the mean of its labelled
-features, and an image goes to the nearest mean. Features stand on the unit sphere, as in Wang et al.,
+features, and an image goes to the nearest mean. Features are on the unit sphere, as in Wang et al.,
 "SimpleShot", arXiv 1911.04623 (L2N). Nothing is trained.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgessl.config import UsageError
-from fastgessl.evaluate.features import Features
+from fastgessl.config import EvaluateConfig, UsageError
+from fastgessl.evaluate.features import Features, RowFeatures
+from fastgessl.evaluate.tables import accuracies
+from fastgessl.evaluate.tasks.base import DataFacts, EvaluationTask, register
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class FewShotResult:
     ways: int
     shots: int
     queries: int
-    """Images a class that each episode classifies."""
+    """Images per class that each episode classifies."""
     episodes: int
     classes: int
     """Classes that had enough images to be drawn."""
@@ -100,3 +103,28 @@ def _episode(points: Tensor, rows: Tensor, shots: int) -> Tensor:
     distances = torch.cdist(points[rows[:, shots:]].flatten(0, 1), means)
     own = torch.arange(len(rows)).repeat_interleave(rows.shape[1] - shots)
     return (distances.argmin(dim=1) == own).double().mean()
+
+
+def _measure(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+    drawn = {"ways": settings.ways, "queries": settings.queries, "episodes": settings.episodes, "seed": seed}
+    found = [few_shot(features.episodes, shots=shots, **drawn) for shots in settings.shots]
+    return {"episodes": [asdict(each) for each in found]}
+
+
+def _obstacle(facts: DataFacts, settings: EvaluateConfig) -> str:
+    pool = facts.test if facts.pool is None else facts.pool
+    return too_few_for_episodes(pool, settings.ways, max(settings.shots) + settings.queries)
+
+
+register(
+    EvaluationTask(
+        "few_shot",
+        _measure,
+        columns=lambda settings: accuracies(
+            [f"{settings.ways}-way\n{shots}-shot" for shots in settings.shots], "episodes"
+        ),
+        place=(2, 0),
+        transfer=True,
+        obstacle=_obstacle,
+    )
+)

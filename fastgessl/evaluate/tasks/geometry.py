@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastgessl.config import EvaluateConfig
+from fastgessl.evaluate.features import RowFeatures
+from fastgessl.evaluate.tables import decimals, percent
+from fastgessl.evaluate.tasks.base import EvaluationTask, register
 
 # Pairs held at once, as numbers: 32 MiB of float64.
 PAIRS_AT_ONCE = 2**22
@@ -53,8 +59,8 @@ def measure_geometry(first: Tensor, second: Tensor) -> Geometry:
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of (N, F) features, not centred; 0 if all features
-    are 0.
+    """exp of the entropy of the normalized singular values of (N, F) features, not centered; 0 if all
+    features are 0.
 
     Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised
     Representations by Their Rank", ICML 2023, eq. (1), without its ε.
@@ -117,11 +123,11 @@ def view_retrieval(queries: Tensor, keys: Tensor) -> float:
 
 
 def crowding_ratio(features: Tensor, labels: Tensor) -> float:
-    """Mean over classes of (mean distance of its images to its centre) / (distance of that centre to the
-    nearest other centre).
+    """Mean over classes of (mean distance of its images to its center) / (distance of that center to the
+    nearest other center).
 
     Features (N, F) on the unit sphere, labels (N,) of at least two classes. Low is compact and far apart;
-    infinite where two classes share a centre.
+    infinite where two classes share a center.
 
     >>> crowding_ratio(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]))
     0.0
@@ -129,17 +135,11 @@ def crowding_ratio(features: Tensor, labels: Tensor) -> float:
     points = _on_sphere(features)
     classes, columns = labels.unique(return_inverse=True)
     counts = columns.bincount()
-    centres = (
-        torch.zeros(len(classes), points.shape[1], dtype=points.dtype).index_add_(0, columns, points)
-        / counts[:, None]
-    )
-    spread = (
-        torch.zeros(len(classes), dtype=points.dtype).index_add_(
-            0, columns, (points - centres[columns]).norm(dim=1)
-        )
-        / counts
-    )
-    nearest = torch.cdist(centres, centres).fill_diagonal_(math.inf).amin(dim=1)
+    centers = torch.zeros(len(classes), points.shape[1], dtype=points.dtype)
+    centers = centers.index_add_(0, columns, points) / counts[:, None]
+    distances = (points - centers[columns]).norm(dim=1)
+    spread = torch.zeros(len(classes), dtype=points.dtype).index_add_(0, columns, distances) / counts
+    nearest = torch.cdist(centers, centers).fill_diagonal_(math.inf).amin(dim=1)
     return math.inf if (nearest == 0).any() else (spread / nearest).mean().item()
 
 
@@ -152,3 +152,30 @@ def _similarities(queries: Tensor, keys: Tensor) -> Iterator[tuple[int, Tensor]]
     chunk = max(1, PAIRS_AT_ONCE // len(keys))
     for start in range(0, len(queries), chunk):
         yield start, queries[start : start + chunk] @ keys.T
+
+
+def _measure(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+    measured = asdict(measure_geometry(*features.view_pair(seed)))
+    if features.classes > 1:
+        assert features.train.labels is not None
+        measured["crowding"] = crowding_ratio(features.train.features, features.train.labels)
+    return measured
+
+
+register(
+    EvaluationTask(
+        "geometry",
+        _measure,
+        columns=lambda settings: [
+            decimals("eff.\nrank", "effective_rank", 1),
+            decimals("align", "alignment", 3),
+            decimals("unif.", "uniformity", 2),
+            percent("view\nfound", "retrieval"),
+            decimals("crowd.", "crowding", 2),
+        ],
+        place=(0, 4),
+        default=True,
+        needs_labels=False,
+        needs_views=True,
+    )
+)

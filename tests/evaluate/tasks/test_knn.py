@@ -5,7 +5,8 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from fastgessl.config import UsageError
-from fastgessl.evaluate import Features, Neighbours, knn, knn_classify, knn_protocols
+from fastgessl.evaluate import Features, Neighbours, knn_classify, knn_protocols
+from fastgessl.evaluate.tasks import knn
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (50, 0.5)])

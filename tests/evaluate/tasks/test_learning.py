@@ -8,7 +8,7 @@ from torch import nn
 from toys import toy_method
 
 from fastgessl.config import GesslConfig, MethodConfig, UsageError
-from fastgessl.evaluate.learning import adapt, weights_of_method
+from fastgessl.evaluate.tasks.learning import adapt, weights_of_method
 from fastgessl.methods import RunFacts, build_method
 
 

@@ -7,17 +7,21 @@ Learning", ICML 2021.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgessl.config import UsageError
-from fastgessl.evaluate.features import Features
-from fastgessl.evaluate.splits import require_labels
+from fastgessl.config import EvaluateConfig, UsageError
+from fastgessl.evaluate.features import Features, RowFeatures
+from fastgessl.evaluate.sources import require_labels
+from fastgessl.evaluate.tables import accuracies, percent
+from fastgessl.evaluate.tasks.base import EvaluationTask, register
 
+# Measured: 13 s for 10,000 against 50,000 × 512.
+SECONDS_PER_PRODUCT = 5e-11
 # Similarities held at once, as numbers: 128 MiB of float32.
 SIMILARITIES_AT_ONCE = 2**25
 
@@ -34,6 +38,11 @@ class Neighbours:
 
 # DINO's evaluation, CIFAR's (InstDisc, lightly), and that of W-MSE, DSA and GeSSL's tables.
 PUBLISHED = (Neighbours("cosine", 20, 0.07), Neighbours("cosine", 200, 0.1), Neighbours("euclidean", 5))
+
+
+def _heading(protocol: Neighbours) -> str:
+    vote = f"T {protocol.temperature:g}" if protocol.temperature else "majority"
+    return f"k-NN\n{protocol.metric}\nk {protocol.k}\n{vote}"
 
 
 def knn_classify(train: Features, test: Features, k: int, temperature: float) -> float:
@@ -56,7 +65,7 @@ def knn_protocols(
     """Accuracy under each protocol; those that share a metric share one search. Raises UsageError as
     `knn_classify` does.
 
-    A majority that is tied goes to the class of the lowest label, as scikit-learn has it.
+    A majority that is tied goes to the class of the lowest label, as in scikit-learn.
 
     >>> features = Features(torch.eye(3).repeat(8, 1), torch.arange(3).repeat(8), torch.arange(24))
     >>> knn_protocols(features, features, (Neighbours("euclidean", 5),))
@@ -89,16 +98,19 @@ def too_few_neighbours(count: int, k: int) -> str:
     """Why k neighbours cannot be found among `count` training images; empty if they can."""
     if k <= count:
         return ""
-    return f"evaluate.knn_k is {k}, but there are only {count} training images. Choose --evaluate.knn_k {count} or less."
+    return (
+        f"evaluate.knn_k is {k}, but there are only {count} training images. Choose --evaluate.knn_k {count} "
+        "or less."
+    )
 
 
 def too_few_for_protocols(count: int, protocols: tuple[Neighbours, ...]) -> str:
     """Why some protocol's neighbours cannot be found among `count` training images; empty if they can."""
     most = max(protocol.k for protocol in protocols)
+    if most <= count:
+        return ""
     return (
-        ""
-        if most <= count
-        else f"a protocol takes {most} neighbours, but there are only {count} training images. Leave "
+        f"a protocol takes {most} neighbours, but there are only {count} training images. Leave "
         "knn_protocols out."
     )
 
@@ -131,6 +143,47 @@ def _compared(train: Tensor, test: Tensor, metric: str) -> tuple[Tensor, Tensor,
         return F.normalize(train, dim=1), F.normalize(test, dim=1), torch.zeros(1, len(train))
     # −‖q − k‖²/2 without ‖q‖², which is the same for all keys. About the common mean, where float32 loses
     # least to cancellation.
-    centre = train.mean(dim=0)
-    keys = train - centre
-    return keys, test - centre, -keys.square().sum(dim=1)[None] / 2
+    center = train.mean(dim=0)
+    keys = train - center
+    return keys, test - center, -keys.square().sum(dim=1)[None] / 2
+
+
+def _measure_knn(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+    protocol = _configured(settings)
+    accuracy = knn_classify(features.train, features.test, protocol.k, protocol.temperature)
+    return {"accuracy": accuracy, **asdict(protocol)}
+
+
+def _measure_protocols(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+    found = knn_protocols(features.train, features.test)
+    return {"protocols": [{**asdict(each), "accuracy": accuracy} for each, accuracy in found.items()]}
+
+
+def _configured(settings: EvaluateConfig) -> Neighbours:
+    return Neighbours("cosine", settings.knn_k, settings.knn_temperature)
+
+
+register(
+    EvaluationTask(
+        "knn",
+        _measure_knn,
+        columns=lambda settings: [percent(_heading(_configured(settings)))],
+        place=(0, 2),
+        default=True,
+        transfer=True,
+        obstacle=lambda facts, settings: too_few_neighbours(len(facts.train), settings.knn_k),
+        seconds=lambda facts, settings: (
+            SECONDS_PER_PRODUCT * len(facts.train) * len(facts.test) * facts.width
+        ),
+    )
+)
+register(
+    EvaluationTask(
+        "knn_protocols",
+        _measure_protocols,
+        columns=lambda settings: accuracies([_heading(protocol) for protocol in PUBLISHED], "protocols"),
+        place=(1, 2),
+        transfer=True,
+        obstacle=lambda facts, settings: too_few_for_protocols(len(facts.train), PUBLISHED),
+    )
+)

@@ -24,16 +24,18 @@ from fastgessl.evaluate import (
     linear_probe,
     measure_geometry,
     monitor,
-    plan_tasks,
     raw_pixels,
-    require_known_tasks,
     sigma_to_labels,
-    suite,
+)
+from fastgessl.evaluate import (
+    features as feature_module,
 )
 from fastgessl.evaluate import (
     tasks as task_plan,
 )
-from fastgessl.evaluate.tasks import DEFAULT_TASKS
+from fastgessl.evaluate.tasks import TASKS, DataFacts, named_tasks, plan_tasks
+
+DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if task.default)
 
 SETTINGS = EvaluateConfig(knn_k=3, labels_per_class=4, few_label_draws=3)
 
@@ -109,7 +111,7 @@ def test_geometry_is_that_of_the_two_augmented_views(data):
 
 
 def test_geometry_of_many_images_is_measured_on_a_seeded_sample(data, monkeypatch):
-    monkeypatch.setattr(suite, "GEOMETRY_IMAGES", 20)
+    monkeypatch.setattr(feature_module, "VIEWED_IMAGES", 20)
     measured = [
         evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("geometry",)), seed).rows["x"]["geometry"]
         for seed in (0, 0, 1)
@@ -218,7 +220,7 @@ def test_images_that_are_held_out_by_number_stay_so_where_others_are_missing(loa
     assert monitor(encoder(), readable, SETTINGS) == pytest.approx(monitor(encoder(), split, SETTINGS))
 
 
-def test_no_test_label_reaches_a_choice_in_the_suite(data, loader):
+def test_no_test_label_reaches_a_choice_in_an_evaluation(data, loader):
     images, labels = pictures(60, 3, seed=1)
     blind = EvaluationData(
         data.train,
@@ -264,7 +266,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_and_all_known_ones_before_a
     ):
         evaluate({"x": "pixels"}, unread, EvaluateConfig(tasks=("knn", "liner")))
     with pytest.raises(UsageError, match=r"unknown task 'zzz'\. Known tasks"):
-        require_known_tasks(["zzz"])
+        named_tasks(["zzz"])
 
 
 @pytest.mark.parametrize(
@@ -284,8 +286,9 @@ def test_what_the_data_does_not_allow_is_an_error_if_asked_for_and_skipped_with_
     train, test = (None if labels is None else torch.tensor(labels) for labels in (train, test))
 
     with pytest.raises(UsageError, match=f"Task {task}: .*{message}"):
-        plan_tasks(EvaluateConfig(tasks=(task,), knn_k=3, labels_per_class=4), train, test, has_views=False)
-    tasks, skipped = plan_tasks(SETTINGS, train, test, has_views=False)
+        plan_tasks(EvaluateConfig(tasks=(task,), knn_k=3, labels_per_class=4), DataFacts(train, test))
+    planned, skipped = plan_tasks(SETTINGS, DataFacts(train, test))
+    tasks = [each.name for each in planned]
     assert task not in tasks and message.split(".")[0] in skipped[task]
     assert set(tasks) | set(skipped) == set(DEFAULT_TASKS)
 
@@ -297,15 +300,17 @@ def test_what_the_data_does_not_allow_is_an_error_if_asked_for_and_skipped_with_
 def test_what_would_take_hours_waits_to_be_asked_for(images, classes, width, slow):
     train, test = torch.arange(images) % classes, torch.arange(50_000) % classes
 
-    tasks, skipped = plan_tasks(EvaluateConfig(), train, test, has_views=True, width=width)
-    asked, _ = plan_tasks(EvaluateConfig(tasks=("linear",)), train, test, has_views=True, width=width)
+    facts = DataFacts(train, test, views=True, width=width)
+    planned, skipped = plan_tasks(EvaluateConfig(), facts)
+    (asked,), _ = plan_tasks(EvaluateConfig(tasks=("linear",)), facts)
+    tasks = [task.name for task in planned]
 
     assert set(skipped) == slow and set(tasks) == set(DEFAULT_TASKS) - slow
-    assert asked == ("linear",)
+    assert asked.name == "linear"
     assert all(reason.endswith(f"Ask for it: --evaluate.tasks {task}.") for task, reason in skipped.items())
 
 
-def test_the_suite_knows_the_width_of_its_rows(data, monkeypatch):
+def test_the_plan_knows_the_width_of_its_rows(data, monkeypatch):
     monkeypatch.setattr(task_plan, "SECONDS_UNASKED", 90 * 50 * 3 * 8e-8)
 
     assert "linear" in evaluate({"x": encoder()}, data, SETTINGS).tasks
@@ -330,7 +335,7 @@ def test_geometry_refuses_a_loader_of_other_than_two_views(data, loader):
 
 
 def test_the_table_says_when_a_fit_did_not_converge(data, monkeypatch):
-    monkeypatch.setattr("fastgessl.evaluate.linear.MAX_ITERATIONS", 1)
+    monkeypatch.setattr("fastgessl.evaluate.tasks.linear.MAX_ITERATIONS", 1)
 
     text = " ".join(printed(evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("linear",)))).split())
 

@@ -14,7 +14,7 @@ import torch
 
 from fastgessl.config import UsageError
 from fastgessl.evaluate import Features, fit_gradient_probe, fit_probe, measure_conditions
-from fastgessl.evaluate.conditions import spanned_dimensions, within_share
+from fastgessl.evaluate.tasks.conditions import spanned_dimensions, within_share
 
 CLASSES, VIEWS = 6, 12
 # Every way to give six classes two labels, up to swapping them, and some with more labels.

@@ -1,18 +1,31 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import rel_entr, softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from fastgessl.config import UsageError
-from fastgessl.evaluate import Features, few_label_probe, fit_probe, linear, linear_probe
-from fastgessl.evaluate.splits import draw_labelled, hold_out
+from fastgessl.evaluate import (
+    Features,
+    few_label_probe,
+    fit_probe,
+    label_fraction_probe,
+    linear_probe,
+    sigma_to_labels,
+)
+from fastgessl.evaluate.sources import draw_fraction, draw_labelled, hold_out
+from fastgessl.evaluate.tasks import linear
+from fastgessl.evaluate.tasks.linear import score
 
 
 def optimum(
@@ -264,3 +277,107 @@ def test_few_label_probe_refuses_more_labels_than_a_class_has(cluster_features):
 
     with pytest.raises(UsageError, match="labels_per_class is 11, but class 0 has only 10"):
         few_label_probe(train, train, labels_per_class=11)
+
+
+def test_a_share_is_that_share_of_every_class_and_at_least_one_image():
+    labels = torch.tensor([0] * 200 + [1] * 100 + [2] * 10)
+
+    rows = draw_fraction(labels, 0.03, torch.Generator().manual_seed(0))
+
+    assert labels[rows].bincount().tolist() == [6, 3, 1]
+    assert len(rows.unique()) == len(rows)
+
+
+def test_the_probe_sees_nothing_outside_its_share(cluster_features):
+    train, test = (
+        cluster_features(300, 10, 4, seed=0, spread=2.0),
+        cluster_features(200, 10, 4, seed=1, spread=2.0),
+    )
+    rows = draw_fraction(train.labels, 0.1, torch.Generator().manual_seed(5))
+    spoilt = train.features.clone()
+    outside = torch.ones(300, dtype=torch.bool)
+    outside[rows] = False
+    spoilt[outside] = 1e6
+
+    honest, other = (
+        label_fraction_probe(Features(features, train.labels, train.index), test, 0.1, draws=1, seed=5)
+        for features in (train.features, spoilt)
+    )
+
+    assert honest == other and honest.labelled == len(rows)
+    assert honest.accuracy == score(fit_probe(train.subset(rows), 5), train.subset(rows), test).accuracy
+
+
+def test_mean_and_deviation_are_over_the_draws(cluster_features):
+    train, test = (
+        cluster_features(300, 10, 4, seed=0, spread=3.0),
+        cluster_features(200, 10, 4, seed=1, spread=3.0),
+    )
+
+    result = label_fraction_probe(train, test, 0.1, draws=3)
+
+    assert len(set(result.draws)) > 1
+    assert result.accuracy == pytest.approx(statistics.mean(result.draws))
+    assert result.deviation == pytest.approx(statistics.stdev(result.draws))
+
+
+def test_sigma_is_the_divergence_of_one_hot_labels_from_the_probes_probabilities(cluster_features):
+    train, test = (
+        cluster_features(150, 6, 5, seed=0, spread=2.0),
+        cluster_features(90, 6, 5, seed=1, spread=2.0),
+    )
+    probe = fit_probe(train)
+    logits = (
+        (test.features - probe.mean) / probe.scale
+    ).double().numpy() @ probe.weight.double().numpy().T + probe.bias.double().numpy()
+    probabilities = softmax(logits, axis=1)
+    one_hot = np.eye(5)[test.labels.numpy()]
+
+    measured = sigma_to_labels(train, test, probe).generalisation
+
+    assert 0.1 < measured < 5
+    assert measured == pytest.approx(rel_entr(one_hot, probabilities).sum(axis=1).mean(), rel=1e-5)
+    assert measured == pytest.approx(log_loss(test.labels.numpy(), probabilities), rel=1e-5)
+
+
+def test_sigma_discriminability_is_measured_on_the_training_images(cluster_features):
+    train, test = (
+        cluster_features(150, 6, 5, seed=0, spread=2.0),
+        cluster_features(90, 6, 5, seed=1, spread=2.0),
+    )
+    probe = fit_probe(train)
+
+    assert (
+        sigma_to_labels(train, test, probe).discriminability
+        == sigma_to_labels(train, train, probe).generalisation
+    )
+    assert (
+        sigma_to_labels(train, test, probe).discriminability
+        < sigma_to_labels(train, test, probe).generalisation
+    )
+
+
+def test_sigma_of_features_that_say_nothing_is_the_entropy_of_the_classes():
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    nothing = Features(torch.ones(100, 4), labels, torch.arange(100))
+    entropy = -sum(share * math.log(share) for share in (0.6, 0.3, 0.1))
+
+    assert sigma_to_labels(nothing, nothing).generalisation == pytest.approx(entropy, abs=1e-4)
+
+
+def test_sigma_of_a_confident_mistake_is_finite():
+    train = Features(
+        torch.tensor([[-1.0], [1.0]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20), torch.arange(40)
+    )
+    far = Features(torch.tensor([[1e4]]), torch.tensor([0]), torch.arange(1))
+
+    measured = sigma_to_labels(train, far).generalisation
+
+    assert 1e3 < measured < math.inf
+
+
+def test_sigma_refuses_data_without_labels():
+    nothing = Features(torch.ones(4, 2), None, torch.arange(4))
+
+    with pytest.raises(UsageError, match="Task sigma: the training images have no labels"):
+        sigma_to_labels(nothing, nothing)

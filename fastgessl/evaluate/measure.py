@@ -1,0 +1,301 @@
+"""Several encoders on the same images: every task of frozen features that the data allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from rich.console import Group
+from torch import Tensor, nn
+
+from fastgessl.config import EvaluateConfig
+from fastgessl.evaluate.features import (
+    Features,
+    Pixels,
+    RowFeatures,
+    extract_features,
+    extract_views,
+    on_first_rank,
+    with_progress,
+)
+from fastgessl.evaluate.online import OnlineProbe
+from fastgessl.evaluate.sources import held_out_test, unusable_labels
+from fastgessl.evaluate.tables import Column, Table
+from fastgessl.evaluate.tasks import TASKS, DataFacts, plan_tasks, wanted_tasks
+from fastgessl.evaluate.tasks.geometry import effective_rank
+from fastgessl.evaluate.tasks.knn import knn_classify, too_few_neighbours
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Loaders of one data set; each yields every image once, with `.views`, `.index` and `.label`."""
+
+    train: Iterable[Any]
+    """One view per image, without augmentation."""
+    test: Iterable[Any] | None = None
+    """The same for the test split; without one, a stratified fifth of the labelled training images is held
+    out."""
+    views: Iterable[Any] | None = None
+    """Two augmented views per image, for geometry."""
+    held_out: Tensor | None = None
+    """(H,) which training images are held out without a test split; None draws a fifth of those that the
+    loader yields."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of several encoders on the same images."""
+
+    rows: dict[str, dict[str, dict[str, Any]]]
+    """Row name -> task -> measurement -> value; every row also has "features": {"width": F}."""
+    tasks: tuple[str, ...]
+    """Tasks that were run."""
+    skipped: dict[str, str]
+    """Tasks that the data does not allow -> why. Empty if tasks were asked for by name."""
+    images: dict[str, int]
+    """Images in train and test, classes (0 without labels), and under held_out 1 if the test images were
+    taken from the training images."""
+    settings: EvaluateConfig
+    data: str = ""
+    """Name of the data set, for the title; empty names none."""
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any], data: str = "") -> Evaluation:
+        """As `to_json` wrote it; options of another version are passed over."""
+        fields = EvaluateConfig.model_fields
+        known = {key: value for key, value in found["settings"].items() if key in fields}
+        return Evaluation(
+            found["rows"],
+            tuple(found["tasks"]),
+            found["skipped"],
+            found["images"],
+            EvaluateConfig(**known),
+            data,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain strings, integers, floats and lists; null for what is infinite."""
+        return plain(
+            {
+                "rows": self.rows,
+                "tasks": self.tasks,
+                "skipped": self.skipped,
+                "images": self.images,
+                "settings": self.settings.model_dump(mode="json"),
+            }
+        )
+
+    def table(self) -> Group:
+        """The tables as rich prints them."""
+        return Group(*(table.terminal() for table in self.tables()))
+
+    def tables(self) -> list[Table]:
+        """The rows side by side, a column per measurement; a table for each place that tasks have."""
+        groups: dict[int, list[tuple[str, Column]]] = {}
+        for task in TASKS.values():
+            for column in task.columns(self.settings) if task.name in self.tasks else ():
+                if all(column.needs in row[task.name] for row in self.rows.values()):
+                    groups.setdefault(task.place[0], []).append((task.name, column))
+        tables = []
+        for columns in groups.values():
+            rows = [
+                [
+                    f"{name} ({row['features']['width']})",
+                    *(column.show(row[task]) for task, column in columns),
+                ]
+                for name, row in self.rows.items()
+            ]
+            tables.append(Table(["encoder", *(column.heading for _, column in columns)], rows))
+        if tables:
+            tables[0] = replace(tables[0], title=self._title())
+            tables[-1] = replace(tables[-1], notes=self._notes())
+        return tables
+
+    def _title(self) -> str:
+        data = f", {self.data}" if self.data else ""
+        if self.images["classes"] == 0:
+            return f"Frozen features{data}: {self.images['train']} images without labels"
+        source = "held out of the training images" if self.images["held_out"] else "test"
+        return (
+            f"Frozen features{data}: {self.images['train']} training images, {self.images['test']} {source}, "
+            f"{self.images['classes']} classes"
+        )
+
+    def _notes(self) -> str:
+        reasons: dict[str, list[str]] = {}
+        for task, reason in self.skipped.items():
+            reasons.setdefault(reason, []).append(task)
+        lines = [f"not run: {', '.join(tasks)}: {reason}" for reason, tasks in reasons.items()]
+        for name, row in self.rows.items():
+            stopped = [task for task in row if row[task].get("converged") is False]
+            lines += [f"the fit stopped before it converged: {name}: {task}" for task in stopped]
+        return "\n".join(lines)
+
+
+def tables_of(evaluation: Mapping[str, Any]) -> Iterator[Table]:
+    """Every table of an evaluation.json: the run's own data, the transfer sets, the tasks with tables of
+    their own.
+    """
+    named = [("", evaluation), *evaluation.get("transfer", {}).items()]
+    for name, found in named:
+        if found.get("rows"):
+            yield from Evaluation.from_json(found, name or evaluation.get("data", "")).tables()
+    for name, task in TASKS.items():
+        if task.tables and evaluation.get(name):
+            yield from task.tables(evaluation[name])
+
+
+def evaluate(
+    rows: Mapping[str, nn.Module | Literal["pixels"]],
+    data: EvaluationData,
+    settings: EvaluateConfig,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Evaluation:
+    """Measure every row (an encoder on `device`, or "pixels") on the same images and splits.
+
+    With several ranks every rank calls this and gets the same result; the ranks share the extraction, and
+    rank 0 runs the probes. Raises UsageError for an unknown task, a task asked for by name that the data does
+    not allow, and features that are NaN; ValueError for a task that takes more than features.
+
+    >>> from types import SimpleNamespace as Batch
+    >>> loader = [Batch(views=[torch.rand(20, 3, 4, 4)], index=torch.arange(20), label=torch.arange(20) % 2)]
+    >>> found = evaluate({"raw pixels": "pixels"}, EvaluationData(loader), EvaluateConfig(tasks=("linear",)))
+    >>> sorted(found.rows["raw pixels"]["linear"])
+    ['accuracy', 'converged', 'deviation', 'draws', 'labelled', 'weight_decay']
+    """
+    wanted = wanted_tasks(settings)
+    beyond = [task.name for task in wanted if task.tables]
+    if beyond and "all" not in settings.tasks:
+        raise ValueError(
+            f"Task {beyond[0]} takes the encoder and its images, not loaders. Use `fastgessl evaluate "
+            f"--tasks {beyond[0]}`."
+        )
+    if not any(task.needs_views for task in wanted):
+        data = replace(data, views=None)
+    extracted = {name: _extract(encoder, data, seed, device, progress) for name, encoder in rows.items()}
+    return measure(extracted, settings, seed, progress=progress)
+
+
+def monitor(
+    encoder: nn.Module,
+    data: EvaluationData,
+    settings: EvaluateConfig,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    probe: OnlineProbe | None = None,
+) -> dict[str, float]:
+    """The quick look during training: effective rank, and with labels k-NN accuracy and the online probe's,
+    if there is one, on the test images.
+
+    Takes the same images as `evaluate` with the same `seed`, and leaves the encoder as it was. Every rank
+    calls it.
+    """
+    features = _extract(encoder, replace(data, views=None), seed, device, progress=False)
+    return on_first_rank(lambda: _quick_look(features, settings, probe))
+
+
+def _quick_look(
+    features: RowFeatures, settings: EvaluateConfig, probe: OnlineProbe | None
+) -> dict[str, float]:
+    measured = {"effective_rank": effective_rank(features.train.features)}
+    if unusable_labels(features.train.labels, features.test.labels):
+        return measured
+    k, temperature = settings.knn_k, settings.knn_temperature
+    if not too_few_neighbours(len(features.train), k):
+        measured["knn"] = knn_classify(features.train, features.test, k, temperature)
+    if probe is not None:
+        measured["online_probe"] = probe.accuracy(features.test)
+    return measured
+
+
+def measure(
+    rows: Mapping[str, RowFeatures],
+    settings: EvaluateConfig,
+    seed: int = 0,
+    *,
+    transfer: bool = False,
+    progress: bool = False,
+) -> Evaluation:
+    """The tasks on features that were extracted before, rank 0 at work and the same result on every rank.
+
+    Tasks that need more than features are left out. On a `transfer` set those tasks are measured that say
+    something of transfer. Raises UsageError as `evaluate` does.
+    """
+    return on_first_rank(lambda: _measure(rows, settings, seed, transfer, progress))
+
+
+def _measure(
+    rows: Mapping[str, RowFeatures], settings: EvaluateConfig, seed: int, transfer: bool, progress: bool
+) -> Evaluation:
+    for name, features in rows.items():
+        for part in (features.train, features.test, *(features.views or ())):
+            part.require_finite(f"Row '{name}'")
+    sample = next(iter(rows.values()))
+    facts = DataFacts(
+        sample.train.labels,
+        sample.test.labels,
+        sample.episodes.labels,
+        sample.views is not None,
+        max(features.width for features in rows.values()),
+    )
+    planned, skipped = plan_tasks(settings, facts, transfer=transfer)
+    tasks = [task for task in planned if not task.tables]
+    found: dict[str, dict[str, dict[str, Any]]] = {
+        name: {"features": {"width": features.width}} for name, features in rows.items()
+    }
+    for name, task in with_progress(
+        [(name, task) for name in rows for task in tasks], "measurements", progress
+    ):
+        found[name][task.name] = task.measure(rows[name], settings, seed)
+    images = {
+        "train": len(sample.train),
+        "test": len(sample.test),
+        "classes": sample.classes,
+        "held_out": int(sample.held_out),
+    }
+    return Evaluation(found, tuple(task.name for task in tasks), skipped, images, settings)
+
+
+def _extract(
+    encoder: nn.Module | Literal["pixels"],
+    data: EvaluationData,
+    seed: int,
+    device: torch.device | str,
+    progress: bool,
+) -> RowFeatures:
+    net: nn.Module = Pixels() if encoder == "pixels" else encoder
+    place = torch.device("cpu" if encoder == "pixels" else device)
+    train = extract_features(net, data.train, place, progress)
+    if data.test is not None:
+        test = extract_features(net, data.test, place, progress)
+    else:
+        train, test = train.hold_out(_drawn(train, seed) if data.held_out is None else data.held_out)
+    views = None if data.views is None else extract_views(net, data.views, place, progress)
+    return RowFeatures(train, test, views, held_out=data.test is None, device=torch.device(device))
+
+
+def _drawn(features: Features, seed: int) -> Tensor:
+    """The images that are held out of those with features; none without labels."""
+    if features.labels is None:
+        return features.index[:0]
+    return features.index[held_out_test(features.labels, seed)[1]]
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: strings for keys, lists, null for what is infinite or NaN.
+
+    >>> plain({1: (0.5, float("inf"))})
+    {'1': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -39,10 +39,10 @@ def test_a_long_series_keeps_its_mean_and_its_last_point():
     ("low", "high"), [(0.2, 3.1), (-4e-7, 9e-7), (5.0, 5.0), (0.0, 0.0), (-3.0, 1234567.0)]
 )
 def testticks_are_even_and_enclose_the_values(low, high):
-    ticks = ticks(low, high, 4)
+    found = ticks(low, high, 4)
 
-    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
-    gaps = [after - before for before, after in itertools.pairwise(ticks)]
+    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
+    gaps = [after - before for before, after in itertools.pairwise(found)]
     assert gaps == pytest.approx([gaps[0]] * len(gaps))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastgessl.config import UsageError
-from fastgessl.evaluate import Features, fit_gradient_probe, fit_probe, measure_conditions
+from fastgessl.evaluate import Features, SgdProtocol, fit_gradient_probe, fit_probe, measure_conditions
 from fastgessl.evaluate.tasks.conditions import spanned_dimensions, within_share
 
 CLASSES, VIEWS = 6, 12
@@ -61,7 +61,7 @@ def accuracy(views: torch.Tensor, task: tuple[int, ...], hidden: int = 0) -> flo
     # An MLP is given the six points over and over: it is a question of what it can represent, not of how many
     # steps it takes.
     probe = (
-        fit_gradient_probe(repeated(train), hidden=hidden, epochs=60, rates=(0.1,))
+        fit_gradient_probe(repeated(train), SgdProtocol(hidden, epochs=60, rates=(0.1,)))
         if hidden
         else fit_probe(train, weight_decay=1e-3)
     )

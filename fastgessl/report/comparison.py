@@ -51,12 +51,14 @@ def kinds_of(records: list[Record]) -> list[Kind]:
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(json.dumps([record.config.recipe, _options(record)]), []).append(record)
+        groups.setdefault(json.dumps(_options(record), sort_keys=True), []).append(record)
     first = _options(records[0])
     kinds = []
     for members in groups.values():
         own = _options(members[0])
-        changed = [f"{key} {value}" for key, value in own.items() if value != first.get(key)]
+        changed = [
+            f"{key} {value}" for key, value in own.items() if value != first.get(key) and key != "recipe"
+        ]
         name = ", ".join([members[0].config.recipe, *changed[:4]])
         if len(changed) > 4:
             name += f" and {len(changed) - 4} more"

@@ -37,7 +37,7 @@ CURVES = (
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     """A part of the page, with a link to it at the top."""
 
     key: str
@@ -54,11 +54,11 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
     """
     records = [read_record(folder) for folder in folders]
     first, kinds = records[0], kinds_of(records)
-    sections = []
+    chapters = []
     if len(records) > 1:
-        sections.append(Section("comparison", "Comparison", _comparison(kinds)))
-    sections.append(Section("curves", "Curves", _curves(kinds)))
-    sections.append(Section("evaluation", "Evaluation", evaluation_tables(first.evaluation)))
+        chapters.append(Chapter("comparison", "Comparison", _comparison(kinds)))
+    chapters.append(Chapter("curves", "Curves", _curves(kinds)))
+    chapters.append(Chapter("evaluation", "Evaluation", evaluation_tables(first.evaluation)))
     source = open_source(first.config.data.name, first.config.data.root)
     accelerator = build_accelerator(first.config, first.folder)
     styles = ""
@@ -66,21 +66,21 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
     if (first.folder / "encoder.safetensors").is_file():
         gallery = Gallery(open_subject(str(first.folder), first.config), source, accelerator)
         styles, points = gallery.styles(), gallery.points()
-        sections += [
-            Section("views", "Views", gallery.view_grid()),
-            Section("map", "Map of the features", gallery.embedding_map()),
-            Section("neighbors", "Nearest neighbors", gallery.neighbors()),
-            Section("confusion", "Confusions", gallery.confusion()),
+        chapters += [
+            Chapter("views", "Views", gallery.view_grid()),
+            Chapter("map", "Map of the features", gallery.embedding_map()),
+            Chapter("neighbors", "Nearest neighbors", gallery.neighbors()),
+            Chapter("confusion", "Confusions", gallery.confusion()),
         ]
     times = bar(step_times(first.config, source.train, accelerator))
-    sections.append(Section("throughput", "Where the time goes", times))
-    sections.append(Section("configuration", "Configuration", configuration(first.config)))
+    chapters.append(Chapter("throughput", "Where the time goes", times))
+    chapters.append(Chapter("configuration", "Configuration", configuration(first.config)))
     path = out or folders[0] / "report.html"
-    runs.write_bytes(path, _page(records, sections, styles, points).encode())
+    runs.write_bytes(path, _page(records, chapters, styles, points).encode())
     return path
 
 
-def _page(records: list[Record], sections: list[Section], styles: str, points: list[dict[str, Any]]) -> str:
+def _page(records: list[Record], chapters: list[Chapter], styles: str, points: list[dict[str, Any]]) -> str:
     first = records[0]
     title = escape(first.name if len(records) == 1 else f"{len(records)} runs")
     versions = first.environment.get("versions", {})
@@ -91,10 +91,10 @@ def _page(records: list[Record], sections: list[Section], styles: str, points: l
         str(first.environment.get("started", "")),
         *(f"{package} {versions[package]}" for package in ("fastgessl", "torch") if package in versions),
     ]
-    links = "".join(f'<a href="#{section.key}">{escape(section.heading)}</a>' for section in sections)
+    links = "".join(f'<a href="#{chapter.key}">{escape(chapter.heading)}</a>' for chapter in chapters)
     body = "".join(
-        f'<section id="{section.key}"><h2>{escape(section.heading)}</h2>{section.html}</section>'
-        for section in sections
+        f'<section id="{chapter.key}"><h2>{escape(chapter.heading)}</h2>{chapter.html}</section>'
+        for chapter in chapters
     )
     style, script = (
         (resources.files("fastgessl.report") / f"page.{kind}").read_text() for kind in ("css", "js")

@@ -1,4 +1,4 @@
-"""Exports load with the other library alone, in a process that never heard of us, and give the same features."""
+"""Exports load with the other library alone, in a process that never heard of us, with the same features."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ for folder in sys.argv[1:]:
     specification.loader.exec_module(module)
     torch.save(module.load()(torch.load(f"{folder}/views.pt")).detach(), f"{folder}/features.pt")
     if folder.endswith("hub"):
-        model = module.timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+        import timm
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
         torch.save(model(torch.load(f"{folder}/views.pt")).detach(), f"{folder}/from_hub.pt")
-assert not [name for name in sys.modules if name.startswith(("fastgessl", "sklearn", "accelerate"))], "more than the named library"
+foreign = ("fastgessl", "sklearn", "accelerate")
+assert not [name for name in sys.modules if name.startswith(foreign)], "more than the named library"
 """
 EXPORTS = {
     "timm": {

@@ -1,7 +1,10 @@
-"""The worked example of docs/extending.md: one file and one recipe make a method, and it is the paper's."""
+"""The worked examples of docs/extending.md: one file and one recipe make a method, and it is the paper's; one
+file makes an evaluation task.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,9 +23,8 @@ from fastgessl.objective import GeSSL
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-CODE, RECIPE = (
-    re.search(rf"^```{kind}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)[1] for kind in ("py", "yaml")
-)
+CODE, TASK = re.findall(r"^```py\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+RECIPE = re.search(r"^```yaml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)[1]
 
 
 @pytest.fixture
@@ -76,18 +78,48 @@ def test_its_recipe_names_the_source_of_every_number():
     assert set(recipe["config"]) <= set(recipe["source"]) and recipe["config"]["method"]["name"] == "simsiam"
 
 
-def test_one_file_and_one_recipe_are_all_that_a_new_method_takes(tmp_path):
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A copy of the source with the method's file and recipe and the task's file, and a run of both."""
+    copy = tmp_path_factory.mktemp("extended")
     for folder in ("fastgessl", "kernels", "pipelines"):
-        shutil.copytree(
-            ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    (tmp_path / "fastgessl" / "methods" / "simsiam.py").write_text(CODE)
-    (tmp_path / "fastgessl" / "recipes" / "methods" / "simsiam.yaml").write_text(RECIPE)
-    options = "--train.max_steps 2 --train.batch_size 32 --model.width 0.125 --views.size 8 --evaluate.tasks knn --train.run_dir run"
-    command = [sys.executable, "-m", "fastgessl", "train", "digits-simsiam-gessl", *options.split()]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
+    (copy / "fastgessl" / "methods" / "simsiam.py").write_text(CODE)
+    (copy / "fastgessl" / "recipes" / "methods" / "simsiam.yaml").write_text(RECIPE)
+    (copy / "fastgessl" / "evaluate" / "tasks" / "nearest_mean.py").write_text(TASK)
+    return copy
+
+
+def command(source: Path, *words: str) -> str:
+    """What `fastgessl WORDS` prints, run from a copy of the source."""
     outcome = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fastgessl", *words],
+        cwd=source,
+        env=os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert outcome.returncode == 0, outcome.stderr
-    assert (tmp_path / "run" / "encoder.safetensors").is_file() and "GeSSL over simsiam" in outcome.stdout
+    return outcome.stdout
+
+
+def test_one_file_and_one_recipe_make_a_method_and_one_file_a_task(extended):
+    options = (
+        "--train.max_steps 2 --train.batch_size 32 --model.width 0.125 --views.size 8 --train.run_dir run"
+    )
+    tasks = ("--evaluate.tasks", "knn", "nearest_mean")
+
+    printed = command(extended, "train", "digits-simsiam-gessl", *options.split(), *tasks)
+    command(extended, "report", "run")
+
+    assert (extended / "run" / "encoder.safetensors").is_file() and "GeSSL over simsiam" in printed
+    measured = json.loads((extended / "run" / "evaluation.json").read_text())["rows"]["raw pixels"]
+    accuracy = f"{100 * measured['nearest_mean']['accuracy']:.1f}"
+    assert measured["nearest_mean"]["classes"] == 10 and float(accuracy) > 80
+    table = printed[printed.index("nearest") :]
+    assert re.search(rf"raw pixels \(192\) +{accuracy}\b", table)
+    page = (extended / "run" / "report.html").read_text()
+    assert "<th>nearest<br>mean<br>%</th>" in page
+    assert f'<th scope="row">raw pixels (192)</th><td>{accuracy}</td>' in page

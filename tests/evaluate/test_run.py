@@ -16,10 +16,21 @@ from tiny_run import TINY
 from fastgessl.evaluate import features, held_out_test
 
 IMAGE_SETTINGS = (
-    "--evaluate.finetune_epochs", "2", "--evaluate.label_fractions", "0.1", "--evaluate.learning_tasks", "1",
-    "--evaluate.converged_steps", "10", "--evaluate.probe_epochs", "3", "--evaluate.supervised_epochs", "2",
-    "--evaluate.episodes", "20",
-)  # fmt: skip
+    "--evaluate.finetune_epochs",
+    "2",
+    "--evaluate.label_fractions",
+    "0.1",
+    "--evaluate.learning_tasks",
+    "1",
+    "--evaluate.converged_steps",
+    "10",
+    "--evaluate.probe_epochs",
+    "3",
+    "--evaluate.supervised_epochs",
+    "2",
+    "--evaluate.episodes",
+    "20",
+)
 
 
 @pytest.fixture
@@ -120,8 +131,20 @@ def test_every_task_runs_on_a_run_of_ours_and_stands_in_table_and_json(run, fast
     assert outcome.code == 0, outcome.err
     found = measured(run)
     row = found["rows"]["this run"]
-    assert set(row) == {"features", "linear", "few_labels", "knn", "sigma", "geometry", "linear_sgd", "mlp", "knn_protocols",
-                        "label_fractions", "few_shot", "conditions"}  # fmt: skip
+    assert set(row) == {
+        "features",
+        "linear",
+        "few_labels",
+        "knn",
+        "sigma",
+        "geometry",
+        "linear_sgd",
+        "mlp",
+        "knn_protocols",
+        "label_fractions",
+        "few_shot",
+        "conditions",
+    }
     assert [entry["metric"] for entry in row["knn_protocols"]["protocols"]] == [
         "cosine",
         "cosine",
@@ -270,14 +293,50 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, fastgessl, options, expected
         ("nothing.safetensors", (), "there is no file 'nothing.safetensors'"),
         ("torn.safetensors", (), "cannot be read as safetensors"),
         ("other.safetensors", (), "does not hold the weights of model.name resnet18"),
-        ("timm:resnet10t", ("--evaluate.weights", "none", "--data.name", "npz", "--data.root", "one_class.npz", "--views.size", "8"),
-         "Task linear: all 16 training images are of class 0"),
-        ("timm:resnet10t", ("--evaluate.weights", "none", "--data.name", "npz", "--data.root", "unlabelled.npz", "--views.size", "8"),
-         "Task linear: the training images have no labels"),
-        ("timm:resnet10t", ("--evaluate.weights", "none", "--data.name", "npz", "--data.root", "unseen.npz", "--views.size", "8"),
-         "1 classes of the test images (labels 7) have no training image"),
+        (
+            "timm:resnet10t",
+            (
+                "--evaluate.weights",
+                "none",
+                "--data.name",
+                "npz",
+                "--data.root",
+                "one_class.npz",
+                "--views.size",
+                "8",
+            ),
+            "Task linear: all 16 training images are of class 0",
+        ),
+        (
+            "timm:resnet10t",
+            (
+                "--evaluate.weights",
+                "none",
+                "--data.name",
+                "npz",
+                "--data.root",
+                "unlabelled.npz",
+                "--views.size",
+                "8",
+            ),
+            "Task linear: the training images have no labels",
+        ),
+        (
+            "timm:resnet10t",
+            (
+                "--evaluate.weights",
+                "none",
+                "--data.name",
+                "npz",
+                "--data.root",
+                "unseen.npz",
+                "--views.size",
+                "8",
+            ),
+            "1 classes of the test images (labels 7) have no training image",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_measured_is_refused_before_any_work(
     tmp_path, monkeypatch, fastgessl, target, options, expected
 ):

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NASTY = "<img src=x onerror=alert(1)> & \"quoted\" </script>"  # fmt: skip
+NASTY = '<img src=x onerror=alert(1)> & "quoted" </script>'
 
 
 class Outline(HTMLParser):
@@ -79,8 +79,17 @@ def labelled_run(two_runs, tmp_path) -> Path:
 def test_the_page_of_several_runs_has_every_section_and_fetches_nothing(page_of_two):
     outline = Outline(page_of_two.read_text())
 
-    for section in ("comparison", "curves", "evaluation", "views", "map", "neighbors", "confusion", "throughput",
-                    "configuration"):  # fmt: skip
+    for section in (
+        "comparison",
+        "curves",
+        "evaluation",
+        "views",
+        "map",
+        "neighbors",
+        "confusion",
+        "throughput",
+        "configuration",
+    ):
         assert section in outline.ids, section
     assert outline.sources == []
     assert "@import" not in page_of_two.read_text() and not re.search(
@@ -190,9 +199,11 @@ def test_a_browser_runs_the_page_without_an_error(page_of_two, tmp_path):
     # The page's script is put under a pointer that moves over the first dot, and what the tooltip then shows
     # is read from the DOM.
     probe = """<script>window.onerror = message => document.documentElement.dataset.error = message;
-    document.addEventListener("DOMContentLoaded", () => { const map = document.querySelector(".map"), dot = map.children[0];
+    document.addEventListener("DOMContentLoaded", () => {
+    const map = document.querySelector(".map"), dot = map.children[0];
     const box = dot.getBoundingClientRect(); map.dispatchEvent(new PointerEvent("pointermove",
-    {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2})); const style = getComputedStyle(document.body);
+    {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2}));
+    const style = getComputedStyle(document.body);
     document.documentElement.dataset.wide = document.documentElement.scrollWidth - window.innerWidth;
     document.documentElement.dataset.background = style.backgroundColor; });</script></head>"""
     probed = tmp_path / "probed.html"

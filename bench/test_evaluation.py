@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fastgessl import pipelines
 from fastgessl.config import ModelConfig
-from fastgessl.evaluate import Features, extract_features, gradient_probe, knn_classify
+from fastgessl.evaluate import Features, SgdProtocol, extract_features, gradient_probe, knn_classify
 from fastgessl.models import build_backbone
 
 WIDTH, CLASSES = 512, 10
@@ -67,7 +67,7 @@ def test_probe(contend: Any, keep: Any, features: tuple[Features, Features]) -> 
     accuracies: dict[str, float] = {}
 
     def ours() -> None:
-        accuracies["ours"] = gradient_probe(train, test).accuracy
+        accuracies["ours"] = gradient_probe(train, test, SgdProtocol()).accuracy
 
     def scikit_learn() -> None:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=500))

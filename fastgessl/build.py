@@ -126,25 +126,7 @@ def _batch_for(images: int, parts: int) -> int:
 
 def view_specs(config: Config) -> tuple[ViewSpec, ...]:
     """The training views: the preset with the recipe's changes."""
-    views = config.views
-    return pipelines.view_preset(
-        views.preset,
-        views.size,
-        mean=views.mean,
-        std=views.std,
-        crop_scale=views.crop_scale,
-        global_views=views.global_views,
-        local_views=views.local_views,
-        local_size=views.local_size,
-        local_crop_scale=views.local_crop_scale,
-        flip_probability=views.flip_probability,
-        jitter_probability=views.jitter_probability,
-        jitter_strength=views.jitter_strength,
-        color=views.color,
-        grayscale_probability=views.grayscale_probability,
-        blur_probability=views.blur_probability,
-        solarize_probability=views.solarize_probability,
-    )
+    return pipelines.view_preset(**dict(config.views))
 
 
 def build_loader(config: Config, images: Images, accelerator: Accelerator) -> Loader:

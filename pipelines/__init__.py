@@ -9,12 +9,11 @@ if __name__ != "fastgessl.pipelines":
         "Write `import fastgessl.pipelines`."
     )
 
-from fastgessl.pipelines.errors import DataError
 from fastgessl.pipelines.loader import Batch, Loader, build, choose_engine
-from fastgessl.pipelines.presets import view_preset
+from fastgessl.pipelines.sources import DataError
 from fastgessl.pipelines.sources.images import ArrayImages, FileImages, ShardImages
 from fastgessl.pipelines.sources.named import NAMES, open_images
-from fastgessl.pipelines.specs import ViewSpec, count_views, evaluation_view
+from fastgessl.pipelines.views import ViewSpec, count_views, evaluation_view, view_preset
 
 __all__ = [
     "NAMES",

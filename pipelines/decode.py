@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastgessl.pipelines.errors import DataError
+from fastgessl.pipelines.sources import DataError
 
 # MPO is what phones write: a JPEG with further pictures behind it.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")

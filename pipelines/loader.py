@@ -1,4 +1,9 @@
-"""`build` joins images, views, an engine and the sampler into a `Loader`, which is iterated epoch by epoch."""
+"""`build` joins images, views and an engine into a `Loader`, which is iterated epoch by epoch.
+
+Which images a rank sees at an iteration is a pure function (`Sampling`), so that a run resumes exactly, on
+any number of ranks: a global batch is `batch_size` consecutive places in the epoch's order, and rank r takes
+the r-th of its `world_size` equal parts.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +14,93 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgessl.kernels.collectives import to_device
 from fastgessl.pipelines.bad_files import BadFiles
-from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engines.protocol import Engine, Request, Shown
-from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.sampler import Sampling
+from fastgessl.pipelines.draws import Draws, epoch_order
+from fastgessl.pipelines.engines import Engine, Made, Request, Setup
+from fastgessl.pipelines.sources import DataError
 from fastgessl.pipelines.sources.images import ArrayImages, Images
-from fastgessl.pipelines.specs import ViewSpec
+from fastgessl.pipelines.views import ViewSpec
 
 GIB = 1 << 30
-ENGINES = ("resident", "dali", "torchvision")
-REQUIRES = {"dali": "nvidia.dali", "torchvision": "torchvision"}
+# Name, also of the engine's file: its class, and the package that it needs.
+ENGINES = {
+    "resident": ("ResidentEngine", "torch"),
+    "dali": ("DaliEngine", "nvidia.dali"),
+    "torchvision": ("TorchvisionEngine", "torchvision"),
+}
 # 224-pixel views of 32-pixel images are common, 7 times; beyond 8 times the size is a slip.
 MAX_ENLARGEMENT = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a data set of `size` images is dealt out; raises DataError if it cannot be.
+
+    Training: in the epoch's order, without the last partial global batch, so that no image comes twice.
+    Evaluation: in the order of the data set; the last global batch is dealt out as evenly as it goes, and a
+    rank may get one image fewer, or none.
+
+    >>> ranks = [Sampling(10, 4, seed=0, rank=rank, world_size=2, training=False) for rank in (0, 1)]
+    >>> [sampling.indices(epoch=0, iteration=2).tolist() for sampling in ranks]
+    [[8], [9]]
+    """
+
+    size: int
+    batch_size: int
+    """Images of a global batch, over all ranks."""
+    seed: int
+    rank: int
+    world_size: int
+    training: bool
+
+    def __post_init__(self) -> None:
+        if self.size == 0:
+            raise DataError("the data set holds no images. Add images, or name another data set.")
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise DataError(
+                f"rank must be from 0 to world_size - 1, found rank {self.rank} of {self.world_size}."
+            )
+        if self.batch_size < 1 or self.batch_size % self.world_size:
+            raise DataError(
+                f"batch size {self.batch_size} is no positive multiple of the {self.world_size} processes. "
+                "Choose a multiple."
+            )
+        if self.training and self.batch_size > self.size:
+            raise DataError(
+                f"batch size {self.batch_size} is larger than the data set of {self.size} images. Choose at "
+                f"most {self.size}."
+            )
+
+    @property
+    def batches(self) -> int:
+        """Global batches of an epoch: whole ones in training; in evaluation also the last, partial one."""
+        return self.size // self.batch_size if self.training else -(-self.size // self.batch_size)
+
+    def indices(self, epoch: int, iteration: int) -> NDArray[np.int64]:
+        """This rank's images of global batch `iteration` of `epoch`: (batch_size / world_size,) int64, fewer
+        in a partial batch.
+        """
+        start = iteration * self.batch_size
+        count = min(self.batch_size, self.size - start)
+        first = start + count * self.rank // self.world_size
+        end = start + count * (self.rank + 1) // self.world_size
+        if self.training:
+            return epoch_order(self.size, self.seed, epoch)[first:end]
+        return np.arange(first, end)
+
+    def requests(self, steps: int, epoch: int, iteration: int) -> Iterator[Request]:
+        """What is asked of the engine from there on: in training without an end, so that it is never idle
+        between two epochs.
+        """
+        for later in itertools.count(epoch) if self.training else (epoch,):
+            for step in range(iteration if later == epoch else 0, steps):
+                yield Request(self.indices(later, step), later)
 
 
 @dataclass(frozen=True)
@@ -48,25 +123,21 @@ class Loader:
     epoch into the next. In evaluation every loop shows every image once, in order, with the same draws.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        engine: Engine,
-        sampling: Sampling,
-        bad_files: BadFiles,
-        device: torch.device,
-        engine_name: str,
-    ) -> None:
-        self._engine, self._sampling, self._bad_files, self._device = engine, sampling, bad_files, device
-        self._labels = None if images.labels is None else torch.from_numpy(images.labels)
-        self._epoch, self._iteration = 0, 0
-        self._stream: Generator[Shown] | None = None
+    def __init__(self, engine_name: str, engine: Engine, setup: Setup, sampling: Sampling) -> None:
         self.engine_name = engine_name
+        self._engine, self._sampling = engine, sampling
+        self._bad_files, self._device = setup.bad_files, setup.device
+        labels = setup.images.labels
+        self._labels = None if labels is None else torch.from_numpy(labels)
+        self._epoch, self._iteration = 0, 0
+        self._stream: Generator[Made] | None = None
+        # The last global batch of an evaluation may have no image for this rank.
+        last_is_empty = not sampling.training and not len(sampling.indices(0, sampling.batches - 1))
+        self._batches = sampling.batches - last_is_empty
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
-        count = self._sampling.batches
-        return count if len(self._sampling.indices(0, count - 1)) else count - 1
+        return self._batches
 
     @property
     def epoch(self) -> int:
@@ -76,35 +147,31 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if not self._sampling.training:
             self._go_to(0, 0)
-        elif self._iteration == len(self):
+        elif self._iteration == self._batches:
             self._epoch, self._iteration = self._epoch + 1, 0
-        while self._iteration < len(self):
-            shown = self._next()
+        while self._iteration < self._batches:
+            if self._stream is None:
+                requests = self._sampling.requests(self._batches, self._epoch, self._iteration)
+                self._stream = self._engine.views(requests)
+                # Also at the interpreter's exit, before torch takes apart what its workers are told to stop
+                # with: it would wait 5 s for them.
+                self._stop_stream = weakref.finalize(self, self._stream.close)
+            try:
+                made = next(self._stream)
+            except BaseException:
+                self._go_to(self._epoch, self._iteration)
+                raise
             self._iteration += 1
-            self._bad_files.announce()
-            if shown.views:
-                index = torch.from_numpy(shown.images.copy())
+            if self._bad_files.found:
+                self._bad_files.announce()
+            if made.views:
+                index = torch.from_numpy(made.index.copy())
                 label = None if self._labels is None else to_device(self._labels[index], self._device)
-                yield Batch(shown.views, to_device(index, self._device), label)
+                yield Batch(made.views, to_device(index, self._device), label)
         if self._sampling.training:
             self._epoch, self._iteration = self._epoch + 1, 0
         else:
             self._go_to(1, 0)
-
-    def _next(self) -> Shown:
-        """The batch that the loader stands before."""
-        if self._stream is None:
-            self._stream = self._engine.views(
-                _requests(self._sampling, len(self), self._epoch, self._iteration)
-            )
-            # Also at the interpreter's exit, before torch takes apart what its workers are told to stop with:
-            # it would wait 5 s for them.
-            self._stop_stream = weakref.finalize(self, self._stream.close)
-        try:
-            return next(self._stream)
-        except BaseException:
-            self._go_to(self._epoch, self._iteration)
-            raise
 
     def _go_to(self, epoch: int, iteration: int) -> None:
         if self._stream is not None:
@@ -117,10 +184,8 @@ class Loader:
         return self._bad_files.names()
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands: the batches yielded so far are done. It fits a loader on any number of
-        ranks.
-        """
-        done = self._iteration == len(self)
+        """The loader's position: the batches yielded so far are done. It fits any number of ranks."""
+        done = self._iteration == self._batches
         return {
             "epoch": self._epoch + done,
             "iteration": 0 if done else self._iteration,
@@ -130,15 +195,11 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises DataError if seed, global batch size or number of images
+        """Continue where `state` was taken. Raises DataError if seed, global batch size or number of images
         differ from those of the state.
         """
-        for name, here in (
-            ("seed", self._sampling.seed),
-            ("batch_size", self._sampling.batch_size),
-            ("images", self._sampling.size),
-        ):
-            if state[name] != here:
+        for name, here in self.state_dict().items():
+            if name not in ("epoch", "iteration") and state[name] != here:
                 raise DataError(
                     f"the saved loader had {name} {state[name]}, this one has {here}. Resume with the same "
                     "data, batch size and seed."
@@ -146,25 +207,15 @@ class Loader:
         self._go_to(state["epoch"], state["iteration"])
 
     def close(self) -> None:
-        """Let go of the engine's threads, processes and device memory."""
+        """Release the engine's threads, processes and device memory."""
         self._go_to(self._epoch, self._iteration)
         self._engine.close()
-
-
-def _requests(sampling: Sampling, steps: int, epoch: int, iteration: int) -> Iterator[Request]:
-    """What is asked of the engine from there on: in training without an end, so that it is never idle between
-    two epochs.
-    """
-    for later in itertools.count(epoch) if sampling.training else (epoch,):
-        for step in range(iteration if later == epoch else 0, steps):
-            yield Request(sampling.indices(later, step), later)
 
 
 def choose_engine(
     images: Images, engine: str = "auto", device: str | torch.device = "cpu", resident_limit: float = 16.0
 ) -> tuple[str, str]:
-    """The engine that `build` will use, and the reason in a sentence. Raises DataError if `engine` cannot do
-    it.
+    """The engine that `build` uses, and why, in a sentence. Raises DataError if `engine` cannot be used.
 
     >>> import numpy as np
     >>> images = ArrayImages(np.zeros((10, 8, 8, 3), dtype=np.uint8))
@@ -175,29 +226,25 @@ def choose_engine(
         raise DataError(f"data.engine {engine!r} is unknown. Choose auto, {', '.join(ENGINES)}.")
     if isinstance(images, ArrayImages):
         gib = images.images.nbytes / GIB
-        held = f"{len(images)} images take {gib:.3g} GiB"
+        held, limit = (
+            f"{len(images)} images take {gib:.3g} GiB",
+            f"data.resident_limit {resident_limit:g} GiB",
+        )
         if engine == "auto" and gib <= resident_limit:
-            return (
-                "resident",
-                f"{held} of {torch.device(device).type} memory, within data.resident_limit "
-                f"{resident_limit:g} GiB",
-            )
+            return "resident", f"{held} of {torch.device(device).type} memory, within {limit}"
+        why = f"{held}, more than {limit}"
         if engine == "resident" and gib > resident_limit:
-            raise DataError(
-                f"{held}, more than data.resident_limit {resident_limit:g} GiB. Raise the limit, or use "
-                "data.engine auto."
-            )
-        why = f"{held}, more than data.resident_limit {resident_limit:g} GiB"
+            raise DataError(f"{why}. Raise the limit, or use data.engine auto.")
     else:
+        why = f"{len(images)} image files are decoded as they are needed"
         if engine == "resident":
             raise DataError(
                 "data.engine resident needs an array data set, found image files. Use dali, or pack the "
                 "images into an .npz."
             )
-        why = f"{len(images)} image files are decoded as they are needed"
     if engine != "auto":
         return engine, "asked for"
-    missing = _missing("nvidia.dali")
+    missing = _missing("dali")
     return ("torchvision", f"{why}; DALI does not import ({missing})") if missing else ("dali", why)
 
 
@@ -228,7 +275,8 @@ def build(
 
     >>> import numpy as np
     >>> images = ArrayImages(np.zeros((10, 8, 8, 3), dtype=np.uint8))
-    >>> loader = build(images, [ViewSpec(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), repeat=2)], batch_size=4)
+    >>> view = ViewSpec(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), repeat=2)
+    >>> loader = build(images, [view], batch_size=4)
     >>> [len(batch.views) for batch in loader]
     [2, 2]
     """
@@ -243,36 +291,34 @@ def build(
             f"views.color yiq is DALI's, and the engine is {name}. Use data.engine dali, or views.color "
             "torchvision."
         )
-    if name != "resident" and (missing := _missing(REQUIRES[name])):
+    if missing := _missing(name):
         raise DataError(
             f"data.engine {name} does not import ({missing}). Install fastgessl[train], or use data.engine "
             "auto."
         )
-    device = torch.device(device)
-    module = importlib.import_module(f"fastgessl.pipelines.engines.{name}")
     bad = BadFiles(images, skip=bad_files == "skip", training=training, listing=bad_list)
-    made = module.make_engine(
-        images, Draws(specs, seed), bad, batch_size=batch_size // world_size, device=device, workers=workers
-    )
-    return Loader(images, made, sampling, bad, device, name)
+    draws = Draws(specs, seed)
+    setup = Setup(images, draws, bad, batch_size // world_size, torch.device(device), workers)
+    module = importlib.import_module(f"fastgessl.pipelines.engines.{name}")
+    return Loader(name, getattr(module, ENGINES[name][0])(setup), setup, sampling)
 
 
 def _check_views(images: Images, specs: Sequence[ViewSpec]) -> None:
     if not specs:
         raise DataError("views: no view is asked for. Give at least one ViewSpec.")
     if isinstance(images, ArrayImages):
-        largest, long_side = max(spec.size for spec in specs), max(images.images.shape[1:3])
-        if largest > MAX_ENLARGEMENT * long_side:
+        largest, most = max(spec.size for spec in specs), MAX_ENLARGEMENT * max(images.images.shape[1:3])
+        if largest > most:
             raise DataError(
-                f"views.size {largest} is more than {MAX_ENLARGEMENT} times the images' {long_side} pixels. "
-                f"Choose at most {MAX_ENLARGEMENT * long_side}."
+                f"views.size {largest} is more than {MAX_ENLARGEMENT} times the images' "
+                f"{most // MAX_ENLARGEMENT} pixels. Choose at most {most}."
             )
 
 
-def _missing(module: str) -> str:
-    """Why `module` does not import; empty if it does."""
+def _missing(engine: str) -> str:
+    """Why what `engine` needs does not import; empty if it does."""
     try:
-        importlib.import_module(module)
+        importlib.import_module(ENGINES[engine][1])
     except (ImportError, OSError) as error:
         return str(error).splitlines()[0]
     return ""

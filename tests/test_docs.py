@@ -18,7 +18,7 @@ import fastgessl as package
 from fastgessl.cli import COMMANDS
 from fastgessl.commands.views import Grid
 from fastgessl.config import Config
-from fastgessl.pipelines.prepare import Report
+from fastgessl.pipelines.prepare import Prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "bench").glob("*.md"))]
@@ -81,7 +81,7 @@ def idle(monkeypatch) -> list[str]:
         "commands.embed.embed": 0,
         "report.write_report": "report.html",
         "commands.export.export_run": "export",
-        "commands.prepare.prepare_folder": Report(),
+        "commands.prepare.prepare_folder": Prepared(),
         "commands.prepare.fetch": None,
         "commands.views.write_view_grid": Grid(Path(), 2, (), 0.0, 0.0),
         "commands.doctor.print_findings": None,

@@ -1,10 +1,7 @@
-"""`fastgessl prepare`: what its words mean, its progress bar and its report. The work is done in
-`pipelines/prepare.py`.
-"""
+"""`fastgessl prepare`: a data set fetched by name, or a folder of photos made into tar shards or one .npz."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from rich.progress import track
@@ -12,7 +9,7 @@ from rich.progress import track
 from fastgessl.config import UsageError
 from fastgessl.pipelines import NAMES
 from fastgessl.pipelines.prepare import prepare_folder
-from fastgessl.pipelines.sources.fetch import FETCHABLE, fetch
+from fastgessl.pipelines.sources.named import FETCHABLE, fetch
 from fastgessl.recipes import Parser
 
 
@@ -35,16 +32,14 @@ def main(words: list[str]) -> None:
             f"--per_shard must be at least 1 and --size 0 or more, found {options.per_shard} and "
             f"{options.size}."
         )
-    report = prepare_folder(
-        Path(options.source), options.out, size=options.size, per_shard=options.per_shard, track=_with_bar
-    )
-    for reason in report.left_out.values():
+    folder, out = Path(options.source), options.out
+    prepared = prepare_folder(folder, out, size=options.size, per_shard=options.per_shard, track=track)
+    for reason in prepared.left_out.values():
         print(f"left out: {reason}")
-    kind = "npz" if options.out.suffix == ".npz" else "shards"
+    kind = "npz" if out.suffix == ".npz" else "shards"
     print(
-        f"{report.written} images written, {len(report.converted)} of them converted, "
-        f"{len(report.left_out)} left out. "
-        f"Train on them with --data.name {kind} --data.root {options.out}"
+        f"{prepared.written} images written, {len(prepared.converted)} of them converted, "
+        f"{len(prepared.left_out)} left out. Train on them with --data.name {kind} --data.root {out}"
     )
 
 
@@ -72,7 +67,3 @@ def _parser() -> Parser:
     )
     parser.add_argument("--per_shard", type=int, default=1000, help="shards: images in each")
     return parser
-
-
-def _with_bar(work: Iterable[int], description: str) -> Iterable[int]:
-    return track(work, description)

@@ -11,39 +11,28 @@ from torch import Tensor
 
 from fastgessl.kernels.collectives import to_device
 from fastgessl.kernels.views.torch import augment_views
-from fastgessl.pipelines.bad_files import BadFiles
-from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engines.protocol import Request, Shown
+from fastgessl.pipelines.engines import Made, Request, Setup
 from fastgessl.pipelines.sources.images import ArrayImages
 
 
 class ResidentEngine:
-    """Holds (N, H, W, 3) bytes; a batch is a gather and a call of `augment_views` for each view."""
+    """Holds (N, H, W, 3) bytes; a batch is a gather and a call of `augment_views` per view."""
 
-    def __init__(self, images: ArrayImages, draws: Draws, device: torch.device) -> None:
-        self._images = torch.from_numpy(images.images).to(device)
-        self._draws = draws
+    def __init__(self, setup: Setup) -> None:
+        assert isinstance(setup.images, ArrayImages)  # `choose_engine` refuses others
+        self._images = torch.from_numpy(setup.images.images).to(setup.device)
+        self._draws = setup.draws
 
-    def views(self, requests: Iterator[Request]) -> Generator[Shown]:
+    def views(self, requests: Iterator[Request]) -> Generator[Made]:
         height, width = self._images.shape[1:3]
         for request in requests:
-            images = self._gather(request.index)
-            sizes = np.full(len(images), height), np.full(len(images), width)
-            drawn = self._draws(request.index, *sizes, request.epoch)
+            images, count = self._gather(request.index), len(request.index)
+            drawn = self._draws(request.index, np.full(count, height), np.full(count, width), request.epoch)
             views = [
-                augment_views(
-                    images,
-                    parameters,
-                    size=spec.size,
-                    mean=spec.mean,
-                    std=spec.std,
-                    interpolation=spec.interpolation,
-                    blur_kernel=spec.blur_kernel,
-                    solarize_threshold=spec.solarize_threshold,
-                )
-                for spec, parameters in zip(self._draws.specs, drawn, strict=True)
+                augment_views(images, row, size=spec.size, interpolation=spec.interpolation, **spec.look)
+                for spec, row in zip(self._draws.specs, drawn, strict=True)
             ]
-            yield Shown(views, request.index)
+            yield Made(views, request.index)
 
     def _gather(self, index: NDArray[np.int64]) -> Tensor:
         if self._images.device.type == "cpu":
@@ -54,16 +43,3 @@ class ResidentEngine:
 
     def close(self) -> None:
         self._images = self._images[:0]
-
-
-def make_engine(
-    images: ArrayImages,
-    draws: Draws,
-    bad_files: BadFiles,
-    *,
-    batch_size: int,
-    device: torch.device,
-    workers: int,
-) -> ResidentEngine:
-    """`bad_files`, `batch_size` and `workers` play no part: there is nothing to decode."""
-    return ResidentEngine(images, draws, device)

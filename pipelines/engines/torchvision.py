@@ -13,18 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as functional
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastgessl.kernels.views.parameters import ViewParameters
-from fastgessl.pipelines.bad_files import BadFiles
 from fastgessl.pipelines.decode import decode
-from fastgessl.pipelines.draws import Draws
-from fastgessl.pipelines.engines.protocol import Request, Shown
-from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.sources.images import ArrayImages, Images
-from fastgessl.pipelines.specs import ViewSpec
+from fastgessl.pipelines.engines import Made, Request, Setup
+from fastgessl.pipelines.sources import DataError
+from fastgessl.pipelines.sources.images import ArrayImages
+from fastgessl.pipelines.views import ViewSpec
 
 _ADJUST = (
     functional.adjust_brightness,
@@ -35,7 +32,7 @@ _ADJUST = (
 
 
 def torchvision_view(picture: Tensor, spec: ViewSpec, drawn: ViewParameters) -> Tensor:
-    """One view of one picture: (3, H, W) uint8 and a draw of one row -> (3, S, S) float32. Colour in float,
+    """One view of one picture: (3, H, W) uint8 and a draw of one row -> (3, S, S) float32. Color in float,
     as torchvision has it there.
     """
     interpolation = functional.InterpolationMode(spec.interpolation)
@@ -65,43 +62,38 @@ def torchvision_view(picture: Tensor, spec: ViewSpec, drawn: ViewParameters) -> 
 
 
 class _Answer(NamedTuple):
-    """What a DataLoader's worker made of a request. A tuple, because the DataLoader pins the memory of tuples
-    only.
-    """
+    """What a DataLoader's worker made of a request."""
 
-    shown: Shown
+    made: Made
     bad: dict[int, str]
 
 
-class _Views(Dataset[_Answer | DataError]):
+class _Worker(Dataset[_Answer | DataError]):
     """Answers whole requests: what a DataLoader's worker does for one batch.
 
     A mistake in the data is answered too: raised in a worker, it would reach the user wrapped in the worker's
     traceback.
     """
 
-    def __init__(self, images: Images, draws: Draws, bad_files: BadFiles) -> None:
-        self._images, self._draws, self._bad_files = images, draws, bad_files
+    def __init__(self, setup: Setup) -> None:
+        self._images, self._draws, self._bad_files = setup.images, setup.draws, setup.bad_files
 
     def __getitem__(self, request: Request) -> _Answer | DataError:
         try:
             obtained = self._bad_files.obtain(request.index, self._picture)
         except DataError as error:
             return error
-        pictures = obtained.contents
-        views = self._views(pictures, obtained.asked, request.epoch) if pictures else []
-        return _Answer(Shown(views, obtained.images), dict(self._bad_files.found))
-
-    def _views(self, pictures: list[Tensor], index: NDArray[np.int64], epoch: int) -> list[Tensor]:
-        height, width = np.array([picture.shape[1:] for picture in pictures]).T
         views = []
-        for spec, parameters in zip(self._draws.specs, self._draws(index, height, width, epoch), strict=True):
-            made = [
-                torchvision_view(picture, spec, parameters[row : row + 1])
-                for row, picture in enumerate(pictures)
-            ]
-            views.append(torch.stack(made).contiguous(memory_format=torch.channels_last))
-        return views
+        if pictures := obtained.contents:
+            height, width = np.array([picture.shape[1:] for picture in pictures]).T
+            drawn = self._draws(obtained.asked, height, width, request.epoch)
+            for spec, rows in zip(self._draws.specs, drawn, strict=True):
+                made = [
+                    torchvision_view(picture, spec, rows[row : row + 1])
+                    for row, picture in enumerate(pictures)
+                ]
+                views.append(torch.stack(made).contiguous(memory_format=torch.channels_last))
+        return _Answer(Made(views, obtained.images), dict(self._bad_files.found))
 
     def _picture(self, image: int) -> Tensor:
         if isinstance(self._images, ArrayImages):
@@ -111,27 +103,19 @@ class _Views(Dataset[_Answer | DataError]):
 
 
 class TorchvisionEngine:
-    """A DataLoader with `workers` processes for each stream of requests."""
+    """Makes views by a DataLoader with `workers` processes per stream of requests."""
 
-    def __init__(
-        self, images: Images, draws: Draws, bad_files: BadFiles, device: torch.device, workers: int
-    ) -> None:
-        self._views, self._bad_files, self._device, self._workers = (
-            _Views(images, draws, bad_files),
-            bad_files,
-            device,
-            workers,
-        )
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
 
-    def views(self, requests: Iterator[Request]) -> Generator[Shown]:
-        on_gpu = self._device.type == "cuda"
-        # batch_size=None: an item is a whole batch already.
+    def views(self, requests: Iterator[Request]) -> Generator[Made]:
+        device, on_gpu = self._setup.device, self._setup.device.type == "cuda"
         loader = DataLoader(
-            self._views,
-            batch_size=None,
+            _Worker(self._setup),
+            batch_size=None,  # an item is a whole batch already
             sampler=_InOrder(requests),
             collate_fn=_unchanged,
-            num_workers=self._workers,
+            num_workers=self._setup.workers,
             pin_memory=on_gpu,
         )
         # A forked worker that collected garbage of its parent, such as a DALI pipeline, would wait for
@@ -145,11 +129,9 @@ class TorchvisionEngine:
             for answer in answers:
                 if isinstance(answer, DataError):
                     raise answer
-                self._bad_files.found.update(answer.bad)
-                yield Shown(
-                    [view.to(self._device, non_blocking=on_gpu) for view in answer.shown.views],
-                    answer.shown.images,
-                )
+                self._setup.bad_files.found.update(answer.bad)
+                views = [view.to(device, non_blocking=on_gpu) for view in answer.made.views]
+                yield Made(views, answer.made.index)
         finally:
             # Workers that wait for the garbage collection of an error's traceback are not told to stop, and
             # torch waits 5 s for each.
@@ -171,10 +153,3 @@ class _InOrder:
 
     def __iter__(self) -> Iterator[Request]:
         return self._requests
-
-
-def make_engine(
-    images: Images, draws: Draws, bad_files: BadFiles, *, batch_size: int, device: torch.device, workers: int
-) -> TorchvisionEngine:
-    """`batch_size` plays no part: a request says how many images it wants."""
-    return TorchvisionEngine(images, draws, bad_files, device, workers)

@@ -4,7 +4,6 @@ or in tar shards.
 
 from __future__ import annotations
 
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgessl.pipelines.errors import DataError
+from fastgessl.pipelines.sources import DataError
+
+# Fifty times ImageNet-21k's. A date or a serial number read as a label is above it.
+_MOST_CLASSES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +91,27 @@ EncodedImages = FileImages | ShardImages
 Images = ArrayImages | FileImages | ShardImages
 
 
+def numbered_classes(largest: int, place: str) -> tuple[str, ...]:
+    """The names "0", "1", … of classes whose largest number is `largest`. Raises DataError, naming the
+    `place`, if it is not the number of a class.
+
+    >>> numbered_classes(2, "the list")
+    ('0', '1', '2')
+    """
+    if largest >= _MOST_CLASSES:
+        raise DataError(
+            f"{place} holds the label {largest}, and labels number the classes from 0. Number them closely."
+        )
+    return tuple(map(str, range(largest + 1)))
+
+
 def _read(path: Path, offset: int, length: int, name: str) -> NDArray[np.uint8]:
     """`length` bytes from `offset` on; -1: all of them."""
     try:
-        # A pipe would otherwise be waited for without end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise DataError(f"image {name!r} is no regular file. Remove it from the data set.")
+        # A pipe would be waited for without end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"image {name!r} is no regular file. Remove it from the data set.")
+        with path.open("rb", buffering=0) as file:
             encoded = np.fromfile(file, dtype=np.uint8, count=length, offset=offset)
     except OSError as error:
         raise DataError(

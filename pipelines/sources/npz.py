@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.sources.class_numbers import numbered_classes
-from fastgessl.pipelines.sources.images import ArrayImages
+from fastgessl.pipelines.sources import DataError
+from fastgessl.pipelines.sources.images import ArrayImages, numbered_classes
 
 _HOW = "Write it with np.savez(path, train_x=images)."
 # What numpy and zipfile raise for damaged or hostile files, found by fuzzing.
 _BROKEN = (
-    OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError, SystemError, SyntaxError, RuntimeError,
-    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
-)  # fmt: skip
+    *(OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError, SystemError, SyntaxError),
+    *(RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 def read_npz(path: Path, split: str) -> ArrayImages | None:

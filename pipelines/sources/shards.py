@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgessl.pipelines.errors import DataError
-from fastgessl.pipelines.sources.class_numbers import numbered_classes
+from fastgessl.pipelines.sources import DataError
 from fastgessl.pipelines.sources.folder import EXTENSIONS
-from fastgessl.pipelines.sources.images import ShardImages
+from fastgessl.pipelines.sources.images import ShardImages, numbered_classes
 
 CLASS_NAMES = "classes.txt"
 # WebDataset's convention: members of one sample share what stands before the first dot of their file name.

@@ -29,9 +29,9 @@ from fastgessl.kernels import (
 )
 from fastgessl.kernels.collectives import all_gather_rows, to_device
 from fastgessl.pipelines.bad_files import BadFiles
-from fastgessl.pipelines.engines.protocol import Shown
-from fastgessl.pipelines.loader import Loader
-from fastgessl.pipelines.sampler import Sampling
+from fastgessl.pipelines.draws import Draws
+from fastgessl.pipelines.engines import Made, Setup
+from fastgessl.pipelines.loader import Loader, Sampling
 from fastgessl.pipelines.sources.images import ArrayImages
 
 
@@ -250,7 +250,7 @@ class OneBatch:
 
     def views(self, requests):
         request = next(requests)
-        yield Shown([torch.empty(len(request.index), 3, 2, 2)], request.index)
+        yield Made([torch.empty(len(request.index), 3, 2, 2)], request.index)
 
     def close(self):
         pass
@@ -258,13 +258,8 @@ class OneBatch:
 
 def test_a_loader_waits_for_neither_index_nor_label(waits):
     images = ArrayImages(np.zeros((6, 4, 4, 3), dtype=np.uint8), np.arange(6))
-    loader = Loader(
-        images,
-        OneBatch(),
-        Sampling(6, 6, 0, 0, 1, False),
-        BadFiles(images, skip=False, training=False, listing=None),
-        CUDA,
-        "none",
-    )
+    bad_files = BadFiles(images, skip=False, training=False, listing=None)
+    setup = Setup(images, Draws((), 0), bad_files, batch_size=6, device=CUDA, workers=1)
+    loader = Loader("none", OneBatch(), setup, Sampling(6, 6, 0, 0, 1, False))
     (batch,) = loader
     assert batch.index.device == batch.label.device == CUDA and waits.sent == 2 and not waits.found

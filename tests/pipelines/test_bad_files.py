@@ -6,6 +6,7 @@ import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_a_bad_file_is_named_in_one_line(pictures, encode, kind, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_file_that_may_not_be_read_is_named(pictures, monkeypatch, engine):
-    bad, opened = pictures.paths[9], os.open
+    bad, opened = pictures.paths[9], Path.open
 
     def refuse(path, *rest, **options):
         # Permissions do not stop root, so the refusal is acted; forked workers act it too.
@@ -174,7 +175,7 @@ def test_a_file_that_may_not_be_read_is_named(pictures, monkeypatch, engine):
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *rest, **options)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"image '.*9.jpg' cannot be read \(Permission denied\)"):
         show(pictures, engine, training=False)
 

@@ -1,11 +1,11 @@
-"""Draws: pure in (seed, epoch, image, view), and distributed as torchvision's own."""
+"""Draws: pure in (seed, epoch, image, view), from Philox's published numbers, and distributed as torchvision's."""
 
 import numpy as np
 import pytest
 import torch
 
 from fastgessl.pipelines import ViewSpec, evaluation_view, view_preset
-from fastgessl.pipelines.draws import Draws, draw_views
+from fastgessl.pipelines.draws import Draws, epoch_order, key_of, philox, uniforms
 
 HALF = (0.5, 0.5, 0.5)
 SPEC = view_preset("simclr", 32, mean=HALF, std=HALF)[0]
@@ -13,15 +13,8 @@ SPEC = view_preset("simclr", 32, mean=HALF, std=HALF)[0]
 
 def drawn(spec=SPEC, index=range(100), height=40, width=60, seed=0, epoch=0, view=0):
     index = np.asarray(index)
-    return draw_views(
-        spec,
-        index,
-        np.full(len(index), height),
-        np.full(len(index), width),
-        seed=seed,
-        epoch=epoch,
-        view=view,
-    )
+    sizes = np.full(len(index), height), np.full(len(index), width)
+    return Draws((spec,) * (view + 1), seed)(index, *sizes, epoch)[view]
 
 
 def same(first, second):
@@ -38,11 +31,11 @@ def test_seed_epoch_and_view_change_the_draw(change):
     assert not same(drawn(), drawn(**change)) and same(drawn(**change), drawn(**change))
 
 
-def test_repeated_views_are_numbered_through():
+def test_views_of_other_kinds_are_numbered_through():
     first, second = view_preset("byol", 32, mean=HALF, std=HALF)
     sizes = np.array([40, 40]), np.array([60, 60])
     both = Draws((first, second), seed=5)(np.array([1, 2]), *sizes, epoch=3)
-    assert same(both[1], draw_views(second, np.array([1, 2]), *sizes, seed=5, epoch=3, view=1))
+    assert same(both[1], drawn(second, [1, 2], seed=5, epoch=3, view=1))
 
 
 @pytest.mark.parametrize(
@@ -128,3 +121,83 @@ def test_the_evaluation_view_is_resize_and_centre_crop(size, view):
     ours = augment_views(image, drawn(spec, [0], *size), size=view, mean=spec.mean, std=spec.std)
     resized = functional.resize(image.permute(0, 3, 1, 2).float() / 255, [110 if view == 96 else 32])
     assert (ours - functional.center_crop(resized, [view])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
+    assert " ".join(f"{word:08x}" for word in philox(counter, key)) == expected
+
+
+def test_uniforms_are_uniform_and_independent():
+    stats = pytest.importorskip("scipy.stats")
+    numbers = uniforms(np.arange(4000), stream=1, blocks=range(2), key=key_of(0, 0)).reshape(4000, 8)
+    for column in numbers.T:
+        assert stats.kstest(column, "uniform").pvalue > 1e-3
+    correlation = np.corrcoef(numbers.T) - np.eye(8)
+    assert np.abs(correlation).max() < 5 / np.sqrt(4000)
+    assert numbers.min() > 0 and numbers.max() < 1
+
+
+def test_seeds_and_epochs_beyond_a_word_have_keys_of_their_own():
+    # As bare words of 32 bits, zeros behind them left out, each of these lines is one and the same.
+    words = (
+        [(5, 3), (5 + 3 * 2**32, 0)],
+        [(2**32, 5), (0, 1 + 5 * 2**32)],
+        [(7, 0), (7, 2**32)],
+        [(2**64, 1), (0, 2**96)],
+    )
+    for alike in words:
+        assert len({key_of(seed, epoch) for seed, epoch in alike}) == len(alike)
+
+
+def test_keys_of_a_seed_and_an_epoch_of_one_word_stay_what_they_were():
+    # numpy's SeedSequence of both, recorded: other keys are other views in a resumed run.
+    assert key_of(0, 0) == (2968811710, 3677149159)
+    assert key_of(3, 4) == tuple(
+        int(word) for word in np.random.SeedSequence((3, 4)).generate_state(2, np.uint32)
+    )
+
+
+def test_seed_epoch_stream_block_and_sample_each_change_the_numbers():
+    def first(index=5, stream=0, block=0, seed=3, epoch=4):
+        return uniforms(np.array([index]), stream, range(block, block + 1), key_of(seed, epoch)).tobytes()
+
+    # 5 + 2**32 differs from 5 in the second counter word only; a seed may be larger than a key word.
+    varied = {
+        first(),
+        first(index=6),
+        first(index=5 + 2**32),
+        first(stream=1),
+        first(block=1),
+        first(seed=2**70),
+        first(epoch=5),
+        first(seed=4, epoch=3),
+    }
+    assert len(varied) == 8
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [tuple(epoch_order(50, seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert len(set(orders)) == 4 and all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_every_image_is_equally_likely_at_every_place():
+    stats = pytest.importorskip("scipy.stats")
+    orders = np.stack([epoch_order(8, 0, epoch) for epoch in range(2000)])
+    for place in range(8):
+        assert stats.chisquare(np.bincount(orders[:, place], minlength=8)).pvalue > 1e-3
+    # Successive images are independent too: all 56 ordered pairs are equally likely.
+    pairs = np.bincount(orders[:, 0] * 8 + orders[:, 1], minlength=64).reshape(8, 8)
+    assert stats.chisquare(pairs[~np.eye(8, dtype=bool)]).pvalue > 1e-3

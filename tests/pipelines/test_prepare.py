@@ -14,11 +14,11 @@ from PIL import Image, ImageFile
 
 from fastgessl.pipelines import DataError, open_images
 from fastgessl.pipelines.decode import decode
-from fastgessl.pipelines.prepare import picture, prepare_folder, untracked
-from fastgessl.pipelines.sources.fetch import fetch
+from fastgessl.pipelines.prepare import picture, prepare_folder
+from fastgessl.pipelines.sources.named import fetch
 
 
-def prepare(folder, out, *, size=0, per_shard=4, track=untracked):
+def prepare(folder, out, *, size=0, per_shard=4, track=lambda work, _: work):
     return prepare_folder(folder, out, size=size, per_shard=per_shard, track=track)
 
 
@@ -192,14 +192,14 @@ def test_a_folder_says_what_prepare_could_convert(photos, encode, picture_of):
         assert len(open_images("folder", photos)) == 14
     for name in ("b.HEIC", "c.heif", "d.jxl"):
         (photos / "dog" / name).write_bytes(b"")
-    with pytest.warns(UserWarning, match="not read here: cat/a.tiff, dog/b.HEIC, dog/c.heif and 1 further"):
+    with pytest.warns(UserWarning, match="not read here: cat/a.tiff, dog/b.HEIC, dog/c.heif and 1 more"):
         assert len(open_images("folder", photos)) == 14
     for path in photos.rglob("*.jpeg"):
         path.unlink()
     for path in photos.rglob("*.png"):
         path.unlink()
     with pytest.raises(
-        DataError, match=r"holds no images .* not read here: cat/a.tiff, dog/b.HEIC, dog/c.heif and 1 further"
+        DataError, match=r"holds no images .* not read here: cat/a.tiff, dog/b.HEIC, dog/c.heif and 1 more"
     ):
         open_images("folder", photos)
 
@@ -264,7 +264,7 @@ def replaced(source, target):
     return die() if moment == "name" and Path(target) == out else replace(source, target)
 
 prepare.picture, os.replace = counted, replaced
-prepare.prepare_folder(folder, out, size=24, per_shard=4, track=prepare.untracked)
+prepare.prepare_folder(folder, out, size=24, per_shard=4)
 """
 
 

@@ -119,7 +119,7 @@ def test_every_engine_shows_global_views_then_local_ones(engine):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "simclear"}, "views.preset 'simclear' is unknown. Choose one of simclr"),
+        ({"preset": "simclear"}, "views.preset 'simclear' is unknown. Choose one of simclr"),
         ({"crop_scale": (0.9, 0.2)}, "crop_scale must be two ordered shares"),
         ({"crop_scale": (0.2, 1.5)}, "crop_scale must be two ordered shares"),
         ({"flip_probability": 1.2}, "flip_probability must be in"),
@@ -136,10 +136,10 @@ def test_every_engine_shows_global_views_then_local_ones(engine):
         ({"local_views": 2, "local_crop_scale": (0.5, 0.1)}, "crop_scale must be two ordered shares"),
         (
             {"blur_probability": (0.1, 0.2, 0.3, 0.4)},
-            "blur_probability must be one number, or 2, one a global view, or 3",
+            "blur_probability must be one number, or 2, one per global view, or 3",
         ),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(DataError, match=message):
-        view_preset(**({"name": "simclr", "size": 32, "mean": HALF, "std": HALF} | options))
+        view_preset(**({"preset": "simclr", "size": 32, "mean": HALF, "std": HALF} | options))

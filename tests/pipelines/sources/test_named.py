@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fastgessl.pipelines import ArrayImages, DataError, FileImages, open_images
-from fastgessl.pipelines.sources.imagenet import IMAGENET100
-from fastgessl.pipelines.sources.torchvision_sets import SETS
+from fastgessl.pipelines.sources.named import IMAGENET100, SETS
 
 
 def test_digits_are_scikit_learns_split_once_and_for_all():

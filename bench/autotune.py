@@ -214,7 +214,8 @@ def autotune(given: argparse.Namespace) -> Path:
     for entry, features in _entries(given):
         if time.monotonic() > deadline:
             print(
-                f"stopped after {given.seconds:g} s; the rest keeps its tiles. --kernels and --features choose "
+                f"stopped after {given.seconds:g} s; the rest keeps its tiles. --kernels and --features "
+                "choose "
                 "what is measured"
             )
             break

@@ -297,7 +297,7 @@ class GesslConfig(Section):
 
 
 class DsaConfig(Section):
-    """The Dynamic Semantic Adjuster, a regulator on top of a method with two views. weight = 0 leaves it out."""
+    """The Dynamic Semantic Adjuster: a regulator over a method with two views. weight 0 leaves it out."""
 
     weight: NonNegativeFloat = 0.0
     """lambda_1: weight of the term that draws alike images together and others apart."""

@@ -29,7 +29,7 @@ RuntimeError.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ from fastgessl.kernels.checks import (
     scale_of,
 )
 from fastgessl.kernels.collectives import all_gather_rows, rank_and_size
-from fastgessl.kernels.similarity.autograd import similarity_statistics
+from fastgessl.kernels.similarity import similarity_statistics
 from fastgessl.kernels.similarity.problem import Side
 from fastgessl.kernels.similarity.symmetric import symmetric_info_nce
 
@@ -286,14 +286,14 @@ def clip_loss(
 
 
 def _student_and_teacher(
-    operands: Sequence[Tensor],
+    operands: tuple[Tensor, Tensor, Tensor, Tensor],
     temperatures: tuple[Temperature, Temperature | None],
     biases: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Side, Side]:
     """Both softmaxes' operands, checked."""
-    query, key = operands_of(*operands[:2], ("student_query", "student_key"))
+    query, key = operands_of(operands[0], operands[1], ("student_query", "student_key"))
     student = Side(query, key, scale_of(temperatures[0], query), bias_of(biases[0], key, "student_bias"))
-    query, key = operands_of(*operands[2:], ("teacher_query", "teacher_key"))
+    query, key = operands_of(operands[2], operands[3], ("teacher_query", "teacher_key"))
     tables = [(len(student.query), len(student.key)), (len(query), len(key))]
     if tables[0] != tables[1]:
         raise ValueError(

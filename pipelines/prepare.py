@@ -83,8 +83,8 @@ class _Shards:
     def write(self, images: FileImages, split: str) -> Iterator[Path]:
         """Every shard of a split, when it is whole."""
         self.out.mkdir(parents=True, exist_ok=True)
-        # What the pictures are, and in which order, lies beside the work, so that a later call cannot continue
-        # it with another folder.
+        # What the pictures are, and in which order, lies beside the work, so that a later call cannot
+        # continue it with another folder.
         record, content = self.out / f"{split}.txt", (self.options, *map(str, images.paths))
         if not record.exists():
             _write_whole(record, content)
@@ -195,8 +195,8 @@ def picture(encoded: NDArray[np.uint8], name: str) -> Image.Image:
 
 
 def _write_npz(splits: dict[str, FileImages], out: Path, size: int, track: Track) -> Prepared:
-    """By way of shards of bitmaps in a folder beside `out`, which an interrupted call finds again. `out` appears
-    when it is whole.
+    """By way of shards of bitmaps in a folder beside `out`, which an interrupted call finds again. `out`
+    appears when it is whole.
     """
     parts, sizes = out.with_name(f"{out.name}.part"), set()
 
@@ -228,7 +228,7 @@ def _write_npz(splits: dict[str, FileImages], out: Path, size: int, track: Track
             arrays[f"{split}_y"] = kept.labels
     if splits["train"].labels is not None:
         arrays["classes"] = np.array(splits["train"].classes)
-    np.savez(parts / "whole.npz", **arrays)
+    np.savez(parts / "whole.npz", **arrays)  # type: ignore[arg-type]
     os.replace(parts / "whole.npz", out)
     shutil.rmtree(parts)
     return shards.prepared

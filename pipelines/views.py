@@ -181,11 +181,11 @@ def view_preset(preset: str, size: int, *, mean: Color, std: Color, **changes: A
 
     `preset`: simclr, moco (v2), byol (asymmetric), barlow (BYOL's), swav (2 + 6 crops), dino (2 + 8 crops) or
     dissl (SimCLR's, twice the color). `changes` are fields of `ViewSpec` and replace the recipe's values;
-    None keeps them. A probability is one number for every view, or one per global view, and perhaps one more for
-    all local ones. `crop_scale` is that of global views. Besides: `global_views` (the recipe's are repeated
-    in turn), `local_views` of `local_size` pixels (96 where `size` is 224) and of `local_crop_scale`, and
-    `jitter_strength`, which multiplies the recipe's brightness, contrast, saturation and hue. Raises
-    DataError for an unknown name or a value out of range.
+    None keeps them. A probability is one number for every view, or one per global view, and perhaps one more
+    for all local ones. `crop_scale` is that of global views. Besides: `global_views` (the recipe's are
+    repeated in turn), `local_views` of `local_size` pixels (96 where `size` is 224) and of
+    `local_crop_scale`, and `jitter_strength`, which multiplies the recipe's brightness, contrast, saturation
+    and hue. Raises DataError for an unknown name or a value out of range.
 
     >>> views = view_preset("byol", 32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), local_views=4)
     >>> [(view.size, view.local, view.solarize_probability) for view in views[:3]]
@@ -194,7 +194,12 @@ def view_preset(preset: str, size: int, *, mean: Color, std: Color, **changes: A
     if preset not in _PRESETS:
         raise DataError(f"views.preset {preset!r} is unknown. Choose one of {', '.join(_PRESETS)}.")
     recipe = _PRESETS[preset]
-    given = {"size": size, "mean": mean, "std": std, "local_size": max(1, round(size * 96 / 224))}
+    given: dict[str, Any] = {
+        "size": size,
+        "mean": mean,
+        "std": std,
+        "local_size": max(1, round(size * 96 / 224)),
+    }
     given |= {name: value for name, value in changes.items() if value is not None}
     global_views = given.pop("global_views", len(recipe.full))
     local_views = given.pop("local_views", recipe.local_views)

@@ -1,4 +1,4 @@
-"""Every example runs and every command parses: doctests of all modules, code and commands of README and docs."""
+"""Every example runs and every command parses: docstrings, README and docs."""
 
 from __future__ import annotations
 

@@ -91,7 +91,8 @@ def describe(config: Config, backbone: nn.Module, library: str) -> dict[str, Any
             options["dynamic_img_size"] = True
         if isinstance(backbone, ResNet) and config.model.width != 1:
             # The width of each stage before its blocks expand it.
-            expansion: Any = backbone.layer1[0].expansion
+            first: Any = backbone.get_submodule("layer1.0")
+            expansion = first.expansion
             options["channels"] = [stage["num_chs"] // expansion for stage in backbone.feature_info[1:]]
         original = timm.create_model(name, num_classes=0, **options)
     widenings = [module.layers for module in backbone.modules() if isinstance(module, Widening)]

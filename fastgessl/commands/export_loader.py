@@ -31,6 +31,6 @@ def load(folder: Path = Path(__file__).parent) -> torch.nn.Module:
         setattr(encoder.get_submodule(parent), own, module)
     if config["widening"]:
         widening = runpy.run_path(str(folder / "widening.py"))["Widening"]
-        encoder.layer4.append(widening(*config["widening"]))
+        encoder.get_submodule("layer4").append(widening(*config["widening"]))  # type: ignore[operator]
     encoder.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     return encoder.eval()

@@ -162,9 +162,8 @@ class Extractor:
     def untrained(self, images: Images) -> nn.Module:
         """The encoder that training started from, with batch-norm statistics of the training images: with the
         initial 0 and 1 it would be a weaker baseline than it is."""
-        backbone = untrained_encoder(self.config).to(
-            self.accelerator.device, memory_format=torch.channels_last
-        )
+        backbone = untrained_encoder(self.config).to(self.accelerator.device)
+        backbone = backbone.to(memory_format=torch.channels_last)
         loader = self.loader(images, [self.still], sharded=False)
         update_bn((batch.views[0] for batch in itertools.islice(loader, CALIBRATION_BATCHES)), backbone)
         loader.close()

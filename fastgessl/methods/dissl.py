@@ -89,9 +89,12 @@ class DISSL(Method):
         assigned, predicted = _pairs(len(out.projections), len(out.predictions))
         target = (out.projections[assigned].flatten(0, 1), out.prototypes)
         distilled = soft_cross_entropy(
-            out.predictions[predicted].flatten(0, 1), out.predicted_prototypes, *target,
-            temperature=self.temperature, teacher_temperature=self.assignment_temperature,
-        )  # fmt: skip
+            out.predictions[predicted].flatten(0, 1),
+            out.predicted_prototypes,
+            *target,
+            temperature=self.temperature,
+            teacher_temperature=self.assignment_temperature,
+        )
         rows, others = (
             out.projections[views].flatten(0, 1)
             for views in _pairs(len(out.projections), len(out.projections))

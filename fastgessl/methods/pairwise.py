@@ -96,15 +96,8 @@ class _Curvature(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        along_first: Tensor,
-        along_second: Tensor,
-        along_weight: Tensor,
-        cotangent: Tensor,
-        first: Tensor,
-        second: Tensor,
-        weight: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(*operands: Tensor) -> tuple[Tensor, ...]:
+        along_first, along_second, along_weight, cotangent, first, second, weight = operands
         to_cotangent, to_first, to_second = (
             torch.empty_like(cotangent),
             torch.empty_like(first),

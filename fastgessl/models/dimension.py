@@ -24,10 +24,12 @@ class Widening(nn.Module):
     def __init__(self, inputs: int, bottleneck: int, outputs: int):
         super().__init__()
         self.layers = nn.Sequential(
-            *convolution(inputs, bottleneck, 1), nn.ReLU(inplace=True),
-            *convolution(bottleneck, bottleneck, 3), nn.ReLU(inplace=True),
+            *convolution(inputs, bottleneck, 1),
+            nn.ReLU(inplace=True),
+            *convolution(bottleneck, bottleneck, 3),
+            nn.ReLU(inplace=True),
             *convolution(bottleneck, outputs, 1),
-        )  # fmt: skip
+        )
         self.repeats = outputs // inputs if outputs % inputs == 0 else 0
 
     def forward(self, maps: Tensor) -> Tensor:

@@ -57,8 +57,10 @@ def label_free(name: str, weights: str) -> bool:
 
     >>> label_free("vit_small_patch16_224.dino", "pretrained"), label_free("resnet18.a1_in1k", "pretrained")
     (True, False)
-    >>> label_free("resnet18", "swav/resnet18_a1.safetensors"), label_free("resnet50", "labels/resnet50-swav.safetensors")
-    (False, True)
+    >>> label_free("resnet18", "swav/resnet18_a1.safetensors")
+    False
+    >>> label_free("resnet50", "labels/resnet50-swav.safetensors")
+    True
     """
     if (run := run_of(weights)) is not None:
         config = read_config(run)

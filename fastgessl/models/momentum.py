@@ -1,4 +1,4 @@
-"""The momentum encoder: a copy of the trained weights that follows them slowly and is never trained itself."""
+"""The momentum encoder: a copy of the trained weights that follows them slowly."""
 
 from __future__ import annotations
 

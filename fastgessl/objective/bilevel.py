@@ -6,7 +6,7 @@ Equations in docs/gessl.md, after arXiv 2405.01053v4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,23 +38,32 @@ class Measured:
     gradient: Weights
 
 
+@dataclass(frozen=True)
+class LookAhead:
+    """What a look ahead needs beside the weights: settings, inner steps, the task that they are taken on, and
+    the task on which σ is measured, which may be the same one.
+    """
+
+    settings: GesslConfig
+    sgd: Sgd
+    task: Task
+    query: Task
+
+    @property
+    def same(self) -> bool:
+        """Whether σ is measured on the task of the inner steps."""
+        return self.query is self.task
+
+
 def bi_level_sigma(
-    settings: GesslConfig,
-    sgd: Sgd,
-    task: Task,
-    query: Task,
-    weights: Weights,
-    first: Outputs,
-    loss: Tensor,
-    *,
-    loss_needs_graph: bool,
+    ahead: LookAhead, weights: Weights, first: Outputs, loss: Tensor, *, loss_needs_graph: bool
 ) -> Measured:
-    """σ at `weights` θ, where `first` are the task's outputs and `loss` its SSL loss. σ is seen on `query`,
-    which may be `task` itself.
+    """σ at `weights` θ, where `first` are the task's outputs and `loss` its SSL loss.
 
     `loss_needs_graph`: whether someone else will run back through `first`, whose graph is otherwise freed as
     soon as it can be.
     """
+    settings, task = ahead.settings, ahead.task
     adapts = settings.inner_steps > 0
     graph_of_steps = keeps_graph(settings)
     if second_order(settings):
@@ -63,45 +72,35 @@ def bi_level_sigma(
         loss, weights, create_graph=graph_of_steps, retain_graph=loss_needs_graph or not adapts
     )
     if not adapts:
-        value, delta = _against_target(settings, sgd, task, query, Iterate(weights), first, loss, gradient)
+        value, delta = _against_target(ahead, Iterate(weights), first, loss, gradient)
     elif settings.hypergradient == "first_order" or graph_of_steps:
-        student = _student(settings, sgd, task, weights, gradient)
-        value, delta = _against_target(
-            settings, sgd, task, query, student, task.outputs(student.weights), loss
-        )
+        student = _student(ahead, weights, gradient)
+        value, delta = _against_target(ahead, student, task.outputs(student.weights), loss)
     else:
-        value, delta = _step_by_step(settings, sgd, task, query, weights, loss, gradient)
+        value, delta = _step_by_step(ahead, weights, loss, gradient)
     return Measured(value, delta, gradient)
 
 
-def _student(settings: GesslConfig, sgd: Sgd, task: Task, weights: Weights, gradient: Weights) -> Iterate:
+def _student(ahead: LookAhead, weights: Weights, gradient: Weights) -> Iterate:
     """θ_K as a function of θ: through every inner step (exact), or θ + stopgrad(Δ) (first order)."""
-    if settings.hypergradient == "exact":
-        return descend(
-            task, sgd, Iterate(weights), settings.inner_steps, gradient=gradient, create_graph=True
-        )[-1]
-    student = descend(task, sgd, Iterate(as_leaves(weights)), settings.inner_steps, gradient=gradient)[-1]
+    task, sgd, steps = ahead.task, ahead.sgd, ahead.settings.inner_steps
+    if ahead.settings.hypergradient == "exact":
+        return descend(task, sgd, Iterate(weights), steps, gradient=gradient, create_graph=True)[-1]
+    student = descend(task, sgd, Iterate(as_leaves(weights)), steps, gradient=gradient)[-1]
     return Iterate(shifted(weights, student.weights), student.velocity)
 
 
 def _against_target(
-    settings: GesslConfig,
-    sgd: Sgd,
-    task: Task,
-    query: Task,
-    student: Iterate,
-    out: Outputs,
-    loss: Tensor,
-    gradient: Weights | None = None,
+    ahead: LookAhead, student: Iterate, out: Outputs, loss: Tensor, gradient: Weights | None = None
 ) -> tuple[Tensor, Tensor]:
     """σ () of the student, whose outputs on the task are `out`, against the target λ steps further on; and ΔL
     ().
     """
-    same = query is task
+    task, query, same = ahead.task, ahead.query, ahead.same
     if gradient is None:
         gradient = gradient_of(task.loss(out), student.weights, retain_graph=same)
-    constant = task.cut_off()
-    target = descend(constant, sgd, student.cut_off(), settings.target_steps, gradient=gradient)[-1].weights
+    constant, steps = task.cut_off(), ahead.settings.target_steps
+    target = descend(constant, ahead.sgd, student.cut_off(), steps, gradient=gradient)[-1].weights
     with torch.no_grad():
         target_out = constant.outputs(target)
         delta = task.loss(target_out) - loss
@@ -110,32 +109,26 @@ def _against_target(
 
 
 def _step_by_step(
-    settings: GesslConfig,
-    sgd: Sgd,
-    task: Task,
-    query: Task,
-    weights: Weights,
-    loss: Tensor,
-    gradient: Weights,
+    ahead: LookAhead, weights: Weights, loss: Tensor, gradient: Weights
 ) -> tuple[Tensor, Tensor]:
     """σ () and ΔL (), with a hypergradient that never holds the graph of more than one inner step."""
+    settings, sgd, task, query = ahead.settings, ahead.sgd, ahead.task, ahead.query
     adapting = task.cut_off(requires_grad=True)
-    seeing = adapting if query is task else query.cut_off(requires_grad=True)
+    seeing = adapting if ahead.same else query.cut_off(requires_grad=True)
     trajectory = descend(adapting, sgd, Iterate(as_leaves(weights)), settings.inner_steps, gradient=gradient)
     student = trajectory[-1]
-    value, delta = _against_target(
-        settings, sgd, adapting, seeing, student, adapting.outputs(student.weights), loss
-    )
+    inner = replace(ahead, task=adapting, query=seeing)
+    value, delta = _against_target(inner, student, adapting.outputs(student.weights), loss)
     direct = gradient_of(value, student.weights | seeing.inputs)
     slope = direct
-    if query is not task:
+    if not ahead.same:
         slope = {name: direct[name] for name in weights} | {
             name: torch.zeros_like(h) for name, h in adapting.inputs.items()
         }
     product = exact_product if settings.hypergradient == "exact" else difference_product
     carried = carried_back(adapting, sgd, trajectory, slope, product)
     origins, slopes = list((weights | task.inputs).values()), list(carried.values())
-    if query is not task:
+    if not ahead.same:
         origins += query.inputs.values()
         slopes += [direct[name] for name in query.inputs]
     return attach_gradients(value, origins, slopes), delta

@@ -20,7 +20,7 @@ from fastgessl.config import GesslConfig, UsageError
 from fastgessl.distributed import world_size
 from fastgessl.methods.base import Method, Outputs
 from fastgessl.models import SynchronisedBatchNorm
-from fastgessl.objective.bilevel import bi_level_sigma
+from fastgessl.objective.bilevel import LookAhead, bi_level_sigma
 from fastgessl.objective.differentiable import (
     buffers_retained,
     check_modules,
@@ -141,16 +141,9 @@ class GeSSL(nn.Module):
         settled = task.settled(first)
         task, query = settled, settled if query is task else query
         inner_loss = loss_ssl if one_loss else task.loss(first)
-        measured = bi_level_sigma(
-            settings,
-            sgd,
-            task,
-            query,
-            weights,
-            first,
-            inner_loss,
-            loss_needs_graph=one_forward and not one_loss,
-        )
+        ahead = LookAhead(settings, sgd, task, query)
+        needed = one_forward and not one_loss
+        measured = bi_level_sigma(ahead, weights, first, inner_loss, loss_needs_graph=needed)
         if one_loss:
             loss_ssl = attach_gradients(loss_ssl, list(weights.values()), list(measured.gradient.values()))
         gated = measured.sigma * (measured.delta_loss <= 0) if settings.gate else measured.sigma

@@ -53,7 +53,8 @@ class Gallery:
         self._config, self._source = config, source
         cache = FeatureCache(subject.folder / "features" if config.evaluate.cache else None)
         self._extractor = Extractor(config, accelerator, cache)
-        encoder = subject.encoder.to(accelerator.device, memory_format=torch.channels_last)
+        encoder = subject.encoder.to(accelerator.device)
+        encoder = encoder.to(memory_format=torch.channels_last)
         # The names and keys of `fastgessl evaluate`, whose features are then used.
         self._features = self._extractor.row(subject.name, encoder, source, with_views=False, whole_pool=True)
         self._shown = source.train if source.test is None else source.test

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.distributed import ProcessGroup
 from torch.library import custom_op
 
 from fastgessl.kernels.similarity import chunked
@@ -343,34 +342,3 @@ def compiled(*operands: Tensor | None) -> bool:
     if any(operand is not None and unpack_dual(operand).tangent is not None for operand in operands):
         raise RuntimeError(FORWARD_MODE)
     return True
-
-
-def similarity_statistics(
-    student: Side,
-    teacher: Side | None,
-    positives: Tensor | None,
-    exclude: Tensor | None,
-    entropy: bool,
-    implementation: str,
-    ring: ProcessGroup | None = None,
-    tied: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, positive and cross term, (M,) each, twice differentiable in all operands; see `similarity.problem` for their
-    definitions.
-
-    `positive` is empty without positives, the cross term without a teacher. With `ring`, keys and biases are this rank's
-    shard of all, and column numbers are global. `tied`: the student's key is its query, which saves two of the backward's
-    four matmul units on a GPU.
-    """
-    key = None if tied and ring is None else student.key
-    operands = (student.query, key, student.scale, student.bias, *(teacher or (None,) * 4))
-    if ring is not None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "fastgessl.kernels: the ring cannot be compiled with fullgraph=True. Call the loss outside torch.compile."
-            )
-        from fastgessl.kernels.similarity.ring import RingStatistics
-
-        return RingStatistics.apply(*operands, positives, exclude, entropy, implementation, ring)[:3]
-    call = statistics if compiled(*operands) else Statistics.apply
-    return call(*operands, positives, exclude, entropy, implementation)[:3]

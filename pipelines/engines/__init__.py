@@ -45,7 +45,7 @@ class Made(NamedTuple):
 
     views: list[Tensor]
     """V tensors (B, 3, S, S) float32, channels_last, on the device; none if every image was left out."""
-    index: NDArray[np.int64]
+    index: NDArray[np.int64]  # type: ignore[assignment]
     """(B,) images shown: those asked for, but for bad ones, which are left out or replaced by another."""
 
 

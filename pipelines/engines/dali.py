@@ -1,5 +1,5 @@
-"""The DALI engine: read, decode, crop, resize and flip in one graph, and its own colors for views that ask for
-them; other colors by `color_views` on its bytes.
+"""The DALI engine: read, decode, crop, resize and flip in one graph, and its own colors for views that ask
+for them; other colors by `color_views` on its bytes.
 
 The graph is told what was drawn, sample by sample, so that it shows the same views as the other engines. On a
 GPU the decoder is nvJPEG ("mixed") and everything after it runs there.
@@ -39,7 +39,8 @@ _PLACE = (
     (DALIDataType.FLOAT, 1),
     (DALIDataType.INT32, 0),
 )
-# Fed besides for a view of DALI's colors: factors of brightness, contrast and saturation, hue shift in degrees.
+# Fed besides for a view of DALI's colors: factors of brightness, contrast and saturation, hue shift in
+# degrees.
 _COLORS = ((DALIDataType.FLOAT, 0),) * 4
 
 
@@ -259,7 +260,7 @@ def _yiq(view: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -
 
 
 def view_arguments(spec: ViewSpec, drawn: ViewParameters) -> tuple[NDArray[Any], ...]:
-    """What the graph is fed for one view: (B, 2) or (B,) each. The crop starts from the corner of its reach."""
+    """What the graph is fed for one view, (B, 2) or (B,) each. The crop starts at the corner of its reach."""
     crop, reach = drawn.crop.numpy(), drawn.reach.numpy()
     corner, shape = reach[:, :2].astype(np.int32), reach[:, 2:].astype(np.int32)
     start = crop[:, :2] - reach[:, :2]

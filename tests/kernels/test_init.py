@@ -29,7 +29,10 @@ def test_import_brings_in_nothing_that_torch_does_not():
 
 
 def test_import_adds_at_most_half_a_second_of_work_to_torch():
-    code = "import time, torch; start = time.process_time(); import fastgessl.kernels; print(time.process_time() - start)"
+    code = (
+        "import time, torch; start = time.process_time(); import fastgessl.kernels; "
+        "print(time.process_time() - start)"
+    )
     assert min(float(run(code).stdout) for _ in range(3)) < 0.5
 
 

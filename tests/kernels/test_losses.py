@@ -261,7 +261,7 @@ def test_every_function_takes_a_layers_output_beside_float32_under_autocast(name
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("given", [False, True], ids=["default", "given"])
-def test_a_learnt_temperature_has_sigmas_gradient_from_the_student_alone_unless_it_is_given_to_the_teacher_too(
+def test_a_learnt_temperature_has_the_students_gradient_unless_the_teacher_is_given_it_too(
     given, implementation
 ):
     operands, tau = (
@@ -307,9 +307,15 @@ def test_an_empty_operand_or_one_of_another_width_device_or_dtype_is_refused_by_
 
 @settings(max_examples=40, deadline=None)
 @given(
-    M=st.integers(1, 40), extra=st.integers(0, 30), D=st.integers(1, 33), temperature=st.floats(0.02, 5.0), seed=st.integers(0, 999),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), transposed=st.booleans(), expanded=st.booleans(),
-)  # fmt: skip
+    M=st.integers(1, 40),
+    extra=st.integers(0, 30),
+    D=st.integers(1, 33),
+    temperature=st.floats(0.02, 5.0),
+    seed=st.integers(0, 999),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    transposed=st.booleans(),
+    expanded=st.booleans(),
+)
 def test_any_shape_stride_dtype_temperature_and_mask_equals_the_reference(
     M, extra, D, temperature, seed, dtype, transposed, expanded
 ):

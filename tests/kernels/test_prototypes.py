@@ -11,7 +11,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "chunk
 
 
 def swav_assignment(scores, epsilon, iterations):
-    """Algorithm 1 of Caron et al. 2020, appendix, in linear space: alternate division by row and column sums."""
+    """Algorithm 1 of Caron et al. 2020, in linear space: divide by row and column sums in turn."""
     codes = torch.exp(scores / epsilon).T
     codes = codes / codes.sum()
     prototypes, samples = codes.shape

@@ -80,7 +80,7 @@ def test_dsa_s_loss_and_gradients_are_those_of_the_definition(name):
 
 
 def test_dsa_s_two_mixed_blocks_compare_the_two_views():
-    """The public code has z1 - z1 and z2 - z2 there: its mixed blocks do not see a change of the other view."""
+    """The public code has z1 - z1 and z2 - z2 there: its mixed blocks do not see the other view change."""
     method = toy()
     out = method(views())
     moved = replace(out, projections=torch.stack([out.projections[0], out.projections[1].roll(1, 0)]))
@@ -279,7 +279,10 @@ def test_under_gessl_with_negatives_of_all_ranks_only_the_ssl_loss_sees_them(rep
 def test_neighbours_that_one_rank_s_inner_steps_do_not_have_are_refused_before_training(reports):
     for report in reports:
         assert report["refusals"]["plain"] == ""
-        said = r"dsa\.neighbours 4 are .* \(in GeSSL's inner steps those of one process\), and there are 4\. Raise --train\.batch_size"
+        said = (
+            r"dsa\.neighbours 4 are .* \(in GeSSL's inner steps those of one process\), and there are 4\. "
+            r"Raise --train\.batch_size"
+        )
         assert re.search(said, report["refusals"]["bi-level"])
 
 

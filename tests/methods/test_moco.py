@@ -34,7 +34,7 @@ def outputs_and_keys(queries=2, keyed=2):
 
 
 def one_row(query, positive, queue, temperature):
-    """Chen et al. (arXiv 2003.04297), eq. (1): the key is the positive, the queue's rows are the negatives."""
+    """Chen et al. (arXiv 2003.04297), eq. (1): the key is the positive, the queue has the negatives."""
     own = torch.exp(query @ positive / temperature)
     return -torch.log(own / (own + sum(torch.exp(query @ negative / temperature) for negative in queue)))
 

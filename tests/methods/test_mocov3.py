@@ -101,7 +101,7 @@ def test_the_momentum_encoder_follows_a_literal_simulation():
     assert max((xi - theta).abs().max() for xi, theta in zip(found, online, strict=True)) > 1e-3
 
 
-def test_a_convolutional_encoder_has_two_layers_a_norm_without_weights_behind_the_projector_and_none_behind_the_predictor():
+def test_a_convolutional_encoder_has_a_norm_without_weights_behind_the_projector_alone():
     method = toy()
     assert [type(layer).__name__ for layer in method.projector] == [
         "Linear",

@@ -192,7 +192,7 @@ def test_what_a_forward_gave_does_not_change_with_the_prototypes():
 
 
 def test_the_gradient_of_a_step_reaches_prototypes_that_are_not_normalised_within_it():
-    """The paper's code makes them of unit length between steps; within one the scores are z·c, also along c."""
+    """The paper's code makes them of unit length between steps; within one, scores are z·c, also along c."""
     method = toy(temperature=0.3, sinkhorn_epsilon=0.3)
     out = method(views())
     found, expected = (

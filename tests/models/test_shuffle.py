@@ -1,4 +1,4 @@
-"""Shuffled batch norm in two processes: the rows of both, dealt out by one permutation, and collected again."""
+"""Shuffled batch norm in two processes: their rows, dealt out by one permutation and collected again."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ EXACT = GesslConfig(inner_steps=1, inner_lr=0.1, w_ssl=0.0, w_sigma=1.0)
 
 
 class Cube(torch.autograd.Function):
-    """x³ whose backward forgets that it depends on x: right once, wrong twice, without an error from torch."""
+    """x³ whose backward forgets that it depends on x: right once, wrong twice, with no error from torch."""
 
     @staticmethod
     def forward(ctx, x):

@@ -1,4 +1,4 @@
-"""The examples of docs/gessl.md train, and the methods that they bring of their own get the right gradient."""
+"""The examples of docs/gessl.md train, and the methods that they bring get the right gradient."""
 
 import re
 from pathlib import Path

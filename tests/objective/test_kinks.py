@@ -116,7 +116,7 @@ def test_in_float64_finite_difference_mode_is_exact_s_equal_on_a_relu_network(to
     assert found["first_order"] <= 0.99
 
 
-def test_in_float32_finite_difference_mode_is_near_exact_on_a_smooth_network_and_only_beside_first_order_on_a_relu_network(
+def test_finite_difference_in_float32_is_near_exact_on_a_smooth_network_and_near_first_order_with_relu(
     toys,
 ):
     kinked, smooth = (cosines(toys, activation, torch.float32) for activation in ACTIVATIONS)

@@ -1,4 +1,4 @@
-"""Mixed precision: parameters, inner steps, losses and π stay in float32, and no cast weight is served twice."""
+"""Mixed precision: parameters, inner steps, losses and π stay in float32; no cast weight is used twice."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_inner_forwards_keep_no_cast_weights(toys):
 
 
 def test_the_backward_of_a_float32_loss_is_not_cast(toys):
-    """Autocast would cast the matrix products of a backward that runs inside it; SimCLR's dense loss has two."""
+    """Autocast would cast the matrix products of a backward that runs inside it; SimCLR's loss has two."""
 
     def dense(out, aux=None):
         rows = torch.nn.functional.normalize(torch.cat(list(out.projections)), dim=1)

@@ -109,11 +109,28 @@ def content_of(kind, level, encode):
 
 
 READABLE = (
-    "png without its end", "png called jpg", "cmyk", "grey", "16-bit grey", "16-bit colour", "rotated", "1x1", "20000x10", "10x20000"
-)  # fmt: skip
+    "png without its end",
+    "png called jpg",
+    "cmyk",
+    "grey",
+    "16-bit grey",
+    "16-bit colour",
+    "rotated",
+    "1x1",
+    "20000x10",
+    "10x20000",
+)
 BROKEN = (
-    "empty", "text", "gif", "header only", "truncated", "without its last byte", "truncated png", "truncated webp", "zeroed png"
-)  # fmt: skip
+    "empty",
+    "text",
+    "gif",
+    "header only",
+    "truncated",
+    "without its last byte",
+    "truncated png",
+    "truncated webp",
+    "zeroed png",
+)
 NO_FILES = ("absent", "folder", "pipe", "loop of links", "dangling link")
 
 

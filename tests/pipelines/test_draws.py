@@ -1,4 +1,6 @@
-"""Draws: pure in (seed, epoch, image, view), from Philox's published numbers, and distributed as torchvision's."""
+"""Draws: pure in (seed, epoch, image, view), from Philox's published numbers, and distributed as
+torchvision's.
+"""
 
 import numpy as np
 import pytest
@@ -80,14 +82,29 @@ def test_a_crop_that_never_fits_falls_back_to_torchvisions_central_crop(size):
 def test_chances_factors_and_sigmas_are_distributed_as_asked():
     stats = pytest.importorskip("scipy.stats")
     spec = ViewSpec(
-        size=32, mean=HALF, std=HALF, flip_probability=0.3, jitter_probability=0.6, brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1,
-        grayscale_probability=0.2, blur_probability=0.7, blur_sigma=(0.5, 1.5), solarize_probability=0.1,
-    )  # fmt: skip
+        size=32,
+        mean=HALF,
+        std=HALF,
+        flip_probability=0.3,
+        jitter_probability=0.6,
+        brightness=0.4,
+        contrast=1.5,
+        saturation=0.2,
+        hue=0.1,
+        grayscale_probability=0.2,
+        blur_probability=0.7,
+        blur_sigma=(0.5, 1.5),
+        solarize_probability=0.1,
+    )
     count = 4000
     views = drawn(spec, range(count))
     for values, chance in (
-        (views.flip, 0.3), (views.jitter, 0.6), (views.grayscale, 0.2), (views.blur_sigma > 0, 0.7), (views.solarize, 0.1)
-    ):  # fmt: skip
+        (views.flip, 0.3),
+        (views.jitter, 0.6),
+        (views.grayscale, 0.2),
+        (views.blur_sigma > 0, 0.7),
+        (views.solarize, 0.1),
+    ):
         assert stats.binomtest(int(values.sum()), count, chance).pvalue > 1e-3
     # contrast 1.5 would reach below 0, where torchvision clips its range.
     for column, (low, high) in enumerate([(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)]):

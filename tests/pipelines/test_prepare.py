@@ -133,7 +133,10 @@ def test_formats_that_dali_does_not_read_are_converted_and_bad_files_named(
     report = prepare(photos, tmp_path / "out")
     assert (report.written, len(report.converted)) == (17, 3)
     assert sorted(name.rsplit("/", 1)[1] for name in report.left_out) == ["z.heic", "z.jpg"]
-    reason = f"image {str(photos / 'cat' / 'z.heic')!r} cannot be converted (Pillow does not know its format). Install pillow-heif, and"
+    reason = (
+        f"image {str(photos / 'cat' / 'z.heic')!r} cannot be converted (Pillow does not know its format). "
+        "Install pillow-heif, and"
+    )
     assert report.left_out[str(photos / "cat" / "z.heic")].startswith(reason)
     assert len((tmp_path / "out" / "left_out.txt").read_text().splitlines()) == 2
     images = open_images("shards", tmp_path / "out")
@@ -327,7 +330,8 @@ def test_a_download_that_fails_says_what_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(
         DataError,
-        match=r"cifar10 could not be downloaded .* Put cifar-10-python.tar.gz of https://.* into '.*' and run",
+        match=r"cifar10 could not be downloaded .* Put cifar-10-python.tar.gz of https://.* into '.*' "
+        "and run",
     ):
         fetch("cifar10", tmp_path)
     with pytest.raises(

@@ -49,9 +49,16 @@ def test_presets_are_those_of_the_papers(name):
 
 def test_what_is_given_replaces_the_presets_value_in_every_view():
     views = preset(
-        "dino", 32, crop_scale=(0.2, 0.9), flip_probability=0.0, jitter_probability=0.1, jitter_strength=0.5, grayscale_probability=0.0,
-        blur_probability=0.0, solarize_probability=(0.25,),
-    )  # fmt: skip
+        "dino",
+        32,
+        crop_scale=(0.2, 0.9),
+        flip_probability=0.0,
+        jitter_probability=0.1,
+        jitter_strength=0.5,
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+        solarize_probability=(0.25,),
+    )
     assert len(views) == 10
     for view in views:
         assert view.crop_scale == ((0.05, 0.4) if view.local else (0.2, 0.9))
@@ -92,8 +99,9 @@ def test_blur_may_differ_from_view_to_view(chances, expected):
 def test_mocos_version_three_is_version_two_with_asymmetric_chances():
     views = preset("moco", blur_probability=(1.0, 0.1), solarize_probability=(0.0, 0.2))
     assert [(view.blur_probability, view.solarize_probability, view.crop_scale) for view in views] == [
-        (1.0, 0.0, (0.2, 1.0)), (0.1, 0.2, (0.2, 1.0))
-    ]  # fmt: skip
+        (1.0, 0.0, (0.2, 1.0)),
+        (0.1, 0.2, (0.2, 1.0)),
+    ]
 
 
 @pytest.mark.parametrize("engine", ["resident", "dali", "torchvision"])

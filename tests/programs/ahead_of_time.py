@@ -65,10 +65,22 @@ def resources(
 ) -> Resources:
     kernel = KERNELS[name]
     flags = {
-        "D": features, "E": features, "CHUNK": tile.chunk(features), "TEACHER_CHUNK": tile.chunk(features), "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.columns, "POSITIVES": True, "EXCLUDE": 1, "BIAS": False, "TEACHER": teacher, "TEACHER_BIAS": False, "ENTROPY": True,
-        "OF_TEACHER": of_teacher, "MIRROR": mirror, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-    }  # fmt: skip
+        "D": features,
+        "E": features,
+        "CHUNK": tile.chunk(features),
+        "TEACHER_CHUNK": tile.chunk(features),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "POSITIVES": True,
+        "EXCLUDE": 1,
+        "BIAS": False,
+        "TEACHER": teacher,
+        "TEACHER_BIAS": False,
+        "ENTROPY": True,
+        "OF_TEACHER": of_teacher,
+        "MIRROR": mirror,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+    }
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in flags:

@@ -136,15 +136,23 @@ if __name__ == "__main__":
     found = {
         "beside dense": {
             f"{name} {dtype} order {order}": beside_dense(name, dtype, order)
-            for name in PAIRS for dtype in dtypes for order in (1, 2)
+            for name in PAIRS
+            for dtype in dtypes
+            for order in (1, 2)
         },
         "stored": {
-            f"{name} {dtype}": [derivative(partial(loss, how=how), dtype, 1) for how in ("triton", "reference")]
-            for name, loss in STORED.items() for dtype in dtypes
+            f"{name} {dtype}": [
+                derivative(partial(loss, how=how), dtype, 1) for how in ("triton", "reference")
+            ]
+            for name, loss in STORED.items()
+            for dtype in dtypes
         },
         "needs": {
-            "query": needing(query=True), "key": needing(key=True), "both": needing(query=True, key=True),
-            "temperature": needing(temperature=True), "bias": needing(bias=True),
+            "query": needing(query=True),
+            "key": needing(key=True),
+            "both": needing(query=True, key=True),
+            "temperature": needing(temperature=True),
+            "bias": needing(bias=True),
         },
-    }  # fmt: skip
+    }
     print(json.dumps(found))

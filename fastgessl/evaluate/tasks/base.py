@@ -31,6 +31,12 @@ class DataFacts:
     width: int = 0
     """F of the widest encoder; 0 while it is not known."""
 
+    @property
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """(train, test) of a labelled data set."""
+        assert self.train is not None and self.test is not None
+        return self.train, self.test
+
 
 @dataclass(frozen=True)
 class Work:

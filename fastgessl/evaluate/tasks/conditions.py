@@ -12,12 +12,13 @@ with fewer classes needs fewer dimensions, C_labels − 1; an MLP probe needs fe
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgessl.config import UsageError
-from fastgessl.evaluate.features import Features
+from fastgessl.config import EvaluateConfig, UsageError
+from fastgessl.evaluate.features import Features, RowFeatures
 from fastgessl.evaluate.tables import Column, percent
 from fastgessl.evaluate.tasks.base import EvaluationTask, register
 from fastgessl.evaluate.tasks.linear import fit_probe
@@ -109,12 +110,15 @@ def linear_predictability(first: Tensor, second: Tensor) -> float:
     return probe.accuracy(Features(second.float(), classes, classes))
 
 
+def _measured(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+    first, second = features.view_pair(seed)
+    return asdict(measure_conditions(first, second, features.classes, seed))
+
+
 register(
     EvaluationTask(
         "conditions",
-        lambda features, settings, seed: asdict(
-            measure_conditions(*features.view_pair(seed), features.classes, seed)
-        ),
+        _measured,
         columns=lambda settings: [
             percent("variance\nwithin", "variation"),
             Column("dimensions\nof needed", lambda m: f"{m['dimension']} of {m['needed']}", "dimension"),

@@ -171,9 +171,9 @@ register(
         place=(0, 2),
         default=True,
         transfer=True,
-        obstacle=lambda facts, settings: too_few_neighbours(len(facts.train), settings.knn_k),
+        obstacle=lambda facts, settings: too_few_neighbours(len(facts.labels[0]), settings.knn_k),
         seconds=lambda facts, settings: (
-            SECONDS_PER_PRODUCT * len(facts.train) * len(facts.test) * facts.width
+            SECONDS_PER_PRODUCT * len(facts.labels[0]) * len(facts.labels[1]) * facts.width
         ),
     )
 )
@@ -184,6 +184,6 @@ register(
         columns=lambda settings: accuracies([_heading(protocol) for protocol in PUBLISHED], "protocols"),
         place=(1, 2),
         transfer=True,
-        obstacle=lambda facts, settings: too_few_for_protocols(len(facts.train), PUBLISHED),
+        obstacle=lambda facts, settings: too_few_for_protocols(len(facts.labels[0]), PUBLISHED),
     )
 )

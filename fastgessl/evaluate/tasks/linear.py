@@ -76,8 +76,9 @@ class Probe:
 
     def accuracy(self, images: Features) -> float:
         """Share of labelled images whose most probable class is their label."""
+        assert images.labels is not None
         predicted = self.classes[self.log_probabilities(images.features).argmax(dim=1)]
-        return (predicted == images.labels).double().mean().item()
+        return predicted.eq(images.labels).double().mean().item()
 
     def cross_entropy(self, images: Features) -> float:
         """Mean cross-entropy of labelled images, nats."""
@@ -404,7 +405,7 @@ register(
         columns=lambda settings: [Column(f"{settings.labels_per_class} labels\na class\n%", spread)],
         place=(0, 1),
         default=True,
-        obstacle=lambda facts, settings: too_few_labels(facts.train, settings.labels_per_class),
+        obstacle=lambda facts, settings: too_few_labels(facts.labels[0], settings.labels_per_class),
         seconds=_few_label_seconds,
     )
 )

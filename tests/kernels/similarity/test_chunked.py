@@ -19,8 +19,7 @@ from fastgessl.kernels import (
     sigma_kl,
     soft_cross_entropy,
 )
-from fastgessl.kernels.similarity import chunked
-from fastgessl.kernels.similarity.autograd import similarity_statistics
+from fastgessl.kernels.similarity import chunked, similarity_statistics
 from fastgessl.kernels.similarity.problem import Side
 
 M, N = 5, 7

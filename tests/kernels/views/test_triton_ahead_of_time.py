@@ -30,9 +30,11 @@ BLOCKS = {"small": 256, "cifar": 1024, "tinyimagenet": 4096}
 CASES = {
     **{
         f"whole_view[{name}-{'bicubic' if bicubic else 'bilinear' if resize else 'colour'}]": (
-            views_triton.whole_view_kernel, {"RESIZE": resize, "BICUBIC": bicubic, "BLOCK": block}
+            views_triton.whole_view_kernel,
+            {"RESIZE": resize, "BICUBIC": bicubic, "BLOCK": block},
         )
-        for name, block in BLOCKS.items() for resize, bicubic in ((True, False), (True, True), (False, False))
+        for name, block in BLOCKS.items()
+        for resize, bicubic in ((True, False), (True, True), (False, False))
     },
     "crop[bilinear]": (views_triton.crop_kernel, {"RESIZE": True, "BICUBIC": False, "BLOCK": 1024}),
     "crop[bicubic]": (views_triton.crop_kernel, {"RESIZE": True, "BICUBIC": True, "BLOCK": 1024}),
@@ -41,12 +43,17 @@ CASES = {
     "colour[of crops]": (views_triton.color_kernel, {"BYTES": False, "BLOCK": 1024, "BLOCKS": 64}),
     "blur[rows]": (views_triton.blur_kernel, {"ROWS": True, "TAPS": 23, "BLOCK": 1024}),
     "blur[columns]": (views_triton.blur_kernel, {"ROWS": False, "TAPS": 23, "BLOCK": 1024}),
-}  # fmt: skip
+}
 # A second each; the rest runs with `make soak`.
 QUICK = [
-    ("whole_view[cifar-bilinear]", 80), ("whole_view[cifar-bilinear]", 90), ("whole_view[tinyimagenet-bicubic]", 90),
-    ("crop[bicubic]", 90), ("colour[of bytes]", 90), ("blur[columns]", 90), ("whole_view[cifar-bilinear]", 100),
-]  # fmt: skip
+    ("whole_view[cifar-bilinear]", 80),
+    ("whole_view[cifar-bilinear]", 90),
+    ("whole_view[tinyimagenet-bicubic]", 90),
+    ("crop[bicubic]", 90),
+    ("colour[of bytes]", 90),
+    ("blur[columns]", 90),
+    ("whole_view[cifar-bilinear]", 100),
+]
 EVERY = [(name, architecture) for name in CASES for architecture in ARCHITECTURES]
 
 

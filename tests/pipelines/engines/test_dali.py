@@ -70,10 +70,24 @@ RECIPES = {
 # round the crop to bytes, which colour may enlarge; of a small view the outermost pixels, where DALI repeats
 # the crop's border and torchvision takes fewer taps, are a larger share.
 ALLOWED = {
-    "bilinear crop": (0.3, 1.01), "bicubic crop": (0.4, 10), "evaluation": (0.3, 1.01), "flip": (0.3, 1.01), "brightness": (0.25, 2.5),
-    "contrast": (0.3, 2.5), "saturation": (0.3, 3), "hue": (0.35, 4), "grayscale": (0.25, 1.5), "blur": (0.25, 5), "solarize": (0.3, 1.01),
-    "simclr": (0.3, 4), "moco": (0.3, 4), "byol": (0.35, 10), "swav": (0.7, 9), "dino": (0.8, 18), "dissl": (0.3, 9),
-}  # fmt: skip
+    "bilinear crop": (0.3, 1.01),
+    "bicubic crop": (0.4, 10),
+    "evaluation": (0.3, 1.01),
+    "flip": (0.3, 1.01),
+    "brightness": (0.25, 2.5),
+    "contrast": (0.3, 2.5),
+    "saturation": (0.3, 3),
+    "hue": (0.35, 4),
+    "grayscale": (0.25, 1.5),
+    "blur": (0.25, 5),
+    "solarize": (0.3, 1.01),
+    "simclr": (0.3, 4),
+    "moco": (0.3, 4),
+    "byol": (0.35, 10),
+    "swav": (0.7, 9),
+    "dino": (0.8, 18),
+    "dissl": (0.3, 9),
+}
 LARGEST_AT_BORDER = 32
 
 

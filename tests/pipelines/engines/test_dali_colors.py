@@ -123,7 +123,8 @@ def test_another_engine_refuses_them_in_one_line(engine):
     images = ArrayImages(np.zeros((4, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(
         DataError,
-        match=r"views.color yiq is DALI's, and the engine is (resident|torchvision). Use data.engine dali, or",
+        match=r"views.color yiq is DALI's, and the engine is (resident|torchvision). "
+        "Use data.engine dali, or",
     ):
         build(images, [replace(PLAIN, size=8, color="yiq")], batch_size=2, engine=engine)
 

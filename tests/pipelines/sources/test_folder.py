@@ -74,7 +74,10 @@ def test_an_empty_folder_says_what_was_searched(tmp_path):
     put(tmp_path, "a/readme.txt", "b/movie.mp4")
     with pytest.raises(DataError) as caught:
         open_images("folder", tmp_path)
-    expected = "holds no images (searched 3 folders for jpg, jpeg, png, webp, bmp). Put images there or point --data.root at"
+    expected = (
+        "holds no images (searched 3 folders for jpg, jpeg, png, webp, bmp). "
+        "Put images there or point --data.root at"
+    )
     assert expected in str(caught.value)
 
 

@@ -7,6 +7,7 @@ step, and the third step. A change of file is a call into another file than the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import sys
@@ -56,13 +57,30 @@ def walk(calls: Sequence[Call]) -> Walk:
     return Walk(len(calls), len(set(calls)), len({call.file for call in calls}), changes)
 
 
+@functools.cache
+def place(file: str) -> str:
+    """Where a file really is: kernels and pipelines are reached through links."""
+    return str(Path(file).resolve())
+
+
+def importing(frame: FrameType) -> bool:
+    """Whether the call comes from a module of the project that is being imported, such as a decorator's."""
+    caller = frame.f_back
+    while caller is not None:
+        if caller.f_code.co_name == "<module>" and place(caller.f_code.co_filename).startswith(ROOMS):
+            return True
+        caller = caller.f_back
+    return False
+
+
 @contextlib.contextmanager
 def recorded(calls: list[Call]) -> Iterator[None]:
     """Inside, every call of the project's functions in this thread is added; imports are not calls."""
 
     def see(frame: FrameType, event: str, _: Any) -> None:
-        file = str(Path(frame.f_code.co_filename).resolve()) if event == "call" else ""
-        if file.startswith(ROOMS) and not frame.f_code.co_name.startswith("<"):
+        if event != "call" or frame.f_code.co_name.startswith("<"):
+            return
+        if (file := place(frame.f_code.co_filename)).startswith(ROOMS) and not importing(frame):
             calls.append(Call(file, frame.f_code.co_qualname))
 
     sys.setprofile(see)

@@ -125,7 +125,7 @@ def test_training_skips_bad_files_lists_them_and_reads_shards(fastgessl, tmp_pat
     path.write_bytes(path.read_bytes()[:200])
     assert fastgessl("prepare", "photos", "shards", "--per_shard", "5").code == 0
     small = shlex.split(
-        "--model.width 0.0625 --model.stem small --views.size 16 --views.local_views 1 --train.batch_size 6 "
+        "--model.width 0.125 --model.stem small --views.size 16 --views.local_views 1 --train.batch_size 6 "
         "--train.max_steps 2 "
         "--method.projector_hidden 8 --method.projector_out 4 --evaluate.tasks geometry --log.trackers "
         "--data.workers 1"

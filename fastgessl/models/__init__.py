@@ -2,13 +2,20 @@
 can be differentiated twice.
 """
 
-from fastgessl.models.backbone import build_backbone
+from fastgessl.models.backbone import build_backbone, load_weights
 from fastgessl.models.batch_norm import SynchronisedBatchNorm, synchronise_batch_norm
-from fastgessl.models.encode import apply_head, encode, feature_width
-from fastgessl.models.heads import BottleneckHead, MoCoV3Head, PlainProjector, Predictor, Projector
+from fastgessl.models.heads import (
+    BottleneckHead,
+    MoCoV3Head,
+    PlainProjector,
+    Predictor,
+    Projector,
+    apply_head,
+    encode,
+    feature_width,
+)
 from fastgessl.models.momentum import follow, momentum_copy
 from fastgessl.models.shuffle import shuffled_over_ranks
-from fastgessl.models.weights import load_weights
 
 __all__ = [
     "BottleneckHead",

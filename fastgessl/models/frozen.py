@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from fastgessl.config import UsageError
-from fastgessl.models.backbone import build_backbone
-from fastgessl.models.weights import load_weights
+from fastgessl.models.backbone import build_backbone, load_weights
 from fastgessl.runs import read_config
 
 # Parts of timm's names that say how weights came about without labels; "ft" says that labels followed.

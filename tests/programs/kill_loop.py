@@ -19,7 +19,7 @@ from fastgessl.cli import main
 from fastgessl.runs import checkpoint
 
 OPTIONS = (
-    *("digits-byol-gessl", "--views.size", "8", "--model.width", "0.0625", "--method.projector_hidden", "32"),
+    *("digits-byol-gessl", "--views.size", "8", "--model.width", "0.125", "--method.projector_hidden", "32"),
     *(
         "--method.predictor_hidden",
         "32",

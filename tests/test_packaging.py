@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def test_the_wheel_offers_every_public_name_in_a_clean_environment(wheel, tmp_pa
         "assert len([load(name) for name in names()]) > 10\n"
         "import fastgessl.cli, fastgessl.training.loop, fastgessl.commands.doctor\n"
     )
-    subprocess.run([clean, "-c", code], check=True, cwd=tmp_path)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([clean, "-c", code], check=True, cwd=tmp_path, env=own)
 
 
 def test_every_package_is_named_with_its_place():

@@ -13,7 +13,7 @@ def test_views_are_drawn_as_a_grid_of_images_and_views(fastgessl, tmp_path):
     code, out, _ = fastgessl(
         "views", "digits-simclr", "--images", 3, "--out", tmp_path / "v.png", "--views.local_views", 2
     )
-    assert code == 0 and "4 views an image by resident" in out
+    assert code == 0 and "4 views per image by resident" in out
     picture = np.asarray(Image.open(tmp_path / "v.png"))
     # Three columns of 16 pixels and two of 7, gaps of 4; a line of labels and three rows of 16.
     assert picture.shape == (14 + 4 + 3 * 20, 4 + 3 * 20 + 2 * 11, 3)

@@ -98,6 +98,9 @@ class DSA(Method):
         """The encoder that the method trains."""
         return self.method.backbone
 
+    def check_views(self, views: Sequence[Tensor], labels: Tensor | None = None) -> None:
+        self.method.check_views(views, labels)
+
     def train(self, mode: bool = True) -> DSA:
         """A helper network of its own stays as it came; a slow copy of the encoder makes batch statistics as
         BYOL's does.

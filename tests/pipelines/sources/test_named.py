@@ -65,7 +65,8 @@ def test_without_its_files_a_data_set_says_which_belongs_where(tmp_path, name, m
         "flowers102": "flowers-102/102flowers.tgz, flowers-102/imagelabels.mat and flowers-102/setid.mat of "
         "https://",
         "food101": "unpacked folder food-101 there; or put food-101.tar.gz of http://",
-        "aircraft": "unpacked folder fgvc-aircraft-2013b there; or put fgvc-aircraft-2013b.tar.gz of https://",
+        "aircraft": "unpacked folder fgvc-aircraft-2013b there; or put "
+        "fgvc-aircraft-2013b.tar.gz of https://",
         "tinyimagenet": "Put the folder tiny-imagenet-200 there, unpacked from http://",
         "imagenet": "Put the photos at train/<class>/*.JPEG and val/<class>/*.JPEG under it",
         "imagenet100": "Put the photos at train/<class>/*.JPEG and val/<class>/*.JPEG under it",

@@ -143,11 +143,12 @@ def test_live_bytes_end_where_tensors_die_in_a_backward_too():
 
 def test_resident_memory_is_counted_beyond_what_is_held():
     def work():
-        return (torch.zeros(4096, 1024) + 1).sum()
+        return (torch.zeros(4096, 4096) + 1).sum()
 
     work()
     found = device_peak_bytes(work)
-    assert found is None or 1.9 * 16 * 2**20 <= found < 3 * 16 * 2**20
+    # Linux counts resident pages per CPU and adds them up late: 292 KiB of 32 MiB were missing once.
+    assert found is None or 1.99 * 64 * 2**20 <= found < 3 * 64 * 2**20
 
 
 @pytest.mark.parametrize("module", ["gpu", "memory", "studies", "trace_step"])

@@ -199,7 +199,7 @@ def _view_graph(
     Returns one (B, S, S, 3) uint8 batch per view, and the shapes of the decoded images. An image is decoded
     once, as a whole. Decoding each view's crop by itself is bit-identical and takes 1.1 times the CPU time at
     2 views of large photos, 1.5 times at 2 + 6; for a single view it would take 0.8 times, and one decoding
-    of all the views' crops together 0.97 times at 2 views (`bench/decoding.py`), but then neither a wrong
+    of all the views' crops together 0.97 times at 2 views (measured once, on a CPU), but then neither a wrong
     size in a header nor a file that ends below the crop would be noticed.
     """
     kinds = [(DALIDataType.UINT8, 1 if encoded else 3)]

@@ -32,7 +32,12 @@ from fastgessl.kernels.modules import (
     SupConLoss,
     SwaVLoss,
 )
-from fastgessl.kernels.prototypes import sinkhorn_potentials, softmax_marginal
+from fastgessl.kernels.prototypes import (
+    dissl_loss,
+    sinkhorn_potentials,
+    softmax_marginal,
+    swapped_cross_entropy,
+)
 from fastgessl.kernels.views.parameters import ViewParameters
 from fastgessl.kernels.views.torch import augment_views, color_views
 
@@ -48,6 +53,7 @@ __all__ = [
     "augment_views",
     "clip_loss",
     "color_views",
+    "dissl_loss",
     "gessl_loss",
     "implementation_for",
     "info_nce",
@@ -57,4 +63,5 @@ __all__ = [
     "sinkhorn_potentials",
     "soft_cross_entropy",
     "softmax_marginal",
+    "swapped_cross_entropy",
 ]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, check_equal_rows
-from fastgessl.kernels.losses import clip_loss, nt_xent, sigma_kl, similarity_logsumexp, soft_cross_entropy
-from fastgessl.kernels.prototypes import sinkhorn_potentials, softmax_marginal
+from fastgessl.kernels.losses import clip_loss, nt_xent, sigma_kl, similarity_logsumexp
+from fastgessl.kernels.prototypes import dissl_loss, sinkhorn_potentials, swapped_cross_entropy
 
 
 def default_group(gather_distributed: bool) -> dist.ProcessGroup | None:
@@ -323,19 +323,21 @@ class DINOLoss(nn.Module):
         teacher_temp: float | None = None,
     ) -> Tensor:
         """Features (N, D) of each view, the teacher's first; prototypes (K, D) -> ()."""
-        temperature = self.teacher_temp if teacher_temp is None else teacher_temp
-        losses = [
-            soft_cross_entropy(
-                student, student_prototypes, teacher.detach(), teacher_prototypes.detach(),
-                temperature=self.student_temp, teacher_temperature=temperature, teacher_bias=-self.center / temperature,
-            )
-            for i, teacher in enumerate(teacher_features) for j, student in enumerate(student_features) if i != j
-        ]  # fmt: skip
-        if not losses:
+        if len(teacher_features) == len(student_features) == 1:
             raise ValueError(
                 "DINOLoss needs a view of the student that is not the teacher's; found one view of each."
             )
-        return torch.stack(losses).mean()
+        temperature = self.teacher_temp if teacher_temp is None else teacher_temp
+        teacher = torch.stack(list(teacher_features)).detach()
+        return swapped_cross_entropy(
+            torch.stack(list(student_features)),
+            student_prototypes,
+            teacher,
+            teacher_prototypes.detach(),
+            temperature=self.student_temp,
+            teacher_temperature=temperature,
+            teacher_biases=(-self.center / temperature).expand(len(teacher), -1),
+        )
 
     @torch.no_grad()
     def update_center(self, teacher_features: Sequence[Tensor], teacher_prototypes: Tensor) -> None:
@@ -386,26 +388,28 @@ class SwaVLoss(nn.Module):
         queue_features: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Features (N, D) of each view, prototypes (K, D), a queue (L, D) a high-resolution view -> ()."""
-        views, group, losses = (
-            [*high_resolution_features, *low_resolution_features],
-            default_group(self.gather_distributed),
-            [],
-        )
-        for i, target in enumerate(high_resolution_features):
-            balanced = target if queue_features is None else torch.cat([target, queue_features[i]])
-            bias = sinkhorn_potentials(
-                balanced, prototypes, epsilon=self.epsilon, iterations=self.iterations, group=group
-            )
-            losses += [
-                soft_cross_entropy(
-                    view, prototypes, target.detach(), prototypes.detach(),
-                    temperature=self.temperature, teacher_temperature=self.epsilon, teacher_bias=bias,
-                )
-                for j, view in enumerate(views) if j != i
-            ]  # fmt: skip
-        if not losses:
+        if len(high_resolution_features) + len(low_resolution_features) < 2:
             raise ValueError("SwaVLoss needs a second view to predict the codes from; found one view in all.")
-        return torch.stack(losses).mean()
+        group = default_group(self.gather_distributed)
+        potentials = [
+            sinkhorn_potentials(
+                target if queue_features is None else torch.cat([target, queue_features[view]]),
+                prototypes,
+                epsilon=self.epsilon,
+                iterations=self.iterations,
+                group=group,
+            )
+            for view, target in enumerate(high_resolution_features)
+        ]
+        return swapped_cross_entropy(
+            torch.stack([*high_resolution_features, *low_resolution_features]),
+            prototypes,
+            torch.stack(list(high_resolution_features)).detach(),
+            prototypes.detach(),
+            temperature=self.temperature,
+            teacher_temperature=self.epsilon,
+            teacher_biases=torch.stack(potentials),
+        )
 
 
 class DISSLLoss(nn.Module):
@@ -442,31 +446,14 @@ class DISSLLoss(nn.Module):
         teacher_prototypes: Tensor,
     ) -> Tensor:
         """Both views' features (N, D) and (N, E), the last layers' weights (K, D) and (K, E) -> ()."""
-        directions = [
-            self._direction(i, student_features, student_prototypes, teacher_features, teacher_prototypes)
-            for i in (0, 1)
-        ]
-        return torch.stack(directions).mean()
-
-    def _direction(
-        self,
-        i: int,
-        student: Sequence[Tensor],
-        student_prototypes: Tensor,
-        teacher: Sequence[Tensor],
-        teacher_prototypes: Tensor,
-    ) -> Tensor:
-        target, other, warm = (teacher[i], teacher_prototypes), 1 - i, self.teacher_temperature
-        distilled = soft_cross_entropy(
-            student[other],
+        return dissl_loss(
+            torch.stack(list(student_features)),
             student_prototypes,
-            *target,
+            torch.stack(list(teacher_features)),
+            teacher_prototypes,
             temperature=self.student_temperature,
-            teacher_temperature=warm,
+            teacher_temperature=self.teacher_temperature,
+            entropy_weight=self.entropy_weight,
+            invariance_weight=self.invariance_weight,
+            group=default_group(self.gather_distributed),
         )
-        invariant = soft_cross_entropy(teacher[other], teacher_prototypes, *target, temperature=warm)
-        mean = softmax_marginal(*target, temperature=warm, group=default_group(self.gather_distributed))
-        # A prototype that no row takes is 0 in float32, where the logarithm has no derivative.
-        mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)
-        entropy = -(mean * mean.log()).sum()
-        return distilled - self.entropy_weight * entropy + self.invariance_weight * invariant

@@ -1,5 +1,5 @@
-"""What prototype methods need besides a cross-entropy: SwAV's balanced assignment, and the mean assignment
-that DISSL keeps spread out.
+"""The losses of prototype methods, DINO, SwAV and DISSL, and what they are made of besides a cross-entropy:
+SwAV's balanced assignment, and the mean assignment that DISSL keeps spread out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastgessl.kernels import reference
 from fastgessl.kernels.backend import dense, implementation_for
 from fastgessl.kernels.checks import bias_of, operands_of, scale_of
 from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, check_equal_rows
-from fastgessl.kernels.losses import How, Temperature, logsumexp_rows
+from fastgessl.kernels.losses import How, Temperature, logsumexp_rows, soft_cross_entropy
 from fastgessl.kernels.similarity.autograd import (
     Gradients,
     ReverseFunction,
@@ -192,3 +192,119 @@ def sinkhorn_potentials(
                 rows = logsumexp_rows(Side(query, prototypes, scale, columns), None, how)
                 row_potential = nan_for_infinity(-rows)
         return columns - columns.mean()
+
+
+def other_views(rows: Tensor, targets: int) -> list[tuple[int, Tensor]]:
+    """Each of the first `targets` views by number, with the rows of every other view: rows (V, N, D) ->
+    (view, (V-1, N, D)).
+
+    The last comes first, so that of two views the first is compared with the second before the second with
+    the first.
+
+    >>> import torch
+    >>> rows = torch.arange(3.0).view(3, 1, 1)
+    >>> [(view, others.flatten().tolist()) for view, others in other_views(rows, 2)]
+    [(1, [0.0, 2.0]), (0, [1.0, 2.0])]
+    """
+    return [(view, torch.cat([rows[:view], rows[view + 1 :]])) for view in reversed(range(targets))]
+
+
+def swapped_cross_entropy(
+    student: Tensor,
+    prototypes: Tensor,
+    teacher: Tensor,
+    teacher_prototypes: Tensor,
+    *,
+    temperature: Temperature,
+    teacher_temperature: Temperature,
+    teacher_biases: Tensor,
+) -> Tensor:
+    """DINO's and SwAV's loss: cross-entropy from the teacher's softmax on a view to the student's on another,
+    averaged over all pairs of different views. student (V, N, D), teacher (T, N, E), whose views are the
+    student's first; prototypes (K, D), (K, E); teacher_biases (T, K) -> ().
+
+    Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, eq. (3), with
+    biases -centre / temperature; Caron et al., "Unsupervised Learning of Visual Features by Contrasting
+    Cluster Assignments", NeurIPS 2020, eq. (2), with those of `sinkhorn_potentials`.
+
+    >>> import torch
+    >>> rows, how = torch.eye(4).expand(2, 4, 4), {"temperature": 0.1, "teacher_temperature": 0.1}
+    >>> swapped_cross_entropy(rows, rows[0], rows, rows[0], teacher_biases=torch.zeros(2, 4), **how) < 0.01
+    tensor(True)
+    """
+    terms = [
+        soft_cross_entropy(
+            others.flatten(0, 1),
+            prototypes,
+            teacher[taught].repeat(len(others), 1),
+            teacher_prototypes,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            teacher_bias=teacher_biases[taught],
+        )
+        for taught, others in other_views(student, len(teacher))
+    ]
+    return torch.stack(terms).mean()
+
+
+def entropy_of_mean(
+    rows: Tensor, key: Tensor, temperature: Temperature, group: ProcessGroup | None = None
+) -> Tensor:
+    """H[mean_i softmax(row_i·keyᵀ / temperature)] (), nats, over the rows (M, D) of all ranks of `group`; key
+    (K, D). At most log K.
+
+    >>> import torch
+    >>> round(entropy_of_mean(torch.eye(4), torch.eye(4), 0.01).exp().item(), 4)
+    4.0
+    """
+    mean = softmax_marginal(rows, key, temperature=temperature, group=group)
+    # A prototype that no row takes is 0 in float32, where the logarithm has no derivative.
+    mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)
+    return -(mean * mean.log()).sum()
+
+
+def dissl_loss(
+    student: Tensor,
+    prototypes: Tensor,
+    teacher: Tensor,
+    teacher_prototypes: Tensor,
+    *,
+    temperature: Temperature = 1.0,
+    teacher_temperature: Temperature = 0.5,
+    entropy_weight: float = 2.3,
+    invariance_weight: float = 0.8,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """CE(p(x), q(x')) - λ H[mean p] + β CE(p(x), p(x')), averaged over pairs of different views, in nats; p
+    is the teacher's softmax over the prototypes, q the student's, λ the entropy's weight, β the invariance's.
+
+    student (V, N, D), teacher (T, N, E), whose views are the student's first; prototypes (K, D), (K, E) ->
+    (): the cross-entropies of this rank's rows, the entropy of the rows of all ranks of `group`. Gradients go
+    to both sides. Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized
+    Representations", NeurIPS 2022, eq. (10).
+
+    >>> import torch
+    >>> student, teacher = torch.randn(2, 8, 16), torch.randn(2, 8, 24)
+    >>> dissl_loss(student, torch.randn(32, 16), teacher, torch.randn(32, 24)).shape
+    torch.Size([])
+    """
+    assigned, predicted = _pairs(len(teacher), len(student))
+    target = (teacher[assigned].flatten(0, 1), teacher_prototypes)
+    distilled = soft_cross_entropy(
+        student[predicted].flatten(0, 1),
+        prototypes,
+        *target,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+    )
+    rows, others = (teacher[views].flatten(0, 1) for views in _pairs(len(teacher), len(teacher)))
+    table = (others, teacher_prototypes, rows, teacher_prototypes)
+    invariant = soft_cross_entropy(*table, temperature=teacher_temperature)
+    entropies = [entropy_of_mean(view, teacher_prototypes, teacher_temperature, group) for view in teacher]
+    return distilled - entropy_weight * torch.stack(entropies).mean() + invariance_weight * invariant
+
+
+def _pairs(targets: int, views: int) -> tuple[list[int], list[int]]:
+    """Every pair of a target view and a different view: the targets' indices and the others'."""
+    pairs = [(target, view) for target in range(targets) for view in range(views) if view != target]
+    return [target for target, _ in pairs], [view for _, view in pairs]

@@ -1,4 +1,4 @@
-"""Makes tar shards or one .npz of a folder of photos, and continues where an interrupted call stopped.
+"""Makes tar shards or one .npz of a folder of photos; shards continue where an interrupted call stopped.
 
 HEIC, TIFF and whatever else Pillow opens but DALI does not are converted on the way; what cannot be is named
 in the report.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,9 @@ from fastgessl.pipelines.decode import BROKEN, as_rgb, decode
 from fastgessl.pipelines.sources import DataError
 from fastgessl.pipelines.sources.folder import CONVERTIBLE, EXTENSIONS, read_folder
 from fastgessl.pipelines.sources.images import FileImages
-from fastgessl.pipelines.sources.shards import CLASS_NAMES, read_shards
+from fastgessl.pipelines.sources.shards import CLASS_NAMES
 
 _JPEG_QUALITY = 95
-# Pictures that an interruption of the writing of an .npz may cost: some seconds of decoding.
-_BLOCK = 256
 _LEFT_OUT = "left_out.txt"
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
@@ -49,19 +47,18 @@ def prepare_folder(
     """Write the images of `folder` (its splits and classes as `read_folder` finds them) to `out`.
 
     An `out` that ends in .npz gets arrays of `size` x `size` pixels (resized, then center-cropped; 0 asks
-    that all pictures are of one size). Otherwise it is a folder of tar shards of `per_shard` images each, in
-    which JPEG, PNG, WebP and BMP files lie unchanged. What an interrupted call has done is kept: whole
-    shards, and blocks of an .npz in a folder `out`.part. `track` wraps the work of a split, to show progress.
-    Raises DataError if there is nothing to read, or what is there was made from other pictures.
+    that all pictures are of one size), and is written when all of them are made. Otherwise it is a folder of
+    tar shards of `per_shard` images each, in which JPEG, PNG, WebP and BMP files lie unchanged; shards of an
+    interrupted call are kept. `track` wraps the work of a split, to show progress. Raises DataError if there
+    is nothing to read, or what is there was made from other pictures.
     """
     found = {split: read_folder(folder, split, (*EXTENSIONS, *CONVERTIBLE)) for split in ("train", "test")}
     splits = {split: images for split, images in found.items() if images is not None}
     if out.suffix == ".npz":
         return _write_npz(splits, out, size, track)
-    shards = _Shards(out, per_shard, f"{per_shard} images a shard", _encoded, track)
+    shards = _Shards(out, per_shard, track)
     for split, images in splits.items():
-        for _ in shards.write(images, "train" if split == "train" else "val"):
-            pass
+        shards.write(images, "train" if split == "train" else "val")
     if splits["train"].labels is not None:
         _write_whole(out / CLASS_NAMES, splits["train"].classes)
     return shards.prepared
@@ -73,19 +70,16 @@ class _Shards:
 
     out: Path
     per_shard: int
-    options: str
-    """Whatever else decides the content. A call with other options does not continue this one."""
-    encode: Callable[[FileImages, int], tuple[bytes, str]]
-    """Bytes of an image and their ending. Raises DataError for one that must be left out."""
     track: Track
     prepared: Prepared = field(default_factory=Prepared)
 
-    def write(self, images: FileImages, split: str) -> Iterator[Path]:
-        """Every shard of a split, when it is whole."""
+    def write(self, images: FileImages, split: str) -> None:
+        """Write every shard of a split."""
         self.out.mkdir(parents=True, exist_ok=True)
         # What the pictures are, and in which order, lies beside the work, so that a later call cannot
         # continue it with another folder.
-        record, content = self.out / f"{split}.txt", (self.options, *map(str, images.paths))
+        record = self.out / f"{split}.txt"
+        content = (f"{self.per_shard} images a shard", *map(str, images.paths))
         if not record.exists():
             _write_whole(record, content)
         elif record.read_bytes() != _lines(content):
@@ -100,7 +94,6 @@ class _Shards:
             if not shard.exists():
                 self._write_shard(shard, images, numbers)
             self._report(shard, images, numbers)
-            yield shard
 
     def _write_shard(self, shard: Path, images: FileImages, numbers: range) -> None:
         # A shard gets its name when it is whole: what an interruption leaves is never taken for one.
@@ -108,7 +101,7 @@ class _Shards:
         with tarfile.open(unfinished, "w") as archive:
             for image in numbers:
                 try:
-                    content, ending = self.encode(images, image)
+                    content, ending = _encoded(images, image)
                 except DataError as error:
                     reasons.append(str(error))
                     continue
@@ -195,50 +188,43 @@ def picture(encoded: NDArray[np.uint8], name: str) -> Image.Image:
 
 
 def _write_npz(splits: dict[str, FileImages], out: Path, size: int, track: Track) -> Prepared:
-    """By way of shards of bitmaps in a folder beside `out`, which an interrupted call finds again. `out`
-    appears when it is whole.
-    """
-    parts, sizes = out.with_name(f"{out.name}.part"), set()
-
-    def bitmap(images: FileImages, image: int) -> tuple[bytes, str]:
-        shown = picture(images.read(image), images.name(image))
-        if size:
-            shown = ImageOps.fit(shown, (size, size), Image.Resampling.BICUBIC)
-        sizes.add(shown.size)
-        content = io.BytesIO()
-        shown.save(content, "BMP")
-        return content.getvalue(), "bmp"
-
-    shards, arrays = _Shards(parts, _BLOCK, f"--size {size}", bitmap, track), {}
+    """By renaming: an interruption leaves no half file."""
+    prepared = Prepared()
+    arrays: dict[str, NDArray[Any]] = {}
     for split, images in splits.items():
-        sizes.clear()
-        written = shards.prepared.written
-        for _ in shards.write(images, split):
-            _require_one(sizes, parts)
-        if shards.prepared.written == written:
-            shutil.rmtree(parts)
-            last = [*shards.prepared.left_out.values()][-1]
+        pixels, kept = np.empty((0, 0, 0, 3), dtype=np.uint8), list[int]()
+        for image in track(range(len(images)), f"{split} images"):
+            name = images.name(image)
+            try:
+                shown = picture(images.read(image), name)
+            except DataError as error:
+                prepared.left_out[name] = str(error)
+                continue
+            if size:
+                shown = ImageOps.fit(shown, (size, size), Image.Resampling.BICUBIC)
+            if not kept:
+                pixels = np.empty((len(images), shown.height, shown.width, 3), dtype=np.uint8)
+            if shown.size != (pixels.shape[2], pixels.shape[1]):
+                first = f"{pixels.shape[2]}x{pixels.shape[1]}"
+                raise DataError(
+                    f"the pictures are of several sizes, such as {first} and {shown.width}x{shown.height} "
+                    f"({name!r}). Give one with --size."
+                )
+            pixels[len(kept)] = np.asarray(shown)
+            kept.append(image)
+            if _ending(images, image) not in EXTENSIONS:
+                prepared.converted.append(name)
+        if not kept:
+            last = [*prepared.left_out.values()][-1]
             raise DataError(f"not one of the {split} pictures can be read; the last one: {last}")
-        kept = read_shards(parts, split)
-        assert kept is not None
-        shown = [np.asarray(decode(kept.read(image), kept.name(image))) for image in range(len(kept))]
-        _require_one({pixels.shape[1::-1] for pixels in shown}, parts)
-        arrays[f"{split}_x"] = np.stack(shown)
-        if kept.labels is not None:
-            arrays[f"{split}_y"] = kept.labels
+        arrays[f"{split}_x"] = pixels[: len(kept)]
+        if images.labels is not None:
+            arrays[f"{split}_y"] = images.labels[kept]
+        prepared.written += len(kept)
     if splits["train"].labels is not None:
         arrays["classes"] = np.array(splits["train"].classes)
-    np.savez(parts / "whole.npz", **arrays)  # type: ignore[arg-type]
-    os.replace(parts / "whole.npz", out)
-    shutil.rmtree(parts)
-    return shards.prepared
-
-
-def _require_one(sizes: set[tuple[int, int]], parts: Path) -> None:
-    if len(sizes) > 1:
-        # The same call could never be finished, and one with --size makes other blocks.
-        shutil.rmtree(parts)
-        first, *_, last = (f"{width}x{height}" for width, height in sorted(sizes))
-        raise DataError(
-            f"the pictures are of several sizes, such as {first} and {last}. Give one with --size."
-        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f"{out.name}.part.npz")
+    np.savez(unfinished, **arrays)  # type: ignore[arg-type]
+    os.replace(unfinished, out)
+    return prepared

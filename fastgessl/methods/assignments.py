@@ -11,20 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastgessl.kernels import soft_cross_entropy, softmax_marginal
-
-
-def entropy_of_mean(rows: Tensor, key: Tensor, temperature: float, group: ProcessGroup | None) -> Tensor:
-    """H[mean_i softmax(row_i·keyᵀ / temperature)] (), nats, over the rows (M, D) of all ranks of `group`; key
-    (K, D). At most log K.
-
-    >>> round(entropy_of_mean(torch.eye(4), torch.eye(4), 0.01, None).exp().item(), 4)
-    4.0
-    """
-    mean = softmax_marginal(rows, key, temperature=temperature, group=group)
-    # A prototype that no row takes is 0 in float32, where the logarithm has no derivative.
-    mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)
-    return -(mean * mean.log()).sum()
+from fastgessl.kernels import soft_cross_entropy
+from fastgessl.kernels.prototypes import entropy_of_mean
 
 
 def assignment_measures(

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from fastgessl.config import UsageError
@@ -166,17 +165,3 @@ class Method(nn.Module):
         """Advance momentum encoder, queue, centre, once after optimiser step `step`; `passes`: its
         micro-batches' outputs and targets.
         """
-
-
-def other_views(rows: Tensor, targets: int) -> list[tuple[int, Tensor]]:
-    """Each of the first `targets` views by number, with the rows of every other view: rows (V, N, D) ->
-    (view, (V-1, N, D)).
-
-    The last comes first, so that of two views the first is compared with the second before the second with
-    the first.
-
-    >>> rows = torch.arange(3.0).view(3, 1, 1)
-    >>> [(view, others.flatten().tolist()) for view, others in other_views(rows, 2)]
-    [(1, [0.0, 2.0]), (0, [1.0, 2.0])]
-    """
-    return [(view, torch.cat([rows[:view], rows[view + 1 :]])) for view in reversed(range(targets))]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from fastgessl.config import MethodConfig
-from fastgessl.methods.base import Outputs, RunFacts, Similarity, other_views
+from fastgessl.kernels.prototypes import other_views
+from fastgessl.methods.base import Outputs, RunFacts, Similarity
 from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.registry import register
-from fastgessl.models import Predictor, Projector, apply_head, encode, feature_width
+from fastgessl.models import Projector, apply_head, encode, feature_width
 
 
 @register("byol")
@@ -38,8 +39,9 @@ class BYOL(MomentumMethod):
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
         super().__init__()
         self.backbone = backbone
-        self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out)
-        self.predictor = Predictor(config.projector_out, config.predictor_hidden)
+        outputs = config.projector_out
+        self.projector = Projector(feature_width(backbone), config.projector_hidden, outputs)
+        self.predictor = Projector(outputs, config.predictor_hidden, outputs)
         self.copy_parts(config, facts)
         self.temperature = config.temperature
 

@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group
-from fastgessl.kernels import soft_cross_entropy
+from fastgessl.kernels import swapped_cross_entropy
 from fastgessl.kernels.collectives import all_reduce_mean
-from fastgessl.methods.base import Outputs, RunFacts, Similarity, other_views
+from fastgessl.methods.base import Outputs, RunFacts, Similarity
 from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.registry import check_prototypes, register
 from fastgessl.models import BottleneckHead, apply_head, encode, feature_width
@@ -109,19 +109,15 @@ class DINO(MomentumMethod):
         pairs of views. Returns ().
         """
         assert out.prototypes is not None
-        terms = [
-            soft_cross_entropy(
-                others.flatten(0, 1),
-                out.prototypes,
-                aux.rows[taught].repeat(len(others), 1),
-                aux.prototypes,
-                temperature=self.temperature,
-                teacher_temperature=aux.temperature,
-                teacher_bias=-aux.center / aux.temperature,
-            )
-            for taught, others in other_views(out.projections, len(aux.rows))
-        ]
-        return torch.stack(terms).mean()
+        return swapped_cross_entropy(
+            out.projections,
+            out.prototypes,
+            aux.rows,
+            aux.prototypes,
+            temperature=self.temperature,
+            teacher_temperature=aux.temperature,
+            teacher_biases=(-aux.center / aux.temperature).expand(len(aux.rows), -1),
+        )
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
         """π of the task: the student's softmax of every view over the outputs."""

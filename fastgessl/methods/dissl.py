@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group
-from fastgessl.kernels import soft_cross_entropy
-from fastgessl.methods.assignments import assignment_measures, entropy_of_mean
+from fastgessl.kernels import dissl_loss
+from fastgessl.methods.assignments import assignment_measures
 from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
 from fastgessl.methods.registry import check_prototypes, register
 from fastgessl.models import Projector, apply_head, encode, feature_width
@@ -86,31 +86,16 @@ class DISSL(Method):
             and out.prototypes is not None
             and out.predicted_prototypes is not None
         )
-        assigned, predicted = _pairs(len(out.projections), len(out.predictions))
-        target = (out.projections[assigned].flatten(0, 1), out.prototypes)
-        distilled = soft_cross_entropy(
-            out.predictions[predicted].flatten(0, 1),
+        return dissl_loss(
+            out.predictions,
             out.predicted_prototypes,
-            *target,
+            out.projections,
+            out.prototypes,
             temperature=self.temperature,
             teacher_temperature=self.assignment_temperature,
-        )
-        rows, others = (
-            out.projections[views].flatten(0, 1)
-            for views in _pairs(len(out.projections), len(out.projections))
-        )
-        invariant = soft_cross_entropy(
-            others, out.prototypes, rows, out.prototypes, temperature=self.assignment_temperature
-        )
-        group = world_group() if self.gathers else None
-        entropies = [
-            entropy_of_mean(view, out.prototypes, self.assignment_temperature, group)
-            for view in out.projections
-        ]
-        return (
-            distilled
-            - self.entropy_weight * torch.stack(entropies).mean()
-            + self.invariance_weight * invariant
+            entropy_weight=self.entropy_weight,
+            invariance_weight=self.invariance_weight,
+            group=world_group() if self.gathers else None,
         )
 
     def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
@@ -125,13 +110,3 @@ class DISSL(Method):
         return assignment_measures(
             out.projections[0], out.projections[1], out.prototypes, self.assignment_temperature, group
         )
-
-
-def _pairs(targets: int, views: int) -> tuple[list[int], list[int]]:
-    """Every pair of a target view and a different view: the targets' indices and the others'.
-
-    >>> _pairs(2, 3)
-    ([0, 0, 1, 1], [1, 2, 0, 2])
-    """
-    pairs = [(target, view) for target in range(targets) for view in range(views) if view != target]
-    return [target for target, _ in pairs], [view for _, view in pairs]

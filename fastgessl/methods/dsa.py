@@ -21,8 +21,9 @@ from fastgessl.config import DsaConfig, UsageError
 from fastgessl.distributed import world_group, world_size
 from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, rank_and_size
 from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
+from fastgessl.methods.momentum import follow, momentum_copy
 from fastgessl.methods.pairwise import mean_absolute_difference, pairwise_scores
-from fastgessl.models import encode, follow, momentum_copy
+from fastgessl.models import encode
 from fastgessl.models.frozen import frozen_network
 
 # Pairs of views whose images are compared: within the first, within the second, and across, in both orders.

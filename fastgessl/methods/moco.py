@@ -7,17 +7,21 @@ as in solo-learn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize
 
 from fastgessl.config import MethodConfig, UsageError
+from fastgessl.distributed import world_group
 from fastgessl.kernels import similarity_logsumexp
-from fastgessl.methods.base import Outputs, RunFacts, Similarity, other_views
+from fastgessl.kernels.collectives import all_gather_rows, rank_and_size
+from fastgessl.kernels.prototypes import other_views
+from fastgessl.methods.base import Outputs, RunFacts, Similarity
 from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.queue import check_queue, enqueued
 from fastgessl.methods.registry import register
@@ -26,7 +30,6 @@ from fastgessl.models import (
     apply_head,
     encode,
     feature_width,
-    shuffled_over_ranks,
 )
 
 
@@ -139,3 +142,27 @@ class MoCo(MomentumMethod):
         for _, keys in passes:
             self.queue = enqueued(self.queue, keys.positive)
         super().update_state(passes, step)
+
+
+@torch.no_grad()
+def shuffled_over_ranks(network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Shuffled batch norm: network(rows) (N, F), computed on rows (N, ...) that were dealt out at random
+    among all ranks and collected again.
+
+    A rank's rows are then normalised among rows of other ranks, so that statistics do not give away who
+    belongs together. He et al., CVPR 2020, section 3.3. Alone (one process, or inside
+    `fastgessl.distributed.rank_local`) it is network(rows). No gradient.
+
+    >>> shuffled_over_ranks(torch.nn.Flatten(), torch.ones(4, 2, 3)).shape
+    torch.Size([4, 6])
+    """
+    group = world_group()
+    if group is None:
+        return network(rows)
+    rank, size = rank_and_size(group)
+    everyone = all_gather_rows(rows, group)
+    order = torch.randperm(len(everyone)).to(rows.device)
+    dist.broadcast(order, 0, group=group)
+    dealt = network(everyone[order.chunk(size)[rank]])
+    back = order.argsort().chunk(size)[rank]
+    return all_gather_rows(dealt, group)[back]

@@ -19,7 +19,8 @@ from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group
 from fastgessl.kernels import info_nce
 from fastgessl.kernels.collectives import rank_and_size
-from fastgessl.methods.base import Outputs, RunFacts, Similarity, other_views
+from fastgessl.kernels.prototypes import other_views
+from fastgessl.methods.base import Outputs, RunFacts, Similarity
 from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.registry import register
 from fastgessl.models import MoCoV3Head, apply_head, encode, feature_width

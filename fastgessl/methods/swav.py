@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group, world_size
-from fastgessl.kernels import sinkhorn_potentials, soft_cross_entropy
+from fastgessl.kernels import sinkhorn_potentials, swapped_cross_entropy
 from fastgessl.kernels.collectives import rank_and_size
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity, other_views
+from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
 from fastgessl.methods.queue import check_queue, enqueued
 from fastgessl.methods.registry import check_prototypes, register
 from fastgessl.models import Projector, apply_head, encode, feature_width
@@ -133,19 +133,15 @@ class SwAV(Method):
         averaged over predicting views and then over coded ones. Returns ()."""
         codes = self.settle(out, aux)
         assert out.prototypes is not None
-        terms = [
-            soft_cross_entropy(
-                others.flatten(0, 1),
-                out.prototypes,
-                codes.rows[coded].repeat(len(others), 1),
-                codes.prototypes,
-                temperature=self.temperature,
-                teacher_temperature=self.epsilon,
-                teacher_bias=codes.potentials[coded],
-            )
-            for coded, others in other_views(out.projections, len(codes.rows))
-        ]
-        return torch.stack(terms).mean()
+        return swapped_cross_entropy(
+            out.projections,
+            out.prototypes,
+            codes.rows,
+            codes.prototypes,
+            temperature=self.temperature,
+            teacher_temperature=self.epsilon,
+            teacher_biases=codes.potentials,
+        )
 
     def similarity(self, out: Outputs, aux: Any = None) -> Sequence[Similarity]:
         """π of the task: the softmax of every view over the prototypes."""

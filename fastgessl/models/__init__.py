@@ -1,4 +1,4 @@
-"""Backbones by name, projector and predictor heads, momentum copies, and a batch norm that spans ranks and
+"""Backbones by name, heads, and a batch norm that spans ranks and
 can be differentiated twice.
 """
 
@@ -8,29 +8,22 @@ from fastgessl.models.heads import (
     BottleneckHead,
     MoCoV3Head,
     PlainProjector,
-    Predictor,
     Projector,
     apply_head,
     encode,
     feature_width,
 )
-from fastgessl.models.momentum import follow, momentum_copy
-from fastgessl.models.shuffle import shuffled_over_ranks
 
 __all__ = [
     "BottleneckHead",
     "MoCoV3Head",
     "PlainProjector",
-    "Predictor",
     "Projector",
     "SynchronisedBatchNorm",
     "apply_head",
     "build_backbone",
     "encode",
     "feature_width",
-    "follow",
     "load_weights",
-    "momentum_copy",
-    "shuffled_over_ranks",
     "synchronise_batch_norm",
 ]

@@ -84,19 +84,6 @@ class Projector(nn.Sequential):
         super().__init__(*modules, *([nn.BatchNorm1d(outputs)] if output_norm else []))
 
 
-class Predictor(Projector):
-    """BYOL's predictor: the projector's architecture from projections to projections, (B, width) -> (B,
-    width).
-
-    >>> import torch
-    >>> Predictor(8, 32)(torch.randn(4, 8)).shape
-    torch.Size([4, 8])
-    """
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__(width, hidden, width)
-
-
 class PlainProjector(nn.Sequential):
     """MoCo v2's projector: linear, ReLU, linear, no batch norm (Chen et al., arXiv 2003.04297). (B, inputs)
     -> (B, outputs).

@@ -46,8 +46,6 @@ def buffers_retained() -> AbstractContextManager[None]:
 
 def check_modules(method: Method, settings: GesslConfig) -> None:
     """Raise UsageError for modules that the inner loop cannot run as gessl.md defines it."""
-    if settings.w_sigma == 0:
-        return
     backbone = set(method.backbone.modules())
     for name, module in method.named_modules():
         if isinstance(module, nn.SyncBatchNorm):

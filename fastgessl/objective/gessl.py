@@ -69,13 +69,14 @@ class GeSSL(nn.Module):
 
     def __init__(self, method: Method, settings: GesslConfig):
         super().__init__()
-        check_modules(method, settings)
-        if settings.w_sigma > 0 and not adapted_weights(method, settings.scope):
-            raise UsageError(
-                f"gessl.scope '{settings.scope}' leaves the inner steps nothing to adapt: "
-                f"{type(method).__name__} has no trainable "
-                "parameter there. Use scope 'all', or give the method a head."
-            )
+        if settings.w_sigma > 0:
+            check_modules(method, settings)
+            if not adapted_weights(method, settings.scope):
+                raise UsageError(
+                    f"gessl.scope '{settings.scope}' leaves the inner steps nothing to adapt: "
+                    f"{type(method).__name__} has no trainable parameter there. Use scope 'all', or give the "
+                    "method a head."
+                )
         self.method = method
         self.settings = settings
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tokenize
 import zipfile
 import zlib
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from fastgessl.pipelines.sources import DataError
@@ -101,7 +101,7 @@ def _require_fits(archive: zipfile.ZipFile, wanted: Sequence[str], path: Path) -
 
 def _memory() -> int:
     """Bytes of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().total
 
 
 def _images(array: NDArray[Any], name: str, path: Path) -> NDArray[np.uint8]:

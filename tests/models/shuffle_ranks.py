@@ -13,7 +13,7 @@ from toys import method_config
 
 from fastgessl.distributed import rank_local
 from fastgessl.methods import RunFacts, build_method
-from fastgessl.models import shuffled_over_ranks
+from fastgessl.methods.moco import shuffled_over_ranks
 
 
 def moco(shuffles):

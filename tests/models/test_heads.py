@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgessl.models import BottleneckHead, Predictor, Projector, apply_head, encode
+from fastgessl.models import BottleneckHead, Projector, apply_head, encode
 
 
 def test_the_projector_is_linear_batch_norm_relu_linear():
@@ -21,7 +21,7 @@ def test_simclr_s_output_norm_standardises_the_projections():
 
 @pytest.mark.parametrize(
     ("head", "biases"),
-    [(Projector(6, 10, 4), 1), (Projector(6, 10, 4, output_norm=True), 0), (Predictor(4, 10), 1)],
+    [(Projector(6, 10, 4), 1), (Projector(6, 10, 4, output_norm=True), 0), (Projector(4, 10, 4), 1)],
 )
 def test_no_linear_layer_in_front_of_a_batch_norm_has_a_bias(head, biases):
     assert sum(layer.bias is not None for layer in head if isinstance(layer, nn.Linear)) == biases

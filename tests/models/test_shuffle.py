@@ -7,7 +7,7 @@ import torch
 from rank_launch import launch
 from torch import nn
 
-from fastgessl.models import shuffled_over_ranks
+from fastgessl.methods.moco import shuffled_over_ranks
 
 PROGRAM = Path(__file__).with_name("shuffle_ranks.py")
 

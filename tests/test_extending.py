@@ -1,5 +1,5 @@
 """The worked examples of docs/extending.md: one file and one recipe make a method, and it is the paper's; one
-file makes an evaluation task.
+file makes an evaluation task; three places make a view parameter.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fastgessl.objective import GeSSL
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 CODE, TASK = re.findall(r"^```py\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+CHANGES = re.findall(r"^`(\S+)`\n\n```diff\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
 RECIPE = re.search(r"^```yaml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)[1]
 
 
@@ -80,7 +81,7 @@ def test_its_recipe_names_the_source_of_every_number():
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory) -> Path:
-    """A copy of the source with the method's file and recipe and the task's file, and a run of both."""
+    """A copy of the source with the method's file and recipe, the task's file and the view parameter."""
     copy = tmp_path_factory.mktemp("extended")
     for folder in ("fastgessl", "kernels", "pipelines"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -88,13 +89,23 @@ def extended(tmp_path_factory) -> Path:
     (copy / "fastgessl" / "methods" / "simsiam.py").write_text(CODE)
     (copy / "fastgessl" / "recipes" / "methods" / "simsiam.yaml").write_text(RECIPE)
     (copy / "fastgessl" / "evaluate" / "tasks" / "nearest_mean.py").write_text(TASK)
+    for file, change in CHANGES:
+        lines, source = change.splitlines(keepends=True), (copy / file).read_text()
+        before, after = ("".join(line[1:] for line in lines if line[0] in sides) for sides in (" -", " +"))
+        assert source.count(before) == 1
+        (copy / file).write_text(source.replace(before, after))
     return copy
 
 
 def command(source: Path, *words: str) -> str:
     """What `fastgessl WORDS` prints, run from a copy of the source."""
+    return python(source, "-m", "fastgessl", *words)
+
+
+def python(source: Path, *words: str) -> str:
+    """What `python WORDS` prints, run from a copy of the source."""
     outcome = subprocess.run(
-        [sys.executable, "-m", "fastgessl", *words],
+        [sys.executable, *words],
         cwd=source,
         env=os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -105,15 +116,17 @@ def command(source: Path, *words: str) -> str:
     return outcome.stdout
 
 
-def test_one_file_and_one_recipe_make_a_method_and_one_file_a_task(extended):
+def test_a_method_a_task_and_a_view_parameter_work_from_the_command_to_the_report(extended):
     options = (
-        "--train.max_steps 2 --train.batch_size 32 --model.width 0.125 --views.size 8 --train.run_dir run"
+        "--train.max_steps 2 --train.batch_size 32 --model.width 0.125 --views.size 8 --views.crop_room 0 "
+        "--train.run_dir run"
     )
     tasks = ("--evaluate.tasks", "knn", "nearest_mean")
 
     printed = command(extended, "train", "digits-simsiam-gessl", *options.split(), *tasks)
     command(extended, "report", "run")
 
+    assert "crop_room: 0.0" in (extended / "run" / "config.yaml").read_text()
     assert (extended / "run" / "encoder.safetensors").is_file() and "GeSSL over simsiam" in printed
     measured = json.loads((extended / "run" / "evaluation.json").read_text())["rows"]["raw pixels"]
     accuracy = f"{100 * measured['nearest_mean']['accuracy']:.1f}"
@@ -123,3 +136,19 @@ def test_one_file_and_one_recipe_make_a_method_and_one_file_a_task(extended):
     page = (extended / "run" / "report.html").read_text()
     assert "<th>nearest<br>mean<br>%</th>" in page
     assert f'<th scope="row">raw pixels (192)</th><td>{accuracy}</td>' in page
+
+
+CROPS = """
+import numpy as np
+from fastgessl.config import ViewsConfig
+from fastgessl.pipelines import view_preset
+from fastgessl.pipelines.draws import Draws
+views = view_preset(**dict(ViewsConfig(crop_room=0)))
+place, size = np.arange(64), np.full(64, 99)
+crops = np.concatenate([drawn.crop.numpy() for drawn in Draws(views, 0)(place, size, size, 0)])
+print(np.abs(crops[:, :2] + crops[:, 2:] / 2 - 49.5).max())
+"""
+
+
+def test_three_places_make_a_view_parameter(extended):
+    assert len(CHANGES) == 3 and float(python(extended, "-c", CROPS)) <= 0.5

@@ -37,21 +37,16 @@ _QUEUES = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(RunFacts):
     """What follows from a configuration on this many processes. Printed at the start and kept in
     environment.json.
     """
 
     world_size: int
     images: int
-    classes: int | None
-    images_per_forward: int
-    steps_per_epoch: float
-    total_steps: int
     peak_learning_rate: float
     batch_norm: Literal["local", "synchronised"]
-    negatives: Literal["local", "global", "ring"]
     engine: str
     engine_reason: str
     precision: str
@@ -188,11 +183,15 @@ def make_plan(config: Config, images: Images, loader: Loader, accelerator: Accel
     precision, precision_reason = choose_precision(config)
     several_plain = accelerator.num_processes > 1 and config.gessl.w_sigma == 0
     negatives = config.method.negatives
+    global_views, local_views = pipelines.count_views(view_specs(config))
     return Plan(
         world_size=accelerator.num_processes,
         images=len(images),
         classes=None if images.labels is None else len(images.classes),
         images_per_forward=_images_per_forward(config, accelerator.num_processes),
+        global_views=global_views,
+        local_views=local_views,
+        bi_level=config.gessl.w_sigma > 0,
         steps_per_epoch=len(loader) / config.train.accumulate,
         total_steps=max(total_steps, 1),
         peak_learning_rate=scaled_learning_rate(
@@ -223,32 +222,16 @@ def _batch_norm(config: Config, several_plain: bool) -> Literal["local", "synchr
     return "synchronised" if several_plain and not shuffles else "local"
 
 
-def run_facts(config: Config, plan: Plan) -> RunFacts:
-    """What the method must know of the run."""
-    full_size, local_views = pipelines.count_views(view_specs(config))
-    return RunFacts(
-        total_steps=plan.total_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        images_per_forward=plan.images_per_forward,
-        negatives="local" if plan.negatives == "local" else "global",
-        bi_level=config.gessl.w_sigma > 0,
-        global_views=full_size,
-        local_views=local_views,
-        classes=plan.classes,
-    )
-
-
 def build_model(config: Config, plan: Plan, *, filled_later: bool = False) -> Method:
     """Backbone and method with weights that depend on the seed, and on those that the configuration starts
     from unless a checkpoint's are `filled_later`. UsageError for names that do not exist."""
     config = _without_sources(config) if filled_later else config
     set_seed(config.train.seed)
-    facts = run_facts(config, plan)
     backbone = build_backbone(config.model)
     load_weights(backbone, config.model.name, config.model.weights, "model.weights")
-    method = build_method(config.method, backbone, facts)
+    method = build_method(config.method, backbone, plan)
     if config.dsa.weight > 0:
-        method = DSA(config.dsa, method, facts, config.views.size)
+        method = DSA(config.dsa, method, plan, config.views.size)
     if plan.batch_norm == "synchronised":
         synchronise_batch_norm(method)
     if plan.negatives == "ring":

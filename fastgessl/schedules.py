@@ -36,13 +36,14 @@ def learning_rate(
     return np.concatenate([warmup, peak * (end + (1 - end) * (1 + np.cos(np.pi * progress)) / 2)])
 
 
-def cosine_momentum(start: float, end: float, total_steps: int) -> np.ndarray:
-    """Momentum of a momentum encoder from `start` to `end` along half a cosine: (total_steps,) float64.
+def half_cosine(start: float, end: float, total_steps: int) -> np.ndarray:
+    """From `start` to `end` along half a cosine: (total_steps,) float64. A momentum encoder's momentum, and
+    DINO's weight decay.
 
     Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, section 3.2: tau_k = 1 - (1 - tau_0)(cos(pi k /
     K) + 1) / 2.
 
-    >>> cosine_momentum(0.99, 1.0, 3).round(4).tolist()
+    >>> half_cosine(0.99, 1.0, 3).round(4).tolist()
     [0.99, 0.9925, 0.9975]
     """
     progress = np.arange(total_steps) / max(total_steps, 1)
@@ -61,16 +62,6 @@ def linear_warmup(start: float, end: float, total_steps: int, *, warmup_steps: i
         if warmup_steps
         else np.full(total_steps, end)
     )
-
-
-def weight_decay(start: float, total_steps: int, *, end: float = 1.0) -> np.ndarray:
-    """Weight decay from `start` towards `end` x start along half a cosine: (total_steps,) float64. Caron et
-    al., "DINO", ICCV 2021.
-
-    >>> weight_decay(0.04, 4, end=10.0).round(3).tolist()
-    [0.04, 0.093, 0.22, 0.347]
-    """
-    return cosine_momentum(start, end * start, total_steps)
 
 
 def inner_learning_rate(inner_lr: float, outer: np.ndarray, *, shape: str) -> np.ndarray:

@@ -54,7 +54,7 @@ class BarlowTwins(Method):
         )
         self.redundancy_weight, self.loss_scale = config.barlow.redundancy_weight, config.barlow.loss_scale
         self.temperature = config.temperature
-        self.gathers = facts.negatives == "global"
+        self.gathers = facts.negatives != "local"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Two views (N, 3, S, S), or their features (2, N, F) -> projections (2, N, D)."""

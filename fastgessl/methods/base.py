@@ -28,8 +28,9 @@ class RunFacts:
     """Optimiser steps in which every training image is seen once."""
     images_per_forward: int = 1
     """Images of one forward pass of all ranks together."""
-    negatives: Literal["local", "global"] = "local"
-    """Whether losses that compare images, or average over them, see this rank's images or all ranks'."""
+    negatives: Literal["local", "global", "ring"] = "local"
+    """Whether losses that compare images, or average over them, see this rank's images or all ranks', which
+    "ring" passes around."""
     bi_level: bool = False
     """Whether GeSSL's inner steps run the loss as well, on this rank's images alone."""
     global_views: int = 2

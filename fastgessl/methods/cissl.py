@@ -50,7 +50,7 @@ class CISSL(Method):
         self.teacher = Projector(width, config.projector_hidden, outputs, output_norm=True)
         self.student = Projector(width, width, outputs, layers=1, output_norm=True)
         self.temperature = config.temperature
-        self.gathers = facts.negatives == "global"
+        self.gathers = facts.negatives != "local"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Two views (N, 3, S, S), or their features (2, N, F) -> the teacher's projections and the student's

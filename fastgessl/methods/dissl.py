@@ -60,7 +60,7 @@ class DISSL(Method):
             config.dissl.entropy_weight,
             config.dissl.invariance_weight,
         )
-        self.gathers = facts.negatives == "global"
+        self.gathers = facts.negatives != "local"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """V views, the first two of full size, or their features (V, N, F) -> the teacher's projections of

@@ -91,7 +91,7 @@ class DSA(Method):
             else frozen_network(config.helper, config.helper_weights, view_size)
         )
         self.views_per_sample, self.multi_crop = method.views_per_sample, method.multi_crop
-        self.compares_all = facts.negatives == "global"
+        self.compares_all = facts.negatives != "local"
         self.gathers = method.gathers or self.compares_all
 
     @property
@@ -256,7 +256,7 @@ def _check(config: DsaConfig, method: Method, facts: RunFacts) -> None:
     images = facts.images_per_forward // (world_size() if alone else 1)
     compared = (
         " (in GeSSL's inner steps those of one process)"
-        if facts.bi_level and facts.negatives == "global"
+        if facts.bi_level and facts.negatives != "local"
         else ""
     )
     _check_neighbours(config.neighbours, images, compared)

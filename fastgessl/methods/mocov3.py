@@ -64,7 +64,7 @@ class MoCoV3(MomentumMethod):
         )
         self.copy_parts(config, facts)
         self.temperature = config.temperature
-        self.gathers = facts.negatives == "global"
+        self.gathers = facts.negatives != "local"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Views, or their features (V, N, F) -> projections and predictions (V, N, D)."""

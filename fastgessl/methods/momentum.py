@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgessl.config import MethodConfig
 from fastgessl.methods.base import Method, Outputs, RunFacts
 from fastgessl.models import apply_head, encode
-from fastgessl.schedules import cosine_momentum
+from fastgessl.schedules import half_cosine
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -70,9 +70,7 @@ class MomentumMethod(Method):
         """Copy what is followed, and plan the momentum of every step of the run."""
         for part in self.followed:
             setattr(self, f"momentum_{part}", momentum_copy(getattr(self, part)))
-        self.momentum = cosine_momentum(
-            config.momentum_start, config.momentum_end, facts.total_steps
-        ).tolist()
+        self.momentum = half_cosine(config.momentum_start, config.momentum_end, facts.total_steps).tolist()
 
     def momentum_projections(self, views: Sequence[Tensor]) -> Tensor:
         """Views -> the momentum encoder's projections (V, N, D), with the batch statistics of these views."""

@@ -41,7 +41,7 @@ class SimCLR(Method):
             feature_width(backbone), config.projector_hidden, config.projector_out, output_norm=True
         )
         self.temperature = config.temperature
-        self.gathers = facts.negatives == "global"
+        self.gathers = facts.negatives != "local"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Two views (N, 3, S, S), or their features (2, N, F) -> projections (2, N, D)."""

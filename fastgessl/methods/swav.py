@@ -78,7 +78,7 @@ class SwAV(Method):
             config.swav.sinkhorn_epsilon,
             config.swav.sinkhorn_iterations,
         )
-        self.gathers = facts.negatives == "global"
+        self.gathers = facts.negatives != "local"
         self.frozen_steps = round(config.swav.freeze_epochs * facts.steps_per_epoch)
         self.queue_start = round(config.swav.queue_start_epoch * facts.steps_per_epoch)
         self.queue_length = config.swav.queue_length

@@ -27,8 +27,6 @@ from fastgessl.config import Config, UsageError, flat
 from fastgessl.recipes.yaml_file import read_yaml
 
 DEFAULT_PRESET = "fast"
-_PART_KEYS = {"about", "backbones", "config", "source", "per_data", "per_backbone"}
-_SPECIAL_KEYS = {"config", "source", "per_backbone", "per_epochs"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,6 @@ def parts(kind: str) -> dict[str, dict[str, Any]]:
         for file in folder.iterdir()
         if file.name.endswith(".yaml")
     }
-    for name, part in loaded.items():
-        if unknown := set(part) - _PART_KEYS:
-            raise ValueError(f"recipes/{kind}/{name}.yaml has unknown keys {sorted(unknown)}")
-        for case, special in {**part.get("per_data", {}), **part.get("per_backbone", {})}.items():
-            if unknown := set(special) - _SPECIAL_KEYS:
-                raise ValueError(f"recipes/{kind}/{name}.yaml has unknown keys {sorted(unknown)} for {case}")
     return dict(sorted(loaded.items()))
 
 

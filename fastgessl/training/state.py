@@ -72,8 +72,9 @@ class Training:
             shape=config.schedule.name,
             end=config.schedule.end_lr,
         )
-        self.weight_decays = schedules.weight_decay(
-            config.optim.weight_decay, plan.total_steps, end=config.schedule.end_weight_decay
+        decay = config.optim.weight_decay
+        self.weight_decays = schedules.half_cosine(
+            decay, decay * config.schedule.end_weight_decay, plan.total_steps
         )
         self.inner_rates = schedules.inner_learning_rate(
             config.gessl.inner_lr, self.learning_rates, shape=config.gessl.inner_lr_schedule

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from finished_run import forget_processes
 
 from fastgessl import pipelines
 from fastgessl.build import build_loader, make_plan
@@ -77,8 +77,7 @@ class NoEvaluation:
 
 def start(config: Config, run: Path, resumed: Path | None = None) -> Training:
     """A fresh process's worth of training."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_processes()
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").touch()
     images = pipelines.open_images(config.data.name, config.data.root)

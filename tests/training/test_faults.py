@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from small_training import run_steps, small_config, start, write_images
@@ -85,9 +86,11 @@ def test_whatever_the_disk_refuses_the_older_checkpoint_stays(tmp_path, monkeypa
     assert not list((tmp_path / "checkpoints").glob("*.part"))
 
 
-def test_the_log_on_a_full_disk_is_one_line_too(tmp_path):
+def test_the_log_on_a_full_disk_is_one_line_too(tmp_path, monkeypatch):
+    opened = Path.open
+    full = {"wb": opened, "a": lambda *_, **__: opened(Path("/dev/full"), "a")}
+    monkeypatch.setattr(Path, "open", lambda path, mode, **named: full[mode](path, mode, **named))
     lines = runs.JsonLines(tmp_path / "metrics.jsonl", 1)
-    lines._file = open("/dev/full", "a")  # noqa: SIM115
     with pytest.raises(UsageError, match=r"metrics.jsonl' cannot be written .No space left on device"):
         lines.write({"step": 1})
     lines.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from finished_run import forget_processes
 
 from fastgessl import pipelines
 from fastgessl.build import build_loader, make_plan
@@ -20,7 +20,7 @@ from fastgessl.training.state import Training
 
 IMAGES = 48
 # Narrow heads, and whatever any method keeps between steps: queues that fill and wrap, prototypes that freeze
-# and thaw.
+# and thaw, a temperature that rises.
 METHOD = {
     "projector_hidden": 12,
     "projector_out": 6,
@@ -29,7 +29,12 @@ METHOD = {
     "momentum_start": 0.9,
     "moco": {"queue_length": 32},
     "swav": {"prototypes": 10, "queue_length": 32, "queue_start_epoch": 0.0, "freeze_epochs": 0.5},
-    "dino": {"prototypes": 10, "freeze_epochs": 0.5},
+    "dino": {
+        "prototypes": 10,
+        "freeze_epochs": 0.5,
+        "teacher_temperature_start": 0.03,
+        "teacher_warmup_epochs": 1.0,
+    },
     "dissl": {"prototypes": 10},
 }
 
@@ -77,8 +82,7 @@ class NoEvaluation:
 
 def start(config: Config, run: Path, resumed: Path | None = None) -> Training:
     """A fresh process's worth of training."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_processes()
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").touch()
     images = pipelines.open_images(config.data.name, config.data.root)

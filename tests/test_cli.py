@@ -7,18 +7,8 @@ import time
 import pytest
 import yaml
 
-from fastgessl.cli import COMMANDS, main
+from fastgessl.cli import COMMANDS
 from fastgessl.config import Config
-
-
-def _run(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.mark.parametrize(
@@ -50,8 +40,8 @@ def _run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["recipes", "digits-nothing"], "no recipe"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, expected):
-    code, out, err = _run(capsys, *arguments)
+def test_a_mistake_is_one_line_and_exit_code_2(fastgessl, arguments, expected):
+    code, out, err = fastgessl(*arguments)
     assert code == 2
     assert out == ""
     assert expected in err
@@ -59,14 +49,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, expected):
     assert err.startswith(f"fastgessl {arguments[0]}: ")
 
 
-def test_an_unknown_command_names_the_known_ones(capsys):
-    code, _, err = _run(capsys, "trian")
+def test_an_unknown_command_names_the_known_ones(fastgessl):
+    code, _, err = fastgessl("trian")
     assert code == 2
     assert all(command in err for command in COMMANDS)
 
 
-def test_train_help_explains_every_option_with_its_default(capsys):
-    code, out, _ = _run(capsys, "train", "--help")
+def test_train_help_explains_every_option_with_its_default(fastgessl):
+    code, out, _ = fastgessl("train", "--help")
     assert code == 0
     for key in Config().options():
         assert f"--{key} " in out, key
@@ -90,31 +80,21 @@ def test_train_help_explains_every_option_with_its_default(capsys):
         (["--views.blur_probability", "0.5"], "views.blur_probability", [0.5]),
     ],
 )
-def test_an_option_overrides_the_recipe_and_print_config_shows_it(capsys, words, option, value):
-    code, out, _ = _run(capsys, "train", "digits-simclr-gessl", *words, "--print_config")
+def test_an_option_overrides_the_recipe_and_print_config_shows_it(fastgessl, words, option, value):
+    code, out, _ = fastgessl("train", "digits-simclr-gessl", *words, "--print_config")
     assert code == 0
     assert Config.model_validate(yaml.safe_load(out)).options()[option] == value
 
 
-def test_recipes_lists_every_combination(capsys):
-    code, out, _ = _run(capsys, "recipes")
+def test_recipes_lists_every_combination(fastgessl):
+    code, out, _ = fastgessl("recipes")
     assert code == 0
-    assert all(
-        name in out
-        for name in (
-            "digits-simclr",
-            "digits-byol",
-            "cifar10-simclr",
-            "imagenet-byol",
-            "fast",
-            "head",
-            "exact",
-        )
-    )
+    shown = ("digits-simclr", "digits-byol", "cifar10-simclr", "imagenet-byol", "fast", "head", "exact")
+    assert all(name in out for name in shown)
 
 
-def test_recipes_name_shows_every_number_with_its_source(capsys):
-    code, out, _ = _run(capsys, "recipes", "cifar10-simclr-gessl")
+def test_recipes_name_shows_every_number_with_its_source(fastgessl):
+    code, out, _ = fastgessl("recipes", "cifar10-simclr-gessl")
     assert code == 0
     line = next(line for line in out.splitlines() if line.strip().startswith("method.temperature:"))
     assert "0.2" in line
@@ -154,8 +134,8 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert outcome.stderr == ""
 
 
-def test_doctor_says_what_will_be_used(capsys):
-    code, out, _ = _run(capsys, "doctor")
+def test_doctor_says_what_will_be_used(fastgessl):
+    code, out, _ = fastgessl("doctor")
     assert code == 0
     for word in ("torch", "triton", "kernels", "DALI", "NCCL", "packages"):
         assert word in out

@@ -127,7 +127,7 @@ def shortened(curves: dict[str, Any]) -> dict[str, list[float | None]]:
 
 def _main(target: Path, recipes: Sequence[str]) -> None:
     """Write the curves of `recipes` to `target`, or compare with it to the bit."""
-    from conftest import in_this_process
+    from finished_run import in_this_process
 
     def quiet(*arguments: object) -> Any:
         with (

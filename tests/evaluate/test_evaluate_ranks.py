@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
+from programs.evaluate_ranks import IMAGES, WORLD_SIZE, everything, report
 from rank_launch import launch
-
-PROGRAM = Path(__file__).parents[1] / "programs" / "evaluate_ranks.py"
-WORLD_SIZE = 3
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank wrote down."""
-    return launch(PROGRAM, WORLD_SIZE, tmp_path_factory.mktemp("ranks"))
+    return launch(report, WORLD_SIZE, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def alone():
-    specification = importlib.util.spec_from_file_location("evaluate_ranks", PROGRAM)
-    program = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(program)
-    return program.everything(torch.arange(program.IMAGES), torch.arange(10))
+    return everything(torch.arange(IMAGES), torch.arange(10))
 
 
 def test_shards_are_gathered_in_index_order_on_every_rank(ranks, alone):

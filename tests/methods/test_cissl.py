@@ -1,6 +1,6 @@
 import pytest
 import torch
-from toys import toy_method
+from toys import assert_same_loss, logits, toy_method
 
 from fastgessl.methods import Outputs, RunFacts
 
@@ -36,10 +36,7 @@ def cissl_by_definition(out, temperature):
 def test_cissl_s_loss_and_both_gradients_are_those_of_the_definition(negatives, temperature):
     out = outputs()
     found, expected = toy(negatives, temperature).loss(out), cissl_by_definition(out, temperature)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    slopes = [torch.autograd.grad(loss, [out.predictions, out.projections]) for loss in (found, expected)]
-    for ours, literal in zip(*slopes, strict=True):
-        torch.testing.assert_close(ours, literal, rtol=1e-9, atol=1e-13)
+    assert_same_loss(found, expected, [out.predictions, out.projections], slopes=(1e-9, 1e-13))
 
 
 def test_cissl_s_student_is_linear_and_its_teacher_is_not():
@@ -64,7 +61,7 @@ def test_both_of_cissl_s_heads_end_in_a_batch_norm_over_the_rows_of_both_views()
 def test_cissl_s_pi_is_the_softmax_of_its_loss():
     method, out = toy(), outputs()
     (pi,) = method.similarity(out)
-    table = (pi.query @ pi.key.T / pi.temperature).log_softmax(1)
+    table = logits(pi).log_softmax(1)
     images = table.shape[0] // 2
     expected = -(table.diagonal() + table.roll(-images, 1).diagonal()) / 2
     torch.testing.assert_close(expected.mean(), method.loss(out))
@@ -73,7 +70,7 @@ def test_cissl_s_pi_is_the_softmax_of_its_loss():
 def test_cissl_s_measures_are_those_of_a_dense_softmax():
     method, out = toy(temperature=0.3), outputs()
     (pi,) = method.similarity(out)
-    p = (pi.query @ pi.key.T / pi.temperature).softmax(1)
+    p = logits(pi).softmax(1)
     other = p.roll(len(p) // 2, 0)
     terms = method.measures(out)
     torch.testing.assert_close(terms["maximality"], -(p.mean(0) * p.mean(0).log()).sum())

@@ -1,10 +1,8 @@
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-from toys import toy_backbone, toy_method
+from toys import assert_same_loss, logits, toy_backbone, toy_images, toy_method, trained, unit
 
 from fastgessl.config import UsageError
 from fastgessl.methods import Outputs, RunFacts
@@ -19,15 +17,6 @@ def toy(classes=None, images_per_forward=5, steps_per_epoch=4.0, **options):
     )
     given = {"prototypes": 9, "queue_length": 0, "temperature": 0.1}
     return toy_method("swav", facts, toy_backbone(norm=True), **given | options)
-
-
-def views(seed=0, count=2):
-    torch.manual_seed(seed)
-    return [torch.randn(5, 3, 2, 2, dtype=torch.float64) for _ in range(count)]
-
-
-def unit(rows):
-    return rows / rows.norm(dim=-1, keepdim=True)
 
 
 def outputs(crops=2):
@@ -71,10 +60,7 @@ def test_swav_s_loss_and_gradient_are_the_definition(crops, epsilon, iterations,
     queue = unit(torch.randn(2, rows_of_queue, 4, dtype=torch.float64)) if rows_of_queue else None
     found = toy(sinkhorn_epsilon=epsilon, sinkhorn_iterations=iterations).loss(out, queue)
     expected = loss_by_definition(out, epsilon, iterations, queue=queue)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    for operand in (out.projections, out.prototypes):
-        slopes = [torch.autograd.grad(loss, operand, retain_graph=True)[0] for loss in (found, expected)]
-        torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
+    assert_same_loss(found, expected, [out.projections, out.prototypes])
 
 
 @pytest.mark.parametrize("rows_of_queue", [0, 12])
@@ -85,23 +71,9 @@ def test_swav_s_loss_and_gradient_are_lightly_s(rows_of_queue):
     scores = [view @ out.prototypes.T for view in out.projections]
     queued = None if queue is None else [rows @ out.prototypes.T for rows in queue]
     expected = lightly.SwaVLoss()(scores[:2], scores[2:], queued)
+    operands = [out.projections, out.prototypes]
     found = toy().loss(out, queue)
-    torch.testing.assert_close(found, expected.squeeze(), rtol=1e-8, atol=0)
-    for operand in (out.projections, out.prototypes):
-        slopes = [torch.autograd.grad(loss, operand, retain_graph=True)[0] for loss in (found, expected)]
-        torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-6, atol=1e-10)
-
-
-def test_the_projector_is_lightly_s():
-    heads = pytest.importorskip("lightly.models.modules.heads", reason="lightly is the oracle here")
-    projector, oracle = toy().projector, heads.SwaVProjectionHead(6, 8, 4).double()
-    layers = [layer for layer in oracle.modules() if isinstance(layer, nn.Linear)]
-    with torch.no_grad():
-        layers[0].weight.copy_(projector[0].weight)
-        layers[1].weight.copy_(projector[3].weight)
-        layers[1].bias.copy_(projector[3].bias)
-    rows = torch.randn(5, 6, dtype=torch.float64)
-    torch.testing.assert_close(projector(rows), oracle(rows))
+    assert_same_loss(found, expected.squeeze(), operands, rtol=1e-8, slopes=(1e-6, 1e-10))
 
 
 def test_codes_once_settled_stay_while_the_outputs_move():
@@ -117,36 +89,14 @@ def test_codes_once_settled_stay_while_the_outputs_move():
 def test_swav_s_pi_is_the_softmax_of_every_view_over_the_prototypes_without_balance():
     out = outputs(crops=3)
     (pi,) = toy(temperature=0.3).similarity(out)
-    torch.testing.assert_close(
-        pi.query @ pi.key.T / pi.temperature, out.projections.flatten(0, 1) @ out.prototypes.T / 0.3
-    )
-
-
-def trained(method, steps, first=0):
-    """SGD steps of two micro-batches; the queue that each step's codes saw, and the projections that it left
-    behind.
-    """
-    optimizer, queues, rows = torch.optim.SGD(method.parameters(), lr=0.1), [], []
-    for step in range(first, first + steps):
-        passes = []
-        for part in range(2):
-            aux = method.targets(views(2 * step + part))
-            out = method(views(2 * step + part, count=3))
-            queues.append(aux)
-            passes.append((out, aux))
-            method.loss(out, aux).backward()
-        for parameter in method.frozen(step):
-            parameter.grad = None
-        optimizer.step()
-        optimizer.zero_grad()
-        method.update_state(passes, step)
-        rows += [out.projections[:2].detach().clone() for out, _ in passes]
-    return queues, rows
+    torch.testing.assert_close(logits(pi), out.projections.flatten(0, 1) @ out.prototypes.T / 0.3)
 
 
 def test_the_queue_holds_the_newest_rows_in_order_and_serves_once_full_since_its_first_epoch():
     method = toy(queue_length=20, queue_start_epoch=0.5)
-    queues, rows = trained(method, 6)
+    passes = trained(method, 6, views=3)
+    queues = [queue for _, queue in passes]
+    rows = [out.projections[:2].detach() for out, _ in passes]
     # Two steps pass before the first epoch of the queue begins; 20 rows are two steps of two micro-batches of
     # 5.
     assert [queue is not None for queue in queues] == [False] * 8 + [True] * 4
@@ -155,27 +105,13 @@ def test_the_queue_holds_the_newest_rows_in_order_and_serves_once_full_since_its
     assert torch.equal(method.queue, torch.cat(rows[-4:], dim=1))
 
 
-def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_been_interrupted():
-    method, resumed = (toy(queue_length=20, queue_start_epoch=0.25) for _ in range(2))
-    trained(method, 3)
-    resumed.load_state_dict(copy.deepcopy(method.state_dict()))
-    queues, again = trained(method, 3, first=3)[0], trained(resumed, 3, first=3)[0]
-    assert all(
-        queue is not None and torch.equal(queue, other) for queue, other in zip(queues, again, strict=True)
-    )
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(method.state_dict().values(), resumed.state_dict().values(), strict=True)
-    )
-
-
 def test_prototypes_stand_still_in_the_first_epochs_and_have_unit_length_after_every_step():
     method = toy(freeze_epochs=0.5)
     start = method.prototypes.detach().clone()
     torch.testing.assert_close(start.norm(dim=1), torch.ones(9, dtype=torch.float64), rtol=1e-6, atol=0)
-    trained(method, 2)
+    trained(method, 2, views=3)
     torch.testing.assert_close(method.prototypes.detach(), start, rtol=1e-6, atol=1e-7)
-    trained(method, 1, first=2)
+    trained(method, 1, first=2, views=3)
     assert (method.prototypes - start).abs().max() > 1e-4
     torch.testing.assert_close(
         method.prototypes.norm(dim=1), torch.ones(9, dtype=torch.float64), rtol=1e-12, atol=0
@@ -184,7 +120,7 @@ def test_prototypes_stand_still_in_the_first_epochs_and_have_unit_length_after_e
 
 def test_what_a_forward_gave_does_not_change_with_the_prototypes():
     method = toy()
-    out = method(views())
+    out = method(toy_images())
     before = out.prototypes.detach().clone()
     with torch.no_grad():
         method.prototypes.add_(1.0)
@@ -194,16 +130,12 @@ def test_what_a_forward_gave_does_not_change_with_the_prototypes():
 def test_the_gradient_of_a_step_reaches_prototypes_that_are_not_normalised_within_it():
     """The paper's code makes them of unit length between steps; within one, scores are z·c, also along c."""
     method = toy(temperature=0.3, sinkhorn_epsilon=0.3)
-    out = method(views())
-    found, expected = (
-        method.loss(out),
-        loss_by_definition(replace(out, prototypes=method.prototypes), epsilon=0.3, temperature=0.3),
-    )
-    slopes = [
-        torch.autograd.grad(loss, method.prototypes, retain_graph=True)[0] for loss in (found, expected)
-    ]
-    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-14)
-    assert (slopes[0] * method.prototypes).sum(1).abs().max() > 1e-3
+    out = method(toy_images())
+    raw = replace(out, prototypes=method.prototypes)
+    found, expected = method.loss(out), loss_by_definition(raw, epsilon=0.3, temperature=0.3)
+    assert_same_loss(found, expected, [method.prototypes])
+    (slope,) = torch.autograd.grad(found, method.prototypes)
+    assert (slope * method.prototypes).sum(1).abs().max() > 1e-3
 
 
 def test_too_few_prototypes_and_a_queue_of_parts_of_batches_are_refused():

@@ -1,10 +1,8 @@
 """Synchronised batch norm on two gloo processes against torch's batch norm on one."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from programs.batch_norm_ranks import ROWS, case, derivatives, report
 from rank_launch import launch
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -12,16 +10,12 @@ from torch import nn
 from fastgessl.config import ModelConfig, UsageError
 from fastgessl.models import SynchronisedBatchNorm, build_backbone, synchronise_batch_norm
 
-PROGRAM = Path(__file__).with_name("batch_norm_ranks.py")
-spec = importlib.util.spec_from_file_location("batch_norm_ranks", PROGRAM)
-program = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(program)
 every_shape = pytest.mark.parametrize("shape", [(4,), (4, 3, 3)], ids=["1d", "2d"])
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    return launch(PROGRAM, len(program.ROWS), tmp_path_factory.mktemp("batch_norm"))
+    return launch(report, len(ROWS), tmp_path_factory.mktemp("batch_norm"))
 
 
 def close(found, expected, tolerance=1e-12):
@@ -30,9 +24,9 @@ def close(found, expected, tolerance=1e-12):
 
 @every_shape
 def test_values_first_and_second_derivatives_are_those_of_one_process_with_all_rows(reports, shape):
-    rows, tangents, norm = program.case(shape)
-    out, first, second = program.derivatives(norm, rows, tangents)
-    found = [report["derivatives", shape] for report in reports]
+    rows, tangents, norm = case(shape)
+    out, first, second = derivatives(norm, rows, tangents)
+    found = [one["derivatives", shape] for one in reports]
     close(torch.cat([one[0] for one in found]), out)
     for order, expected in ((1, first), (2, second)):
         close(torch.cat([one[order][0] for one in found]), expected[0], 1e-11)
@@ -42,41 +36,41 @@ def test_values_first_and_second_derivatives_are_those_of_one_process_with_all_r
 
 @every_shape
 def test_running_statistics_are_those_of_one_process_with_all_rows(reports, shape):
-    rows, _, norm = program.case(shape)
+    rows, _, norm = case(shape)
     norm(rows)
-    for report in reports:
-        close(report["running", shape], dict(norm.named_buffers()))
+    for one in reports:
+        close(one["running", shape], dict(norm.named_buffers()))
 
 
 def test_without_momentum_the_running_statistics_are_the_mean_over_batches(reports):
     norm = nn.BatchNorm1d(4, momentum=None, affine=False, dtype=torch.float64)
     for factor in (1.0, 2.0, 4.0):
-        norm(factor * program.case((4,))[0])
-    for report in reports:
-        close(report["cumulative"], dict(norm.named_buffers()))
+        norm(factor * case((4,))[0])
+    for one in reports:
+        close(one["cumulative"], dict(norm.named_buffers()))
 
 
 @every_shape
 def test_alone_and_in_evaluation_it_is_torch_s_batch_norm_bit_for_bit(reports, shape):
-    rows, _, norm = program.case(shape)
-    for report, own in zip(reports, rows.split(program.ROWS), strict=True):
-        norm.load_state_dict(norm.state_dict() | report["running", shape])
-        assert torch.equal(report["evaluation", shape], norm.eval()(own))
-        assert torch.equal(report["alone", shape], norm.train()(own))
+    rows, _, norm = case(shape)
+    for one, own in zip(reports, rows.split(ROWS), strict=True):
+        norm.load_state_dict(norm.state_dict() | one["running", shape])
+        assert torch.equal(one["evaluation", shape], norm.eval()(own))
+        assert torch.equal(one["alone", shape], norm.train()(own))
 
 
 def test_float32_keeps_its_digits_a_thousand_deviations_from_zero(reports):
-    rows, _, norm = program.case((4, 3, 3), torch.float32, offset=1e3)
+    rows, _, norm = case((4, 3, 3), torch.float32, offset=1e3)
     expected = norm.double()(rows.double()).float()
     # The inputs themselves carry 6e-8 · 1e3 deviations; sums of squares in float32 would be off by 1e-1 here.
-    assert (torch.cat([report["far from zero"] for report in reports]) - expected).abs().max() < 2e-3
+    assert (torch.cat([one["far from zero"] for one in reports]) - expected).abs().max() < 2e-3
 
 
 def test_bfloat16_rows_are_averaged_in_float32_and_returned_in_bfloat16(reports):
-    rows = program.case((4, 3, 3))[0]
-    found = torch.cat([report["bfloat16"] for report in reports])
+    rows = case((4, 3, 3))[0]
+    found = torch.cat([one["bfloat16"] for one in reports])
     assert found.dtype == torch.bfloat16
-    expected = program.case((4, 3, 3), torch.float32)[2](rows.bfloat16().float())
+    expected = case((4, 3, 3), torch.float32)[2](rows.bfloat16().float())
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=2e-2)
 
 

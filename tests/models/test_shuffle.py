@@ -1,32 +1,19 @@
 """Shuffled batch norm in two processes: their rows, dealt out by one permutation and collected again."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from programs.shuffle_ranks import report
 from rank_launch import launch
-from torch import nn
-
-from fastgessl.methods.moco import shuffled_over_ranks
-
-PROGRAM = Path(__file__).with_name("shuffle_ranks.py")
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    return launch(PROGRAM, 2, tmp_path_factory.mktemp("ranks"))
-
-
-def test_in_one_process_nothing_is_shuffled():
-    rows, norm = torch.randn(6, 4), nn.BatchNorm1d(4)
-    torch.testing.assert_close(
-        shuffled_over_ranks(norm, rows), (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
-    )
+    return launch(report, 2, tmp_path_factory.mktemp("ranks"))
 
 
 def test_rows_are_normalised_among_the_rows_they_were_dealt_to_and_come_back_to_their_place(reports):
-    rows = torch.cat([report["rows"] for report in reports])
-    found = torch.cat([report["normalised"] for report in reports])
+    rows = torch.cat([one["rows"] for one in reports])
+    found = torch.cat([one["normalised"] for one in reports])
     # Whoever shares a row's statistics shares its shift: with two hands of six the literal result follows
     # from the permutation.
     torch.manual_seed(7)
@@ -36,15 +23,15 @@ def test_rows_are_normalised_among_the_rows_they_were_dealt_to_and_come_back_to_
         dealt = rows[hand]
         expected[hand] = (dealt - dealt.mean(0)) / (dealt.var(0, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(found, expected)
-    assert torch.equal(torch.cat([report["unchanged"] for report in reports]), rows)
+    assert torch.equal(torch.cat([one["unchanged"] for one in reports]), rows)
     assert all(len(set((hand < 6).tolist())) == 2 for hand in order.chunk(2))
 
 
 def test_in_a_task_of_its_own_a_rank_keeps_its_rows(reports):
-    for report in reports:
-        rows = report["rows"]
+    for one in reports:
+        rows = one["rows"]
         torch.testing.assert_close(
-            report["alone"], (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+            one["alone"], (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
         )
 
 

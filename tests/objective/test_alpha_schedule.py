@@ -31,8 +31,3 @@ def test_a_run_takes_its_alpha_from_the_schedule(fastgessl, tmp_path, schedule):
     }[schedule]
     assert [line["inner_lr"] for line in lines] == pytest.approx(expected, rel=1e-6)
     assert len(set(expected)) > 1
-
-
-def test_a_constant_alpha_is_not_logged(fastgessl, tmp_path):
-    assert fastgessl("train", "digits-simclr-gessl", *TINY, "--train.run_dir", tmp_path / "run").code == 0
-    assert all("inner_lr" not in line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))

@@ -139,18 +139,6 @@ def test_measure_sigma_is_the_objective_s_sigma_and_leaves_everything_as_it_was(
     assert sigma == pytest.approx(expected, rel=1e-9)
 
 
-def test_accumulated_micro_batches_are_tasks_of_their_own(toys):
-    settings = GesslConfig(inner_steps=1, inner_lr=0.1, w_sigma=1.0)
-    accumulated, total = toys.method("byol"), 0.0
-    objective = GeSSL(accumulated, settings)
-    for seed in (0, 1):
-        (objective(toys.views(seed)).loss / 2).backward()
-        single = toys.method("byol")
-        GeSSL(single, settings)(toys.views(seed)).loss.backward()
-        total = total + toys.gradients(single) / 2
-    torch.testing.assert_close(toys.gradients(accumulated), total, rtol=1e-12, atol=1e-14)
-
-
 def test_a_scope_without_parameters_is_refused(toys):
     method = toys.method("simclr")
     method.projector.requires_grad_(False)

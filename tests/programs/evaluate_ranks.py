@@ -1,23 +1,19 @@
 """What each of several ranks runs: gather shards, evaluate, update the online probe, and write down what this
 rank saw.
-
-Usage: python evaluate_ranks.py FOLDER RANK WORLD_SIZE
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgessl.config import EvaluateConfig, UsageError
 from fastgessl.evaluate import EvaluationData, OnlineProbe, evaluate, extract_features, extract_views, monitor
 
-IMAGES, CLASSES = 45, 3
+IMAGES, CLASSES, WORLD_SIZE = 45, 3, 3
 
 
 def images() -> tuple[Tensor, Tensor]:
@@ -105,14 +101,7 @@ def error_of_nan(mine: Tensor) -> str:
     return ""
 
 
-if __name__ == "__main__":
-    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size
-    )
-    assert dist.get_world_size() == world_size == 3
+def report(rank: int, folder: Path) -> dict:
     # Shards interleave, as a sampler's do, and are of the same length so that rank means are the means of all
     # rows.
-    results = everything(torch.arange(rank, IMAGES, world_size), torch.arange(10 if rank == 0 else 0))
-    torch.save({"world_size": dist.get_world_size(), **results}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return everything(torch.arange(rank, IMAGES, WORLD_SIZE), torch.arange(10 if rank == 0 else 0))

@@ -1,11 +1,6 @@
-"""What one of several gloo processes does for training/test_ranks.py: training_ranks.py RANK WORLD_SIZE
-FOLDER. Writes FOLDER/RANK.pt.
-"""
+"""What one of several gloo processes does for training/test_ranks.py."""
 
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from small_training import differences, run_steps, small_config, start
@@ -110,41 +105,22 @@ def refusal(data, folder, **sections):
     return ""
 
 
-def main(rank, size, folder):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
-    data, report = folder / "images.npz", {}
-    for name in sorted(METHODS):
-        report["ddp", name] = outcome(data, folder / "ddp" / name, name, PLAIN)
-        report["fsdp", name] = outcome(data, folder / "fsdp" / name, name, sharded(PLAIN))
-    for label, settings in MODES.items():
-        sections = GESSL | {"gessl": settings}
-        report["ddp", label] = outcome(data, folder / "ddp" / label, "byol", sections)
-        report["fsdp", label] = outcome(data, folder / "fsdp" / label, "byol", sharded(sections))
+def report(rank, folder):
+    data, found = folder / "images.npz", {}
     cached = PLAIN | {"train": PLAIN["train"] | {"gradient_cache": 2}}
-    report["ddp", "cached"] = outcome(data, folder / "ddp" / "cached", "simclr", cached)
-    report["fsdp", "cached"] = outcome(data, folder / "fsdp" / "cached", "simclr", sharded(cached))
+    runs = [(name, name, PLAIN) for name in sorted(METHODS)]
+    runs += [(label, "byol", GESSL | {"gessl": settings}) for label, settings in MODES.items()]
+    for label, name, sections in [*runs, ("cached", "simclr", cached)]:
+        for kind, chosen in (("ddp", sections), ("fsdp", sharded(sections))):
+            found[kind, label] = outcome(data, folder / kind / label, name, chosen)
     for negatives in ("global", "ring"):
-        report[negatives] = outcome(
-            data, folder / negatives, "simclr", PLAIN | {"method": {"negatives": negatives}}
-        )
-    report["nothing to pass"] = refusal(
-        data, folder / "refused", method={"name": "byol", "negatives": "ring"}
-    )
+        sections = PLAIN | {"method": {"negatives": negatives}}
+        found[negatives] = outcome(data, folder / negatives, "simclr", sections)
+    refused = folder / "refused"
+    found["nothing to pass"] = refusal(data, refused, method={"name": "byol", "negatives": "ring"})
     METHODS["simclr"] = BadOnOneRank
-    report["bad"] = outcome(data, folder / "bad", "simclr", {"train": {"max_steps": 4}})
+    found["bad"] = outcome(data, folder / "bad", "simclr", {"train": {"max_steps": 4}})
     METHODS["simclr"] = SimCLR
-    report["resumed"] = resumed_over_ranks(data, folder, rank)
-    report["compiled"] = refusal(data, folder / "refused", train={"sharding": "fsdp", "compile": True})
-    report["world_size"] = torch.distributed.get_world_size()
-    torch.save(report, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    found["resumed"] = resumed_over_ranks(data, folder, rank)
+    found["compiled"] = refusal(data, refused, train={"sharding": "fsdp", "compile": True})
+    return found

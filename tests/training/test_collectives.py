@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from objective.test_gradient_cache import narrow_backbone
 from small_training import METHOD
+from smooth_toys import toy_backbone
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -118,7 +118,7 @@ def step(
         facts = RunFacts(total_steps=10, images_per_forward=IMAGES * size, negatives=negatives, classes=4)
         queues = {key: METHOD[key] | {"queue_length": IMAGES * size} for key in ("moco", "swav")}
         config = MethodConfig(name=name, **METHOD | queues)
-        method = build_method(config, narrow_backbone(), facts)
+        method = build_method(config, toy_backbone(), facts)
         method.exchange = exchange
         if synchronised:
             synchronise_batch_norm(method)

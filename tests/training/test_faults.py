@@ -1,4 +1,4 @@
-"""Kills, full and read-only disks, deleted folders: the newest complete checkpoint loads, nothing is
+"""Full and read-only disks, deleted folders: the newest complete checkpoint loads, nothing is
 overwritten, one line says it.
 """
 
@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
-import signal
 import subprocess
-import time
+from pathlib import Path
 
 import pytest
-import torch
 from small_training import run_steps, small_config, start, write_images
 from tiny_run import read_lines
 
@@ -22,58 +19,16 @@ from fastgessl.config import UsageError
 from fastgessl.runs import checkpoint
 from fastgessl.training.log import MetricsLog
 
-LIGHT = (
-    "digits-simclr",
-    "--views.size",
-    8,
-    "--model.width",
-    0.125,
-    "--method.projector_hidden",
-    32,
-    "--train.batch_size",
-    64,
+QUICK = (
+    *("digits-simclr", "--views.size", 8, "--model.width", 0.125, "--method.projector_hidden", 32),
+    *("--train.batch_size", 64, "--train.checkpoint_every", 1),
+    *("--evaluate.tasks", "geometry", "--log.trackers"),
 )
-QUICK = (*LIGHT, "--train.checkpoint_every", 1, "--evaluate.tasks", "geometry", "--log.trackers")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data"))
-
-
-def state_of(step: int) -> dict:
-    """A state of 2 MB in which every number tells the step."""
-    whole = {"weights": [torch.full((50_000,), float(step)) for _ in range(10)]}
-    none = {"scaler": None, "probe": None, "optimizer": {}, "loader": {}, "ranks": [], "skipped": 0}
-    return {"objective": whole, **none}
-
-
-def saves_for_ever(run, step: int) -> None:
-    while True:
-        step += 1
-        checkpoint.save(run, step, state_of(step), keep=2)
-
-
-@pytest.mark.parametrize("kills", [12, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_kill_at_any_moment_of_writing_leaves_a_newest_checkpoint_that_loads_whole(tmp_path, kills):
-    chance, last, torn = random.Random(0), 0, 0
-    for _ in range(kills):
-        process = os.fork()
-        if process == 0:
-            saves_for_ever(tmp_path, last)
-        time.sleep(chance.uniform(0.02, 0.15))
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        torn += len(list((tmp_path / "checkpoints").glob("*.part")))
-        for folder in checkpoint.complete(tmp_path):
-            state = checkpoint.load(folder)
-            assert all(bool((part == state["step"]).all()) for part in state["objective"]["weights"])
-        newest = checkpoint.complete(tmp_path)
-        assert not last or int(newest[-1].name.removeprefix("step-")) >= last
-        last = int(newest[-1].name.removeprefix("step-")) if newest else 0
-    print(f"{kills} kills, {torn} of them while a checkpoint was being written, newest complete {last}")
-    assert torn > 0, "no kill came while a checkpoint was being written, so this proved nothing"
-    assert last > 0
 
 
 @pytest.fixture
@@ -110,39 +65,32 @@ def test_a_disk_that_fills_up_stops_with_one_line_and_keeps_what_was_complete(fa
     for folder in kept[:-1]:
         shutil.rmtree(folder)
     done = int(kept[-1].name.removeprefix("step-"))
-    further = (
-        "--train.keep_checkpoints",
-        1,
-        "--train.max_steps",
-        done + 2,
-        "--train.resume",
-        "auto",
-        "--train.run_dir",
-        run,
-    )
-    again = fastgessl("train", *QUICK, *further)
+    further = ("--train.keep_checkpoints", 1, "--train.max_steps", done + 2, "--train.resume", "auto")
+    again = fastgessl("train", *QUICK, *further, "--train.run_dir", run)
     assert again.code == 0, again.err
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, done + 3))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE])
 def test_whatever_the_disk_refuses_the_older_checkpoint_stays(tmp_path, monkeypatch, number):
-    checkpoint.save(tmp_path, 1, state_of(1), keep=1)
+    checkpoint.save(tmp_path, 1, {}, keep=1)
 
     def refused(descriptor):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refused)
     with pytest.raises(UsageError, match=os.strerror(number)) as stopped:
-        checkpoint.save(tmp_path, 2, state_of(2), keep=1)
+        checkpoint.save(tmp_path, 2, {}, keep=1)
     assert "step-000000002" in str(stopped.value)
     assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["step-000000001"]
     assert not list((tmp_path / "checkpoints").glob("*.part"))
 
 
-def test_the_log_on_a_full_disk_is_one_line_too(tmp_path):
+def test_the_log_on_a_full_disk_is_one_line_too(tmp_path, monkeypatch):
+    opened = Path.open
+    full = {"wb": opened, "a": lambda *_, **__: opened(Path("/dev/full"), "a")}
+    monkeypatch.setattr(Path, "open", lambda path, mode, **named: full[mode](path, mode, **named))
     lines = runs.JsonLines(tmp_path / "metrics.jsonl", 1)
-    lines._file = open("/dev/full", "a")  # noqa: SIM115
     with pytest.raises(UsageError, match=r"metrics.jsonl' cannot be written .No space left on device"):
         lines.write({"step": 1})
     lines.close()

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -75,23 +69,13 @@ def test_a_run_writes_everything_and_evaluates(fastgessl, tmp_path):
     assert str(run) in outcome.out
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(fastgessl, tmp_path):
-    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
-        assert fastgessl("train", *GESSL, "--train.run_dir", tmp_path / name, "--train.seed", seed).code == 0
+def test_the_written_configuration_gives_the_same_bytes_and_another_seed_does_not(fastgessl, tmp_path):
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    for run, start, seed in ((first, GESSL, 3), (second, (first / "config.yaml",), 3), (other, GESSL, 4)):
+        assert fastgessl("train", *start, "--train.run_dir", run, "--train.seed", seed).code == 0
     for file in ("metrics.jsonl", "encoder.safetensors", "evaluation.json"):
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
         assert (first / file).read_bytes() != (other / file).read_bytes(), file
-
-
-def test_the_written_configuration_repeats_the_run(fastgessl, tmp_path):
-    assert fastgessl("train", *GESSL, "--train.run_dir", tmp_path / "run").code == 0
-    assert (
-        fastgessl("train", tmp_path / "run" / "config.yaml", "--train.run_dir", tmp_path / "again").code == 0
-    )
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
-        tmp_path / "again" / "metrics.jsonl"
-    ).read_bytes()
 
 
 @pytest.mark.parametrize("recipe", ["digits-simclr-gessl", "digits-byol-gessl-head"])
@@ -178,9 +162,7 @@ def test_an_older_checkpoint_continues_in_a_folder_of_its_own_and_never_in_the_r
     assert fastgessl("train", *options, "--train.run_dir", run).code == 0
     older = ("--train.resume", run / "checkpoints" / "step-000000003")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    refused = fastgessl("train", *options, "--train.run_dir", run, *older)
-    assert refused.code == 2 and refused.err.count("\n") == 1
-    assert "never written backwards" in refused.err and "another --train.run_dir" in refused.err
+    assert "never written backwards" in fastgessl("train", *options, "--train.run_dir", run, *older).err
 
     same = fastgessl("train", *options, "--train.run_dir", tmp_path / "same", *older)
     assert same.code == 0, same.err
@@ -233,75 +215,16 @@ def test_a_continued_run_keeps_the_batch_that_was_chosen_for_it(fastgessl, tmp_p
     assert read_config(tmp_path / "run").train.batch_size == 64
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
-)
-def test_a_signal_ends_the_step_saves_and_prints_how_to_continue(tmp_path, number, code):
-    run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "fastgessl",
-        "train",
-        *GESSL,
-        "--train.max_steps",
-        "100000",
-        "--train.epochs",
-        "10000",
-    ]
-    process = subprocess.Popen(
-        [*command, "--train.run_dir", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        _wait_for(
-            lambda: (run / "metrics.jsonl").exists() and len(read_lines(run / "metrics.jsonl")) >= 2, process
-        )
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code
-    steps = len(read_lines(run / "metrics.jsonl"))
-    assert f"stopped by {number.name} after step {steps} of" in out
-    assert (run / "checkpoints" / f"step-{steps:09d}" / "state.pt").is_file()
-    going_on = re.search(r"fastgessl (train .*--train.resume auto)", out)
-    assert going_on
-    further = ["--train.max_steps", str(steps + 2), "--evaluate.tasks", "knn"]
-    subprocess.run(
-        [sys.executable, "-m", "fastgessl", *going_on[1].split(), *further],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, steps + 3))
-
-
-def _wait_for(condition, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run wrote no metrics"
-        time.sleep(0.1)
-
-
 def test_evaluation_during_training_changes_no_bit_of_the_encoder(fastgessl, tmp_path):
     options = (*GESSL, "--train.max_steps", 36)
     assert fastgessl("train", *options, "--train.run_dir", tmp_path / "without").code == 0
-    assert (
-        fastgessl("train", *options, "--train.run_dir", tmp_path / "with", "--evaluate.every_epochs", 1).code
-        == 0
-    )
+    options += ("--evaluate.every_epochs", 1)
+    assert fastgessl("train", *options, "--train.run_dir", tmp_path / "with").code == 0
     without, watched = (load_file(tmp_path / name / "encoder.safetensors") for name in ("without", "with"))
-    assert all(torch.equal(without[name], watched[name]) for name in without)
+    torch.testing.assert_close(watched, without, rtol=0, atol=0)
     notes = [line for line in read_lines(tmp_path / "with" / "metrics.jsonl") if "knn" in line]
     assert [line["step"] for line in notes] == [18, 36]
     assert 0 <= notes[0]["online_probe"] <= 1
-
-
-def test_accumulated_micro_batches_are_tasks_of_one_step(fastgessl, tmp_path):
-    outcome = fastgessl("train", *GESSL, "--train.accumulate", 4, "--train.run_dir", tmp_path / "run")
-    assert "each 16 images per forward pass x 4" in outcome.out
-    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_bf16_measures_a_sigma_above_zero(fastgessl, tmp_path):
@@ -313,19 +236,8 @@ def test_bf16_measures_a_sigma_above_zero(fastgessl, tmp_path):
 
 def test_fresh_views_measure_sigma_elsewhere(fastgessl, tmp_path):
     for query in ("same", "fresh_views"):
-        assert (
-            fastgessl(
-                "train",
-                *GESSL,
-                "--gessl.query",
-                query,
-                "--train.run_dir",
-                tmp_path / query,
-                "--gessl.w_ssl",
-                0.5,
-            ).code
-            == 0
-        )
+        options = ("--gessl.query", query, "--gessl.w_ssl", 0.5, "--train.run_dir", tmp_path / query)
+        assert fastgessl("train", *GESSL, *options).code == 0
     same, fresh = (read_lines(tmp_path / query / "metrics.jsonl")[0] for query in ("same", "fresh_views"))
     assert same["loss_ssl"] == fresh["loss_ssl"]
     assert same["sigma"] != fresh["sigma"]
@@ -355,27 +267,6 @@ def test_a_folder_of_photos_trains_with_and_without_labels(fastgessl, tmp_path, 
     assert {"effective_rank", "alignment", "uniformity", "retrieval"} <= set(row["geometry"])
 
 
-def test_an_npz_without_labels_ends_well(fastgessl, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (100, 12, 12), dtype=np.uint8)
-    np.savez(tmp_path / "mine.npz", train_x=images)
-    outcome = fastgessl(
-        "train",
-        "digits-byol-gessl",
-        *TINY[:8],
-        "--data.name",
-        "npz",
-        "--data.root",
-        tmp_path / "mine.npz",
-        "--train.run_dir",
-        tmp_path / "run",
-    )
-    assert outcome.code == 0, outcome.err
-    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]["this run"]) == {
-        "features",
-        "geometry",
-    }
-
-
 def test_evaluate_measures_a_finished_run_again(fastgessl, tmp_path):
     run = tmp_path / "run"
     assert fastgessl("train", *GESSL, "--train.run_dir", run).code == 0
@@ -387,40 +278,6 @@ def test_evaluate_measures_a_finished_run_again(fastgessl, tmp_path):
         name: row["knn"] for name, row in before["rows"].items()
     }
     assert "few_labels" in after["rows"]["this run"]
-
-
-def test_two_processes_equal_one_on_plain_ssl(tmp_path):
-    options = ["digits-simclr", *TINY, "--train.max_steps", "3"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    single = [sys.executable, "-m", "fastgessl", "train", *options, "--train.run_dir", str(tmp_path / "one")]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "fastgessl",
-        "train",
-        *options,
-    ]
-    subprocess.run(single, check=True, capture_output=True, env=environment, timeout=180)
-    subprocess.run(
-        [*launch, "--train.run_dir", str(tmp_path / "two")],
-        check=True,
-        capture_output=True,
-        env=environment,
-        timeout=300,
-    )
-    assert json.loads((tmp_path / "two" / "environment.json").read_text())["plan"]["world_size"] == 2
-    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert len(two) == 3
-    for line, other in zip(one, two, strict=True):
-        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
-    weights, others = (load_file(tmp_path / name / "encoder.safetensors") for name in ("one", "two"))
-    for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, rtol=2e-3, atol=2e-4, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -459,6 +316,7 @@ def test_two_processes_equal_one_on_plain_ssl(tmp_path):
         (("--train.seed", 5000000000), "less than 2147483648"),
         (("--optim.name", "adamw", "--optim.momentum", 1.0), "less than 1"),
         (("--train.compile", "True", "--gessl.inner_steps", 1), "compile"),
+        (("--log.trackers", "tensorbored"), "log.trackers 'tensorbored' is no tracker"),
         pytest.param(
             ("--train.device", "cuda"),
             "GPU",
@@ -482,46 +340,3 @@ def test_a_mistake_is_one_line_before_any_work(fastgessl, tmp_path, monkeypatch,
     assert expected in outcome.err
     assert (tmp_path / "occupied" / "thesis.tex").read_text() == "mine"
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(fastgessl, tmp_path):
-    outcome = fastgessl(
-        "train",
-        "digits-simclr",
-        *TINY,
-        "--optim.name",
-        "sgd",
-        "--optim.base_lr",
-        1e30,
-        "--train.max_steps",
-        20,
-        "--train.run_dir",
-        tmp_path / "run",
-    )
-    assert outcome.code == 2
-    assert "base_lr" in outcome.err.splitlines()[-1]
-
-
-def test_a_checkpoint_of_another_model_is_refused(fastgessl, tmp_path):
-    run = tmp_path / "run"
-    assert fastgessl("train", *GESSL, "--train.run_dir", run).code == 0
-    outcome = fastgessl(
-        "train",
-        *GESSL,
-        "--model.width",
-        0.25,
-        "--train.max_steps",
-        8,
-        "--train.run_dir",
-        run,
-        "--train.resume",
-        "auto",
-    )
-    assert outcome.code == 2
-    assert "belongs to another model" in outcome.err
-
-
-def test_an_unknown_tracker_is_named_before_anything_is_written(fastgessl, tmp_path):
-    outcome = fastgessl("train", *GESSL, "--train.run_dir", tmp_path / "run", "--log.trackers", "tensorbored")
-    assert outcome.code == 2 and "log.trackers 'tensorbored' is no tracker" in outcome.err
-    assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ says is done or refused.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_run import read_lines
 
 from fastgessl.runs import checkpoint
@@ -25,8 +28,8 @@ LIGHT = (
     *("digits-simclr", "--views.size", 8, "--model.width", 0.125, "--train.batch_size", 64),
     *("--train.checkpoint_every", 1, "--log.trackers"),
 )
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-ACCELERATE = ("accelerate.commands.launch",)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+ACCELERATE = ("-m", "accelerate.commands.launch")
 # Few-shot episodes for hours, drawn on rank 0 alone.
 ENDLESS = ("--evaluate.tasks", "few_shot", "--evaluate.episodes", 10**8)
 CONFIGURATION = """\
@@ -50,7 +53,7 @@ def launched(run: Path, launcher: tuple, *options: object, **variables: str) -> 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     with run.with_suffix(".log").open("w") as log:
         job = subprocess.Popen(
-            [sys.executable, "-m", *map(str, words)],
+            [sys.executable, *map(str, words)],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -193,6 +196,38 @@ def test_accelerate_launch_s_flags_are_refused_by_name(tmp_path, flags, answer):
         assert job.wait(timeout=120) != 0
     assert re.search(answer, said(run)), said(run)[-3000:]
     assert not run.exists()
+
+
+def test_two_processes_equal_one_on_plain_ssl(fastgessl, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("--train.max_steps", 3, "--evaluate.tasks", "knn")
+    assert fastgessl("train", *LIGHT, *options, "--train.run_dir", one).code == 0
+    with launched(two, TORCHRUN, *options, ACCELERATE_USE_CPU="true") as job:
+        assert job.wait(timeout=300) == 0, said(two)[-3000:]
+    assert json.loads((two / "environment.json").read_text())["plan"]["world_size"] == 2
+    found, expected = ([line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in (two, one))
+    assert found == pytest.approx(expected, rel=1e-4)
+    weights, others = (load_file(run / "encoder.safetensors") for run in (one, two))
+    torch.testing.assert_close(others, weights, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
+def test_a_signal_ends_the_step_saves_and_prints_how_to_continue(fastgessl, tmp_path, number, code):
+    run = tmp_path / "run"
+    with launched(run, (), "--train.max_steps", 100_000, "--train.epochs", 100_000) as job:
+        wait_until(lambda: steps_done(run) >= 2, job, run)
+        job.send_signal(number)
+        assert job.wait(timeout=60) == code
+    steps = steps_done(run)
+    assert f"stopped by {number.name} after step {steps} of" in said(run)
+    assert (run / "checkpoints" / f"step-{steps:09d}" / "state.pt").is_file()
+    going_on = re.search(r"fastgessl (train .*--train.resume auto)", said(run))
+    assert going_on
+    further = ("--train.max_steps", steps + 2, "--evaluate.tasks", "knn")
+    assert fastgessl(*going_on[1].split(), *further).code == 0
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, steps + 3))
 
 
 @pytest.mark.slow

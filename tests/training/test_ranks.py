@@ -4,12 +4,9 @@ their number of ranks.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from accelerate.utils.other import get_free_port
-from programs.training_ranks import MODES, PLAIN
+from programs.training_ranks import MODES, PLAIN, report
 from rank_launch import launch
 from small_training import run_steps, small_config, start, write_images
 from tiny_run import read_lines
@@ -21,30 +18,20 @@ from fastgessl.runs import checkpoint
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    write_images(folder)
-    (folder / "port").write_text(str(get_free_port()))
-    return folder
+    return write_images(tmp_path_factory.mktemp("ranks")).parent
 
 
 @pytest.fixture(scope="module")
 def reports(folder):
-    return launch(Path(__file__).parents[1] / "programs" / "training_ranks.py", 2, folder)
+    return launch(report, 2, folder)
 
 
 @pytest.mark.parametrize("label", [*sorted(METHODS), *MODES, "cached"])
 def test_fsdp_equals_ddp_and_each_rank_holds_a_part(reports, label):
-    for report in reports:
-        expected, found = report["ddp", label], report["fsdp", label]
-        for name, weight in expected["weights"].items():
-            torch.testing.assert_close(
-                found["weights"][name],
-                weight,
-                rtol=1e-4,
-                atol=1e-5,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
-        torch.testing.assert_close(found["features"], expected["features"], rtol=1e-4, atol=1e-5)
+    for one in reports:
+        expected, found = one["ddp", label], one["fsdp", label]
+        for part in ("weights", "features"):
+            torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-5)
         assert expected["share"] > 0.99
         assert found["share"] < 0.6
 
@@ -65,26 +52,19 @@ def test_a_sharded_run_continues_in_one_process_and_both_logs_are_alike(reports,
 
 
 def test_looking_at_the_encoder_during_training_draws_no_random_number(reports):
-    drew = {
-        key: report[key]["drew"]
-        for report in reports
-        for key in report
-        if isinstance(report[key], dict) and "drew" in report[key]
-    }
-    assert len(drew) > 20 and not any(drew.values())
+    drew = [found["drew"] for one in reports for found in one.values() if "drew" in found]
+    assert len(drew) > 40 and not any(drew)
 
 
 def test_keys_passed_around_give_the_weights_of_keys_gathered(reports):
-    for report in reports:
-        for name, weight in report["global"]["weights"].items():
-            torch.testing.assert_close(
-                report["ring"]["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name
-            )
+    for one in reports:
+        found, expected = one["ring"]["weights"], one["global"]["weights"]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert "byol has none to pass" in reports[0]["nothing to pass"]
 
 
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all(reports, folder):
-    first, second = (report["bad"]["weights"] for report in reports)
+    first, second = (one["bad"]["weights"] for one in reports)
     assert all(torch.equal(first[name], second[name]) for name in first if "running" not in name)
     assert all(value.isfinite().all() for value in first.values())
     lines = read_lines(folder / "bad" / "metrics.jsonl")
@@ -92,7 +72,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all(reports, folder):
 
 
 def test_ranks_with_state_of_their_own_continue_to_the_bit(reports):
-    assert [report["resumed"] for report in reports] == [([], 1), ([], 1)]
+    assert [one["resumed"] for one in reports] == [([], 1), ([], 1)]
 
 
 @pytest.mark.parametrize("label", ["simclr", "moco", "swav"])

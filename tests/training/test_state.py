@@ -50,24 +50,19 @@ def test_every_step_of_every_method_continues_to_the_bit(data, tmp_path, name):
     )
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_every_optimizer_continues_to_the_bit(data, tmp_path, optimizer):
-    resumes_exactly(
-        small_config(data, optim={"name": optimizer, "clip_gradient": 1.0}, train={"max_steps": 3}), tmp_path
-    )
-
-
-def test_the_dsa_regulator_continues_to_the_bit(data, tmp_path):
-    resumes_exactly(
-        small_config(
-            data, dsa={"weight": 0.5, "helper": "momentum", "neighbours": 2}, train={"max_steps": 3}
-        ),
-        tmp_path,
-    )
-
-
-def test_gradient_caching_continues_to_the_bit(data, tmp_path):
-    resumes_exactly(small_config(data, train={"max_steps": 3, "gradient_cache": 3}), tmp_path)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optim": {"name": "lars", "clip_gradient": 1.0}},
+        {"optim": {"name": "adamw", "clip_gradient": 1.0}},
+        {"dsa": {"weight": 0.5, "helper": "momentum", "neighbours": 2}},
+        {"train": {"gradient_cache": 3}},
+    ],
+    ids=["lars", "adamw", "dsa", "gradient caching"],
+)
+def test_optimizers_regulator_and_gradient_caching_continue_to_the_bit(data, tmp_path, sections):
+    shorter = {"train": sections.get("train", {}) | {"max_steps": 3}}
+    resumes_exactly(small_config(data, **sections | shorter), tmp_path)
 
 
 def test_learning_rate_and_weight_decay_follow_their_schedules_and_vectors_do_not_decay(data, tmp_path):

@@ -1,14 +1,9 @@
-"""What one of several gloo processes does for test_ranks.py: python rank_program.py RANK WORLD_SIZE FOLDER.
-Writes FOLDER/RANK.pt.
-"""
-
-import sys
-from pathlib import Path
+"""What one of several gloo processes does for objective/test_ranks.py."""
 
 import torch
 import torch.distributed as dist
-from conftest import BI_LEVEL, gradients, toy_labels, toy_method, toy_views
 from method_cases import ALL, KINDS
+from smooth_toys import BI_LEVEL, gradients, toy_labels, toy_method, toy_views
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,17 +15,14 @@ from fastgessl.models import synchronise_batch_norm
 from fastgessl.objective import GeSSL
 
 
-def wrapped(method, settings):
-    return DistributedDataParallel(GeSSL(method, settings), broadcast_buffers=False)
+def under_ddp(objective):
+    return DistributedDataParallel(objective, broadcast_buffers=False)
 
 
-def two_steps(name, views, labels):
-    """Gradient, loss and state after the second of two plain steps under DDP; the second shows that its
-    reducer is armed again.
+def two_steps(method, objective, views, labels):
+    """Gradient, loss and state after the second of two plain steps; the second shows that DDP's reducer is
+    armed again.
     """
-    method = toy_method(name, negatives="global")
-    synchronise_batch_norm(method)
-    objective = wrapped(method, GesslConfig())
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     for step in range(2):
         optimizer.zero_grad(set_to_none=True)
@@ -45,14 +37,13 @@ def first_gradient(name, settings, views, *, negatives="local", synchronised=Fal
     method = toy_method(name, negatives=negatives)
     if synchronised:
         synchronise_batch_norm(method)
-    objective = wrapped(method, settings)
-    objective(views).loss.backward()
+    under_ddp(GeSSL(method, settings))(views).loss.backward()
     return gradients(method)
 
 
 def accumulated_gradient(name, settings, micro_batches):
     method = toy_method(name)
-    objective = wrapped(method, settings)
+    objective = under_ddp(GeSSL(method, settings))
     with objective.no_sync():
         (objective(micro_batches[0]).loss / 2).backward()
     (objective(micro_batches[1]).loss / 2).backward()
@@ -84,42 +75,30 @@ def sharded(name, settings, views):
     }
 
 
-def main(rank, size, folder):
-    store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    assert dist.get_world_size() == size == world_size()
+def report(rank, folder):
+    assert dist.get_world_size() == world_size()
     with rank_local():
         assert world_size() == 1 and world_group() is None
-    views = toy_views(seed=10 + rank)
-    report = {"world_size": dist.get_world_size()}
+    views, found = toy_views(seed=10 + rank), {}
     for name in METHODS:
-        report["plain", name] = two_steps(name, views, toy_labels(seed=10 + rank))
+        method = synchronise_batch_norm(toy_method(name, negatives="global"))
+        objective = under_ddp(GeSSL(method, GesslConfig()))
+        found["plain", name] = two_steps(method, objective, views, toy_labels(seed=10 + rank))
     for name in ALL:
         bi_level = BI_LEVEL if name in KINDS else {"exact": BI_LEVEL["exact"]}
         for label, settings in bi_level.items():
-            report["tasks", name, label] = first_gradient(name, settings, views)
-            report["global negatives", name, label] = first_gradient(
-                name, settings, views, negatives="global"
-            )
-            if label == "sigma alone":
-                continue
             sigma_alone = settings.model_copy(update={"w_ssl": 0.0})
-            report["synchronised tasks", name, label] = first_gradient(
-                name, sigma_alone, views, negatives="global", synchronised=True
-            )
-            report["both", name, label] = first_gradient(
-                name, settings, views, negatives="global", synchronised=True
-            )
-            report["sharded", name, label] = sharded(name, settings, views)
-        report["global negatives", name, "plain"] = first_gradient(
+            found["tasks", name, label] = first_gradient(name, settings, views)
+            found["global negatives", name, label] = first_gradient(name, settings, views, negatives="global")
+            for key, chosen in (("synchronised tasks", sigma_alone), ("both", settings)):
+                found[key, name, label] = first_gradient(
+                    name, chosen, views, negatives="global", synchronised=True
+                )
+            found["sharded", name, label] = sharded(name, settings, views)
+        found["global negatives", name, "plain"] = first_gradient(
             name, GesslConfig(), views, negatives="global"
         )
-        report["accumulated", name] = accumulated_gradient(
+        found["accumulated", name] = accumulated_gradient(
             name, BI_LEVEL["exact"], [views, toy_views(seed=20 + rank)]
         )
-    torch.save(report, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    return found

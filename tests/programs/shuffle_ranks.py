@@ -1,12 +1,6 @@
-"""What one of two gloo processes does for test_shuffle.py: python shuffle_ranks.py RANK WORLD_SIZE FOLDER.
-Writes FOLDER/RANK.pt.
-"""
-
-import sys
-from pathlib import Path
+"""What one of two gloo processes does for models/test_shuffle.py."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 from toys import method_config
@@ -36,32 +30,21 @@ def keys_by_hand(everyone):
     return torch.cat([half.unflatten(0, (2, 6)) for half in keys.chunk(2)], dim=1)
 
 
-def main(rank, size, folder):
-    store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+def report(rank, folder):
     every = [
         [torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(10 * r + v)) for v in range(2)]
-        for r in range(size)
+        for r in range(2)
     ]
     rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(rank)) + rank
     # The first rank's permutation counts, whatever the second would have drawn.
     torch.manual_seed(7 + 50 * rank)
-    report = {
-        "world_size": dist.get_world_size(),
-        "rows": rows,
-        "normalised": shuffled_over_ranks(nn.BatchNorm1d(4), rows).detach(),
-    }
-    report["unchanged"] = shuffled_over_ranks(nn.Identity(), rows)
+    found = {"rows": rows, "normalised": shuffled_over_ranks(nn.BatchNorm1d(4), rows).detach()}
+    found["unchanged"] = shuffled_over_ranks(nn.Identity(), rows)
     with rank_local():
-        report["alone"] = shuffled_over_ranks(nn.BatchNorm1d(4), rows).detach()
-    report["keys"] = moco(False).targets(every[rank]).positive
+        found["alone"] = shuffled_over_ranks(nn.BatchNorm1d(4), rows).detach()
+    found["keys"] = moco(False).targets(every[rank]).positive
     shuffling = moco(True)
     torch.manual_seed(8 + 50 * rank)
-    report["keys shuffled"] = shuffling.targets(every[rank]).positive
-    report["keys by hand"] = keys_by_hand(every)
-    torch.save(report, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    found["keys shuffled"] = shuffling.targets(every[rank]).positive
+    found["keys by hand"] = keys_by_hand(every)
+    return found

@@ -1,9 +1,4 @@
-"""What one of two gloo processes does for test_batch_norm.py: batch_norm_ranks.py RANK WORLD_SIZE FOLDER.
-Writes FOLDER/RANK.pt.
-"""
-
-import sys
-from pathlib import Path
+"""What one of two gloo processes does for models/test_batch_norm.py."""
 
 import torch
 import torch.distributed as dist
@@ -48,33 +43,25 @@ def summed(slopes):
     return slopes
 
 
-def main(rank, size, folder):
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size
-    )
-    report = {"world_size": dist.get_world_size()}
+def report(rank, folder):
+    found = {}
     for shape in ((4,), (4, 3, 3)):
         rows, tangents, norm = case(shape)
         norm = synchronise_batch_norm(norm)
         own = rows.split(ROWS)[rank], (tangents[0].split(ROWS)[rank], *tangents[1:])
         out, first, second = derivatives(norm, *own)
-        report["derivatives", shape] = out, summed(first), summed(second)
-        report["running", shape] = {name: buffer.clone() for name, buffer in norm.named_buffers()}
-        report["evaluation", shape] = norm.eval()(own[0]).detach()
+        found["derivatives", shape] = out, summed(first), summed(second)
+        found["running", shape] = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        found["evaluation", shape] = norm.eval()(own[0]).detach()
         with rank_local():
-            report["alone", shape] = norm.train()(own[0]).detach()
+            found["alone", shape] = norm.train()(own[0]).detach()
     rows, _, norm = case((4, 3, 3), torch.float32, offset=1e3)
-    report["far from zero"] = synchronise_batch_norm(norm)(rows.split(ROWS)[rank]).detach()
+    found["far from zero"] = synchronise_batch_norm(norm)(rows.split(ROWS)[rank]).detach()
     norm = synchronise_batch_norm(nn.BatchNorm1d(4, momentum=None, affine=False, dtype=torch.float64))
     for factor in (1.0, 2.0, 4.0):
         norm(factor * case((4,))[0].split(ROWS)[rank])
-    report["cumulative"] = dict(norm.named_buffers())
-    report["bfloat16"] = synchronise_batch_norm(case((4, 3, 3), torch.float32)[2])(
+    found["cumulative"] = dict(norm.named_buffers())
+    found["bfloat16"] = synchronise_batch_norm(case((4, 3, 3), torch.float32)[2])(
         case((4, 3, 3))[0].split(ROWS)[rank].bfloat16()
     ).detach()
-    torch.save(report, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    return found

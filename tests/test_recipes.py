@@ -177,3 +177,11 @@ def test_barlow_twins_projector_has_three_layers_as_published(data, width):
         width,
         width,
     )
+
+
+@pytest.mark.parametrize("kind", ["data", "methods", "regulators", "gessl"])
+def test_parts_hold_only_keys_that_are_read(kind):
+    for part in parts(kind).values():
+        assert set(part) <= {"about", "backbones", "config", "source", "per_data", "per_backbone"}
+        for special in (*part.get("per_data", {}).values(), *part.get("per_backbone", {}).values()):
+            assert set(special) <= {"config", "source", "per_backbone", "per_epochs"}

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from fastgessl.schedules import (
-    cosine_momentum,
+    half_cosine,
     inner_learning_rate,
     learning_rate,
     linear_warmup,
     scaled_learning_rate,
-    weight_decay,
 )
 
 
@@ -37,17 +36,14 @@ def test_a_warm_up_longer_than_the_run_fills_it():
     assert rates.tolist() == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_momentum_follows_byols_formula():
-    momentum = cosine_momentum(0.996, 1.0, 1000)
-    expected = [1 - (1 - 0.996) * (math.cos(math.pi * step / 1000) + 1) / 2 for step in range(1000)]
+def test_momentum_follows_byols_formula_and_weight_decay_dinos():
+    momentum, decay = half_cosine(0.996, 1.0, 1000), half_cosine(0.04, 0.4, 1000)
+    angles = [math.pi * step / 1000 for step in range(1000)]
+    expected = [1 - (1 - 0.996) * (math.cos(angle) + 1) / 2 for angle in angles]
     np.testing.assert_allclose(momentum, expected, rtol=1e-12)
-
-
-def test_weight_decay_follows_dinos_cosine():
-    decay = weight_decay(0.04, 1000, end=10.0)
-    expected = [0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * step / 1000)) for step in range(1000)]
+    expected = [0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(angle)) for angle in angles]
     np.testing.assert_allclose(decay, expected, rtol=1e-12)
-    assert set(weight_decay(0.04, 50)) == {0.04}
+    assert set(half_cosine(0.04, 0.04, 50)) == {0.04}
 
 
 def test_the_teacher_s_temperature_rises_in_a_straight_line_and_stays():

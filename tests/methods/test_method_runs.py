@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_run import TINY, read_lines
 
-from fastgessl.schedules import learning_rate, weight_decay
+from fastgessl.schedules import half_cosine, learning_rate
 
 
 def state_of(run, step):
@@ -19,7 +19,7 @@ def test_the_loop_decays_by_the_schedule_and_clips_each_gradient(fastgessl, tmp_
     outcome = fastgessl("train", "digits-simclr", *TINY, *options.split(), "--train.run_dir", run)
     assert outcome.code == 0
     states = {step: state_of(run, step) for step in (1, 2, 3)}
-    rates, decays = learning_rate(0.5, 4), weight_decay(0.01, 4, end=10)
+    rates, decays = learning_rate(0.5, 4), half_cosine(0.01, 0.1, 4)
     for step in (2, 3):
         groups = states[step]["optimizer"]["param_groups"]
         assert [group["weight_decay"] for group in groups] == [pytest.approx(decays[step - 1]), 0.0]

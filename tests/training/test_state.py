@@ -17,7 +17,7 @@ from tiny_run import read_lines
 from fastgessl.methods import METHODS
 from fastgessl.methods.simclr import SimCLR
 from fastgessl.runs import checkpoint
-from fastgessl.schedules import learning_rate, weight_decay
+from fastgessl.schedules import half_cosine, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_learning_rate_and_weight_decay_follow_their_schedules_and_vectors_do_no
     for training.step in range(5):
         training.begin_step()
         found.append([(group["lr"], group["weight_decay"]) for group in training.optimizer.param_groups])
-    decays = weight_decay(0.04, 5, end=10)
+    decays = half_cosine(0.04, 0.4, 5)
     rates = learning_rate(0.8 * 16 / 256, 5, warmup_steps=3)
     assert found == [
         [(rate, decay), (rate, 0.0)] for rate, decay in zip(rates.tolist(), decays.tolist(), strict=True)

@@ -2,7 +2,7 @@
 docs/evaluation.md.
 """
 
-from fastgessl.evaluate.features import Features, extract_features, extract_views, raw_pixels
+from fastgessl.evaluate.features import Features, extract_features, extract_views
 from fastgessl.evaluate.measure import Evaluation, EvaluationData, evaluate, measure, monitor
 from fastgessl.evaluate.online import OnlineProbe
 from fastgessl.evaluate.sources import held_out_test
@@ -75,7 +75,6 @@ __all__ = [
     "measure_conditions",
     "measure_geometry",
     "monitor",
-    "raw_pixels",
     "sigma_to_labels",
     "uniformity",
     "view_retrieval",

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from fastgessl.evaluate.extraction import Extractor, FeatureCache
+from fastgessl.evaluate.extraction import Extractor
 from fastgessl.evaluate.sources import Source, subset, unusable_labels
 from fastgessl.evaluate.subject import Subject
 from fastgessl.evaluate.tables import Table
@@ -51,8 +51,7 @@ class Gallery:
     def __init__(self, subject: Subject, source: Source, accelerator: Accelerator) -> None:
         config = subject.config
         self._config, self._source = config, source
-        cache = FeatureCache(subject.folder / "features" if config.evaluate.cache else None)
-        self._extractor = Extractor(config, accelerator, cache)
+        self._extractor = Extractor(config, accelerator, subject.cache)
         encoder = subject.encoder.to(accelerator.device)
         encoder = encoder.to(memory_format=torch.channels_last)
         # The names and keys of `fastgessl evaluate`, whose features are then used.

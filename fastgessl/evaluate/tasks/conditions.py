@@ -111,7 +111,7 @@ def linear_predictability(first: Tensor, second: Tensor) -> float:
 
 
 def _measured(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
-    first, second = features.view_pair(seed)
+    first, second = features.view_pair
     return asdict(measure_conditions(first, second, features.classes, seed))
 
 

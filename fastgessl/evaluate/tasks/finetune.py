@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from fastgessl.config import EvaluateConfig, UsageError
 from fastgessl.evaluate.extraction import Extractor
-from fastgessl.evaluate.features import Features, extract_features, with_progress
+from fastgessl.evaluate.features import Features, Pixels, extract_features, with_progress
 from fastgessl.evaluate.sources import (
     draw_fraction,
     hold_out,
@@ -82,7 +83,7 @@ class ClassifierTrainer:
             ),
             lambda images: extractor.loader(images, [extractor.still], sharded=False),
             extractor.accelerator.device,
-            extractor.accelerator.is_main_process,
+            extractor.progress,
         )
 
     def train(
@@ -117,11 +118,8 @@ class ClassifierTrainer:
 
     def logits(self, classifier: Classifier, images: Images) -> Features:
         """Logits (N, C) of every image, without augmentation, as `Features` with their labels."""
-        loader = self.still(images)
-        try:
+        with closing(self.still(images)) as loader:
             return extract_features(classifier, loader, self.device)
-        finally:
-            loader.close()
 
 
 def accuracy_of(logits: Features) -> float:
@@ -207,7 +205,7 @@ def _parameter_groups(classifier: Classifier, layer_decay: float) -> list[dict[s
 def _measure(work: Work) -> dict[str, list[dict[str, Any]]]:
     """Row -> a result per share of the labels."""
     trainer, splits = ClassifierTrainer.of(work.extractor), work.sources[0].splits(work.seed)
-    encoders = {name: encoder for name, encoder in work.rows.items() if isinstance(encoder, nn.Module)}
+    encoders = {name: encoder for name, encoder in work.rows.items() if not isinstance(encoder, Pixels)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in encoders}
     runs = [(name, share) for name in encoders for share in work.settings.label_fractions]
     for name, share in with_progress(runs, "fine-tuning", trainer.progress):

@@ -155,7 +155,7 @@ def _similarities(queries: Tensor, keys: Tensor) -> Iterator[tuple[int, Tensor]]
 
 
 def _measure(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
-    measured = asdict(measure_geometry(*features.view_pair(seed)))
+    measured = asdict(measure_geometry(*features.view_pair))
     if features.classes > 1:
         assert features.train.labels is not None
         measured["crowding"] = crowding_ratio(features.train.features, features.train.labels)

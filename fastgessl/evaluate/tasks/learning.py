@@ -137,7 +137,7 @@ def along_checkpoints(run: Path, source: Source, extractor: Extractor) -> list[L
     loader.close()
     points = []
     folders = [kept[place] for place in places]
-    for folder in with_progress(folders, "learning universality", extractor.accelerator.is_main_process):
+    for folder in with_progress(folders, "learning universality", extractor.progress):
         state = checkpoint.load(folder)
         try:
             method.load_state_dict(weights_of_method(state["objective"]))

@@ -186,7 +186,7 @@ def _measure(work: Work) -> dict[str, Any]:
         models = {source.name: task_model(source, work.extractor, folder) for source in work.sources}
     sigmas: dict[str, list[TaskSigma]] = {row: [] for row in work.rows}
     pairs = [(source.name, row) for source in work.sources for row in work.rows]
-    for data, row in with_progress(pairs, "universality", work.extractor.accelerator.is_main_process):
+    for data, row in with_progress(pairs, "universality", work.extractor.progress):
         features, own = work.features[data][row], models.get(data)
         features.test.require_finite(f"Row '{row}'")
         protocol = SgdProtocol(settings.mlp_hidden, settings.probe_epochs, work.seed, device=features.device)

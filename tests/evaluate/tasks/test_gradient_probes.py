@@ -107,14 +107,6 @@ def test_the_rate_of_the_best_validation_accuracy_is_chosen_and_trained_again_on
     assert result["accuracy"] == alone.accuracy(test)
 
 
-def test_a_hidden_layer_solves_what_no_linear_probe_can():
-    points = torch.randn(600, 2, generator=torch.Generator().manual_seed(0))
-    exclusive_or = Features(points, (points[:, 0] * points[:, 1] > 0).long(), torch.arange(600))
-
-    assert gradient_probe(exclusive_or, exclusive_or, SgdProtocol(epochs=10))["accuracy"] < 0.7
-    assert gradient_probe(exclusive_or, exclusive_or, SgdProtocol(hidden=32, epochs=60))["accuracy"] > 0.95
-
-
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_no_test_label_reaches_the_choice_of_a_learning_rate(cluster_features, hidden):
     train, test = (

@@ -67,7 +67,7 @@ def test_probe(contend: Any, keep: Any, features: tuple[Features, Features]) -> 
     accuracies: dict[str, float] = {}
 
     def ours() -> None:
-        accuracies["ours"] = gradient_probe(train, test, SgdProtocol()).accuracy
+        accuracies["ours"] = gradient_probe(train, test, SgdProtocol())["accuracy"]
 
     def scikit_learn() -> None:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=500))

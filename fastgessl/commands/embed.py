@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fastgessl import pipelines, runs
 from fastgessl.config import UsageError
 from fastgessl.distributed import build_accelerator
-from fastgessl.evaluate.extraction import Extractor, FeatureCache
+from fastgessl.evaluate.extraction import Extractor
 from fastgessl.evaluate.features import extract_features
 from fastgessl.evaluate.subject import Subject, base_config, open_subject
 from fastgessl.pipelines.sources.images import Images
@@ -45,7 +45,7 @@ def embed(subject: Subject, path: Path, out: Path) -> int:
     accelerator = build_accelerator(subject.config, subject.folder)
     if accelerator.num_processes > 1:
         raise UsageError("embed runs on one process. Start it without a launcher of several.")
-    extractor = Extractor(subject.config, accelerator, FeatureCache(None))
+    extractor = Extractor(subject.config, accelerator)
     encoder = subject.encoder.to(accelerator.device)
     features, files, labels = [], [], []
     classes: tuple[str, ...] = ()

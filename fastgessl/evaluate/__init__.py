@@ -2,15 +2,14 @@
 docs/evaluation.md.
 """
 
-from fastgessl.evaluate.features import Features, extract_features, extract_views, raw_pixels
+from fastgessl.evaluate.features import Features, extract_features, extract_views
 from fastgessl.evaluate.measure import Evaluation, EvaluationData, evaluate, measure, monitor
 from fastgessl.evaluate.online import OnlineProbe
 from fastgessl.evaluate.sources import held_out_test
 from fastgessl.evaluate.tasks import TASKS
-from fastgessl.evaluate.tasks.conditions import Conditions, measure_conditions
-from fastgessl.evaluate.tasks.few_shot import FewShotResult, few_shot
+from fastgessl.evaluate.tasks.conditions import measure_conditions
+from fastgessl.evaluate.tasks.few_shot import few_shot
 from fastgessl.evaluate.tasks.geometry import (
-    Geometry,
     alignment,
     crowding_ratio,
     effective_rank,
@@ -19,18 +18,13 @@ from fastgessl.evaluate.tasks.geometry import (
     view_retrieval,
 )
 from fastgessl.evaluate.tasks.gradient_probes import (
-    GradientProbe,
-    GradientProbeResult,
     SgdProtocol,
     fit_gradient_probe,
     gradient_probe,
 )
 from fastgessl.evaluate.tasks.knn import Neighbours, knn_classify, knn_protocols
 from fastgessl.evaluate.tasks.linear import (
-    FractionResult,
-    LinearProbe,
-    ProbeResult,
-    Sigma,
+    Probe,
     few_label_probe,
     fit_probe,
     label_fraction_probe,
@@ -40,21 +34,13 @@ from fastgessl.evaluate.tasks.linear import (
 
 __all__ = [
     "TASKS",
-    "Conditions",
     "Evaluation",
     "EvaluationData",
     "Features",
-    "FewShotResult",
-    "FractionResult",
-    "Geometry",
-    "GradientProbe",
-    "GradientProbeResult",
-    "LinearProbe",
     "Neighbours",
     "OnlineProbe",
-    "ProbeResult",
+    "Probe",
     "SgdProtocol",
-    "Sigma",
     "alignment",
     "crowding_ratio",
     "effective_rank",
@@ -75,7 +61,6 @@ __all__ = [
     "measure_conditions",
     "measure_geometry",
     "monitor",
-    "raw_pixels",
     "sigma_to_labels",
     "uniformity",
     "view_retrieval",

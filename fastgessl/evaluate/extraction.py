@@ -15,9 +15,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from fastgessl.evaluate.features import (
     view_sample,
     with_progress,
 )
-from fastgessl.evaluate.sources import Source, subset
+from fastgessl.evaluate.sources import PER_IMAGE, Source, subset
 from fastgessl.evaluate.subject import untrained_encoder
 from fastgessl.pipelines.sources.images import Images
 
@@ -59,7 +59,15 @@ class Extractor:
 
     config: Config
     accelerator: Accelerator
-    cache: FeatureCache
+    cache: Path | None = None
+    """The folder that keeps features; None keeps none."""
+    quiet: bool = False
+    """Shows no progress, for want of a bar or because another is up."""
+
+    @property
+    def progress(self) -> bool:
+        """Whether this process shows how far it is."""
+        return self.accelerator.is_main_process and not self.quiet
 
     @property
     def still(self) -> pipelines.ViewSpec:
@@ -108,55 +116,40 @@ class Extractor:
         return self.loader(images, view_specs(self.config), sharded=False, batch_size=batch_size)
 
     def features(
-        self,
-        row: str,
-        encoder: nn.Module | Literal["pixels"],
-        name: str,
-        images: Images,
-        views: Sequence[pipelines.ViewSpec],
+        self, row: str, encoder: nn.Module, name: str, images: Images, views: Sequence[pipelines.ViewSpec]
     ) -> tuple[Features, ...]:
         """Features of `images`, one `Features` per view; kept under `row` and `name`, except raw pixels,
         which cost nothing to make again.
         """
-        net, device, cache = encoder, self.accelerator.device, self.cache
-        if net == "pixels":
-            net, device, cache = Pixels(), torch.device("cpu"), FeatureCache(None)
+        raw = isinstance(encoder, Pixels)
+        device = torch.device("cpu") if raw else self.accelerator.device
 
         def extract(part: Images) -> tuple[Features, ...]:
-            loader: Any = self.loader(part, views)
-            try:
-                return extract_views(net, loader, device, self.accelerator.is_main_process)
-            finally:
-                loader.close()
+            with closing(self.loader(part, views)) as loader:
+                return extract_views(encoder, loader, device, self.progress)
 
-        key = digest_of(net, images, views, self.config.train.seed) if cache.folder is not None else ""
-        return cache.features(re.sub("[ /:]", "-", f"{row}-{name}"), key, images, extract)
+        if self.cache is None or raw:
+            return extract(images)
+        key = digest_of(encoder, images, views, self.config.train.seed)
+        return cached(self.cache / re.sub("[ /:]", "-", f"{row}-{name}"), key, images, extract)
 
     def row(
-        self,
-        name: str,
-        encoder: nn.Module | Literal["pixels"],
-        source: Source,
-        *,
-        with_views: bool,
-        whole_pool: bool = False,
+        self, name: str, encoder: nn.Module, source: Source, *, with_views: bool, whole_pool: bool = False
     ) -> RowFeatures:
         """All features of one encoder on one data set: of two augmented views too if asked for; with
         `whole_pool`, few-shot episodes are drawn from all of a set without a test split.
         """
-        seed = self.config.train.seed
+        seed, held_out, pool, views = self.config.train.seed, source.test is None, None, None
+        seen = source.train if source.test is None else source.test
         (train,) = self.features(name, encoder, f"{source.slug}-train", source.train, [self.still])
-        pool, views = None, None
-        if source.test is not None:
-            (test,) = self.features(name, encoder, f"{source.slug}-test", source.test, [self.still])
-        else:
+        if held_out:
             pool = train if whole_pool else None
             train, test = train.hold_out(source.held_out(seed))
+        else:
+            (test,) = self.features(name, encoder, f"{source.slug}-test", seen, [self.still])
         if with_views:
-            seen = source.train if source.test is None else source.test
             sample = subset(seen, view_sample(len(seen), seed).numpy())
             views = self.features(name, encoder, f"{source.slug}-views", sample, self.pair)
-        held_out = source.test is None
         return RowFeatures(train, test, views, pool, held_out, self.accelerator.device)
 
     def untrained(self, images: Images) -> nn.Module:
@@ -164,55 +157,49 @@ class Extractor:
         initial 0 and 1 it would be a weaker baseline than it is."""
         backbone = untrained_encoder(self.config).to(self.accelerator.device)
         backbone = backbone.to(memory_format=torch.channels_last)
-        loader = self.loader(images, [self.still], sharded=False)
-        update_bn((batch.views[0] for batch in itertools.islice(loader, CALIBRATION_BATCHES)), backbone)
-        loader.close()
+        with closing(self.loader(images, [self.still], sharded=False)) as loader:
+            update_bn((batch.views[0] for batch in itertools.islice(loader, CALIBRATION_BATCHES)), backbone)
         return backbone
 
 
-@dataclass(frozen=True)
-class FeatureCache:
-    """A folder of cached features.
+def cached(
+    folder: Path, key: str, images: Images, extract: Callable[[Images], tuple[Features, ...]]
+) -> tuple[Features, ...]:
+    """The features of `images`, one `Features` per view, from `folder` where its key is `key`, else by
+    `extract`, part by part.
+
+    `extract` numbers the images it is given from 0. Every rank calls this; the first one writes.
 
     >>> import tempfile
     >>> images = pipelines.ArrayImages(np.zeros((3, 4, 4, 3), dtype=np.uint8))
-    >>> cache = FeatureCache(Path(tempfile.mkdtemp()))
     >>> calls = []
     >>> def extract(part):
     ...     calls.append(len(part))
     ...     return (Features(torch.ones(len(part), 2), None, torch.arange(len(part))),)
-    >>> [len(cache.features("train", "key", images, extract)[0]) for _ in range(2)], calls
+    >>> folder = Path(tempfile.mkdtemp()) / "train"
+    >>> [len(cached(folder, "key", images, extract)[0]) for _ in range(2)], calls
     ([3, 3], [3])
     """
-
-    folder: Path | None
-    """Where the features are kept; None keeps nothing."""
-
-    def features(
-        self, name: str, key: str, images: Images, extract: Callable[[Images], tuple[Features, ...]]
-    ) -> tuple[Features, ...]:
-        """The features of `images`, one `Features` per view, from the folder `name` where its key is `key`,
-        else by `extract`, part by part.
-
-        `extract` numbers the images it is given from 0. Every rank calls this; the first one writes.
-        """
-        starts = range(0, len(images), PART_IMAGES)
-        folder = None if self.folder is None else self.folder / name
-        if folder is not None and is_first_rank():
-            _make_ready(folder, key)
-        parts = []
-        for start in with_progress(starts, f"features of {name}", len(starts) > 1 and is_first_rank()):
+    starts = range(0, len(images), PART_IMAGES)
+    if is_first_rank():
+        _make_ready(folder, key)
+    parts = []
+    for start in with_progress(starts, f"features of {folder.name}", len(starts) > 1 and is_first_rank()):
+        path = folder / f"{start:09d}.safetensors"
+        part = _read(path)
+        # Ranks extract together, so all of them must have read it.
+        if not all(gathered(part is not None)) or part is None:
             chosen = np.arange(start, min(start + PART_IMAGES, len(images)))
-            path = None if folder is None else folder / f"{start:09d}.safetensors"
-            part = None if path is None else _read(path)
-            # Ranks extract together, so all of them must have read it.
-            everywhere = all(gathered(part is not None))
-            if part is None or not everywhere:
-                part = extract(images if len(starts) == 1 else subset(images, chosen))
-                if path is not None and is_first_rank():
-                    _write(path, part)
-            parts.append(tuple(replace(view, index=view.index + start) for view in part))
-        return tuple(_joined(views) for views in zip(*parts, strict=True))
+            views = extract(images if len(starts) == 1 else subset(images, chosen))
+            part = {f"view{number}": view.features for number, view in enumerate(views)}
+            part |= {"index": views[0].index}
+            part |= {} if views[0].labels is None else {"labels": views[0].labels}
+            if is_first_rank():
+                save_whole(part, path)
+        parts.append(part | {"index": part["index"] + start})
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    index, labels = whole.pop("index"), whole.pop("labels", None)
+    return tuple(Features(whole[view], labels, index) for view in sorted(whole))
 
 
 def digest_of(
@@ -242,16 +229,14 @@ def digest_of_images(images: Images) -> str:
     False
     """
     digest = hashlib.sha256(repr(images.classes).encode())
-    if images.labels is not None:
-        digest.update(images.labels.tobytes())
-    if isinstance(images, pipelines.ArrayImages):
-        digest.update(repr(images.images.shape).encode())
-        digest.update(np.ascontiguousarray(images.images).data)
-        return digest.hexdigest()
-    for path in getattr(images, "paths", ()) or getattr(images, "shards", ()):
-        digest.update(f"{path}\0{_state_of(path)}\n".encode("utf-8", "surrogateescape"))
-    for place in ("shard", "offset", "length"):
-        digest.update(np.ascontiguousarray(getattr(images, place, np.empty(0))).tobytes())
+    for name in (*PER_IMAGE, "shards"):
+        values = getattr(images, name, ())
+        if isinstance(values, np.ndarray):
+            digest.update(repr(values.shape).encode())
+            digest.update(np.ascontiguousarray(values).data)
+        elif name in ("paths", "shards"):
+            for path in values:
+                digest.update(f"{path}\0{_state_of(path)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -283,26 +268,9 @@ def _make_ready(folder: Path, key: str) -> None:
     mark.write_text(json.dumps(key))
 
 
-def _read(path: Path) -> tuple[Features, ...] | None:
+def _read(path: Path) -> dict[str, Tensor] | None:
     """A part; None if it is absent or damaged."""
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (FileNotFoundError, SafetensorError):
         return None
-    views = [tensors[f"view{number}"] for number in range(sum(name.startswith("view") for name in tensors))]
-    return tuple(Features(view, tensors.get("labels"), tensors["index"]) for view in views)
-
-
-def _write(path: Path, part: tuple[Features, ...]) -> None:
-    tensors = {f"view{number}": view.features for number, view in enumerate(part)}
-    tensors["index"] = part[0].index
-    if part[0].labels is not None:
-        tensors["labels"] = part[0].labels
-    save_whole(tensors, path)
-
-
-def _joined(views: Sequence[Features]) -> Features:
-    labels = [view.labels for view in views if view.labels is not None]
-    features = torch.cat([view.features for view in views])
-    index = torch.cat([view.index for view in views])
-    return Features(features, torch.cat(labels) if labels else None, index)

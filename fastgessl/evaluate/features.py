@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgessl.config import UsageError
+from fastgessl.distributed import world_group
 
 # 10,000 photos of 224 pixels would fill 6 GB as they are.
 LARGEST_PIXEL_SIDE = 32
@@ -71,7 +72,7 @@ class RowFeatures:
     train: Features
     test: Features
     views: tuple[Features, ...] | None = None
-    """The two augmented views of each image; None if there are none."""
+    """Two augmented views of each image of a `view_sample`; None if there are none."""
     pool: Features | None = None
     """Images that few-shot episodes are drawn from; None draws from the test images."""
     held_out: bool = False
@@ -96,15 +97,12 @@ class RowFeatures:
         """How many classes the training labels have; 0 without labels."""
         return 0 if self.train.labels is None else len(self.train.labels.unique())
 
-    def view_pair(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Both views of a seeded sample of the images, (N, F) each."""
+    @property
+    def view_pair(self) -> tuple[Tensor, Tensor]:
+        """Both views of each image, (N, F) each."""
         assert self.views is not None
-        if len(self.views) != 2:
-            raise ValueError(
-                f"The loader of augmented views yields {len(self.views)} views an image; geometry takes two."
-            )
-        rows = view_sample(len(self.views[0]), seed)
-        return self.views[0].features[rows], self.views[1].features[rows]
+        first, second = self.views
+        return first.features, second.features
 
 
 def view_sample(count: int, seed: int) -> Tensor:
@@ -166,8 +164,8 @@ def extract_views(
 
 
 class Pixels(nn.Module):
-    """No encoder: views (B, 3, S, S) flattened to (B, 3·S·S), averaged down to 32 × 32 first where they are
-    larger.
+    """No encoder, the baseline that any encoder has to beat: views (B, 3, S, S) flattened to (B, 3·S·S),
+    averaged down to 32 × 32 first where they are larger.
 
     >>> Pixels()(torch.ones(2, 3, 224, 224)).shape
     torch.Size([2, 3072])
@@ -177,16 +175,6 @@ class Pixels(nn.Module):
         if max(view.shape[-2:]) > LARGEST_PIXEL_SIDE:
             view = F.adaptive_avg_pool2d(view, LARGEST_PIXEL_SIDE)
         return view.flatten(1)
-
-
-def raw_pixels(loader: Iterable[Any], progress: bool = False) -> Features:
-    """The evaluation views themselves, as `Pixels` flattens them: the baseline that any encoder has to beat.
-
-    >>> from types import SimpleNamespace as Batch
-    >>> raw_pixels([Batch(views=[torch.ones(2, 3, 4, 4)], index=torch.arange(2), label=None)]).features.sum()
-    tensor(96.)
-    """
-    return extract_features(Pixels(), loader, "cpu", progress)
 
 
 def with_progress(items: Iterable[Item], what: str, progress: bool) -> Iterable[Item]:
@@ -203,7 +191,7 @@ def with_progress(items: Iterable[Item], what: str, progress: bool) -> Iterable[
 
 def gathered(mine: Item) -> list[Item]:
     """What every rank has, in the order of the ranks; only `mine` where there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if world_group() is None:
         return [mine]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
@@ -212,14 +200,14 @@ def gathered(mine: Item) -> list[Item]:
 
 def is_first_rank() -> bool:
     """Whether this process writes and prints: rank 0, or the only one."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return world_group() is None or dist.get_rank() == 0
 
 
 def on_first_rank(measure: Callable[[], Found]) -> Found:
     """Measure on rank 0; every rank waits for what it found, as long as the process group's timeout allows,
     and returns it or raises its error.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if world_group() is None:
         return measure()
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:

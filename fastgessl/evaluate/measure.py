@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Group
-from torch import Tensor, nn
+from torch import nn
 
 from fastgessl.config import EvaluateConfig
 from fastgessl.evaluate.features import (
-    Features,
     Pixels,
     RowFeatures,
     extract_features,
     extract_views,
     on_first_rank,
+    view_sample,
     with_progress,
 )
 from fastgessl.evaluate.online import OnlineProbe
@@ -40,9 +40,6 @@ class EvaluationData:
     out."""
     views: Iterable[Any] | None = None
     """Two augmented views per image, for geometry."""
-    held_out: Tensor | None = None
-    """(H,) which training images are held out without a test split; None draws a fifth of those that the
-    loader yields."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +62,16 @@ class Evaluation:
     @staticmethod
     def from_json(found: Mapping[str, Any], data: str = "") -> Evaluation:
         """As `to_json` wrote it; options of another version are passed over."""
-        fields = EvaluateConfig.model_fields
-        known = {key: value for key, value in found["settings"].items() if key in fields}
+        known = EvaluateConfig.model_fields.keys() & found["settings"].keys()
+        settings = EvaluateConfig(**{key: found["settings"][key] for key in known})
         return Evaluation(
-            found["rows"],
-            tuple(found["tasks"]),
-            found["skipped"],
-            found["images"],
-            EvaluateConfig(**known),
-            data,
+            found["rows"], tuple(found["tasks"]), found["skipped"], found["images"], settings, data
         )
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain strings, integers, floats and lists; null for what is infinite."""
-        return plain(
-            {
-                "rows": self.rows,
-                "tasks": self.tasks,
-                "skipped": self.skipped,
-                "images": self.images,
-                "settings": self.settings.model_dump(mode="json"),
-            }
-        )
+        written = {key: value for key, value in vars(self).items() if key != "data"}
+        return plain(written | {"settings": self.settings.model_dump(mode="json")})
 
     def table(self) -> Group:
         """The tables as rich prints them."""
@@ -177,31 +162,35 @@ def evaluate(
         )
     if not any(task.needs_views for task in wanted):
         data = replace(data, views=None)
-    extracted = {name: _extract(encoder, data, seed, device, progress) for name, encoder in rows.items()}
+
+    def extract(encoder: nn.Module | Literal["pixels"]) -> RowFeatures:
+        net, place = (Pixels(), "cpu") if encoder == "pixels" else (encoder, device)
+        train = extract_features(net, data.train, place, progress)
+        if data.test is not None:
+            test = extract_features(net, data.test, place, progress)
+        elif train.labels is not None:
+            train, test = (train.subset(rows) for rows in held_out_test(train.labels, seed))
+        else:
+            test = train.subset(train.index[:0])
+        views = None if data.views is None else extract_views(net, data.views, place, progress)
+        if views is not None:
+            if len(views) != 2:
+                raise ValueError(
+                    f"The loader of augmented views yields {len(views)} views an image; geometry takes two."
+                )
+            views = tuple(view.subset(view_sample(len(view), seed)) for view in views)
+        return RowFeatures(train, test, views, held_out=data.test is None, device=device)
+
+    extracted = {name: extract(encoder) for name, encoder in rows.items()}
     return measure(extracted, settings, seed, progress=progress)
 
 
 def monitor(
-    encoder: nn.Module,
-    data: EvaluationData,
-    settings: EvaluateConfig,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    probe: OnlineProbe | None = None,
+    features: RowFeatures, settings: EvaluateConfig, probe: OnlineProbe | None = None
 ) -> dict[str, float]:
     """The quick look during training: effective rank, and with labels k-NN accuracy and the online probe's,
     if there is one, on the test images.
-
-    Takes the same images as `evaluate` with the same `seed`, and leaves the encoder as it was. Every rank
-    calls it.
     """
-    features = _extract(encoder, replace(data, views=None), seed, device, progress=False)
-    return on_first_rank(lambda: _quick_look(features, settings, probe))
-
-
-def _quick_look(
-    features: RowFeatures, settings: EvaluateConfig, probe: OnlineProbe | None
-) -> dict[str, float]:
     measured = {"effective_rank": effective_rank(features.train.features)}
     if unusable_labels(features.train.labels, features.test.labels):
         return measured
@@ -259,31 +248,6 @@ def _measure(
         "held_out": int(sample.held_out),
     }
     return Evaluation(found, tuple(task.name for task in tasks), skipped, images, settings)
-
-
-def _extract(
-    encoder: nn.Module | Literal["pixels"],
-    data: EvaluationData,
-    seed: int,
-    device: torch.device | str,
-    progress: bool,
-) -> RowFeatures:
-    net: nn.Module = Pixels() if encoder == "pixels" else encoder
-    place = torch.device("cpu" if encoder == "pixels" else device)
-    train = extract_features(net, data.train, place, progress)
-    if data.test is not None:
-        test = extract_features(net, data.test, place, progress)
-    else:
-        train, test = train.hold_out(_drawn(train, seed) if data.held_out is None else data.held_out)
-    views = None if data.views is None else extract_views(net, data.views, place, progress)
-    return RowFeatures(train, test, views, held_out=data.test is None, device=torch.device(device))
-
-
-def _drawn(features: Features, seed: int) -> Tensor:
-    """The images that are held out of those with features; none without labels."""
-    if features.labels is None:
-        return features.index[:0]
-    return features.index[held_out_test(features.labels, seed)[1]]
 
 
 def plain(value: Any) -> Any:

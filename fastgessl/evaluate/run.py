@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +20,9 @@ from torch import Tensor, nn
 from fastgessl import pipelines, runs
 from fastgessl.config import Config, UsageError
 from fastgessl.distributed import build_accelerator, continues_alone
-from fastgessl.evaluate.extraction import Extractor, FeatureCache
-from fastgessl.evaluate.features import RowFeatures
-from fastgessl.evaluate.measure import Evaluation, EvaluationData, measure, monitor, plain, tables_of
+from fastgessl.evaluate.extraction import Extractor
+from fastgessl.evaluate.features import Pixels, RowFeatures, on_first_rank
+from fastgessl.evaluate.measure import Evaluation, measure, monitor, plain, tables_of
 from fastgessl.evaluate.online import OnlineProbe
 from fastgessl.evaluate.sources import Source, labels_of, open_transfer, require_labels
 from fastgessl.evaluate.subject import Subject
@@ -37,20 +39,19 @@ class RunEvaluation:
     """
 
     def __init__(
-        self, config: Config, images: Images, accelerator: Accelerator, cache: FeatureCache | None = None
+        self, config: Config, images: Images, accelerator: Accelerator, cache: Path | None = None
     ) -> None:
         self._config = config
         self._accelerator = accelerator
-        self._extractor = Extractor(config, accelerator, cache or FeatureCache(None))
+        self._extractor = Extractor(config, accelerator, cache)
         test = pipelines.open_images(config.data.name, config.data.root, "test")
-        own = Source(config.data.name, images, test)
+        self._own = own = Source(config.data.name, images, test)
         self._sources = [own, *_transfer_sources(config)]
-        seed = config.train.seed
-        facts = DataFacts(*own.judged_labels(seed), views=True)
-        self._tasks, _ = plan_tasks(config.evaluate, facts)
+        learned, judged = (labels_of(part) for part in own.splits(config.train.seed))
+        self._tasks, _ = plan_tasks(config.evaluate, DataFacts(learned, judged, views=True))
         for source in self._sources[1:]:
-            _require_measurable(source, config, self._tasks)
-        self._held_out = own.held_out(seed)
+            with _named(source):
+                _require_measurable(source, config, self._tasks)
         self.probe: OnlineProbe | None = None
         labels = labels_of(images)
         if config.evaluate.every_epochs and labels is not None:
@@ -58,8 +59,8 @@ class RunEvaluation:
             self.probe = OnlineProbe(width, int(labels.max()) + 1).to(accelerator.device)
         # A method that reads labels never gets the images that are held out, and numbers the others again:
         # see `trained_on`.
-        unlearned = self._held_out[:0] if _reads_labels(config) else self._held_out
-        self._unlearned = unlearned.to(accelerator.device)
+        held_out = own.held_out(config.train.seed)
+        self._unlearned = held_out[: 0 if _reads_labels(config) else None].to(accelerator.device)
 
     def observe(self, outputs: Outputs, labels: Tensor | None, index: Tensor) -> None:
         """Let the online probe, if there is one, learn from the first view's features (V, N, F) of a training
@@ -70,17 +71,10 @@ class RunEvaluation:
     def during_training(self, backbone: nn.Module) -> dict[str, float]:
         """Effective rank, and with labels k-NN accuracy and the online probe's. Every rank calls it."""
         _adopt_first_ranks_statistics(backbone)
-        own, extractor = self._sources[0], self._extractor
-        train = extractor.loader(own.train, [extractor.still])
-        test = None if own.test is None else extractor.loader(own.test, [extractor.still])
-        try:
-            device, seed = self._accelerator.device, self._config.train.seed
-            data = EvaluationData(train, test, held_out=self._held_out)
-            return monitor(backbone, data, self._config.evaluate, seed, device, self.probe)
-        finally:
-            for loader in (train, test):
-                if loader is not None:
-                    loader.close()
+        # Training's own bar is up.
+        extractor = replace(self._extractor, quiet=True)
+        features = extractor.row("", backbone, self._own, with_views=False)
+        return on_first_rank(lambda: monitor(features, self._config.evaluate, self.probe))
 
     def finish(
         self, backbone: nn.Module, run: Path, facts: Mapping[str, Any], name: str = "this run"
@@ -91,10 +85,9 @@ class RunEvaluation:
         The ranks share the extraction of features; then the process group ends, and rank 0 measures alone.
         """
         _adopt_first_ranks_statistics(backbone)
-        own = self._sources[0]
-        rows: dict[str, nn.Module | Literal["pixels"]] = {
-            "raw pixels": "pixels",
-            "untrained encoder": self._extractor.untrained(own.train),
+        rows = {
+            "raw pixels": Pixels(),
+            "untrained encoder": self._extractor.untrained(self._own.train),
             name: backbone,
         }
         features = {
@@ -104,7 +97,7 @@ class RunEvaluation:
         if not continues_alone(self._accelerator):
             return
         found = {source.name: self._measured(source, features[source.name]) for source in self._sources}
-        measured = found.pop(own.name).to_json() | {"data": own.name}
+        measured = found.pop(self._own.name).to_json() | {"data": self._own.name}
         if found:
             measured["transfer"] = {data: each.to_json() for data, each in found.items()}
         work = Work(rows, features, self._sources, self._extractor, run)
@@ -116,15 +109,15 @@ class RunEvaluation:
         for table in tables_of(measured):
             console.print(table.terminal())
         runs.write_json(run / "evaluation.json", measured)
-        summary = {"recipe": self._config.recipe, "run": run.name, **facts, "evaluation": measured}
-        runs.write_json(run / "summary.json", summary)
+        own = {"recipe": self._config.recipe, "run": run.name}
+        runs.write_json(run / "summary.json", {**own, **facts, **own, "evaluation": measured})
         print(f"run folder: {run}", flush=True)
 
-    def _features(self, row: str, encoder: nn.Module | Literal["pixels"], source: Source) -> RowFeatures:
+    def _features(self, row: str, encoder: nn.Module, source: Source) -> RowFeatures:
         """Of a transfer set no augmented views, and few-shot episodes from all of it where it has no test
         split.
         """
-        transfer = source is not self._sources[0]
+        transfer = source is not self._own
         wanted = any(task.needs_views for task in wanted_tasks(self._config.evaluate))
         return self._extractor.row(
             row, encoder, source, with_views=wanted and not transfer, whole_pool=transfer
@@ -132,12 +125,10 @@ class RunEvaluation:
 
     def _measured(self, source: Source, features: Mapping[str, RowFeatures]) -> Evaluation:
         """The tasks of frozen features on one data set."""
-        seed, progress = self._config.train.seed, self._accelerator.is_main_process
-        transfer = source is not self._sources[0]
-        try:
+        seed, progress = self._config.train.seed, self._extractor.progress
+        transfer = source is not self._own
+        with _named(source):
             return measure(features, self._config.evaluate, seed, transfer=transfer, progress=progress)
-        except UsageError as error:
-            raise UsageError(f"{source.name}: {error}") from None
 
 
 def trained_on(config: Config, images: Images) -> Images:
@@ -150,7 +141,7 @@ def trained_on(config: Config, images: Images) -> Images:
     if not _reads_labels(config):
         return images
     test = pipelines.open_images(config.data.name, config.data.root, "test")
-    return images if test is not None else Source(config.data.name, images, None).splits(config.train.seed)[0]
+    return Source(config.data.name, images, test).splits(config.train.seed)[0]
 
 
 def evaluate_subject(subject: Subject) -> None:
@@ -160,9 +151,11 @@ def evaluate_subject(subject: Subject) -> None:
     images = pipelines.open_images(config.data.name, config.data.root)
     assert images is not None  # only a test split can be absent
     encoder = subject.encoder.to(accelerator.device).to(memory_format=torch.channels_last)
-    cache = FeatureCache(subject.folder / "features" if config.evaluate.cache else None)
-    evaluation = RunEvaluation(config, images, accelerator, cache)
-    evaluation.finish(encoder, subject.folder, _earlier_facts(subject.folder), subject.name)
+    # What training wrote beside the evaluation stays.
+    summary = subject.folder / "summary.json"
+    facts = json.loads(summary.read_text()) if summary.is_file() else {}
+    evaluation = RunEvaluation(config, images, accelerator, subject.cache)
+    evaluation.finish(encoder, subject.folder, facts, subject.name)
 
 
 def _reads_labels(config: Config) -> bool:
@@ -183,24 +176,23 @@ def _transfer_sources(config: Config) -> list[Source]:
     return sources
 
 
-def _require_measurable(source: Source, config: Config, tasks: Iterable[EvaluationTask]) -> None:
-    """UsageError, naming the data set, for a task that a data set to transfer to does not allow."""
-    train, test = source.judged_labels(config.train.seed)
-    pool = labels_of(source.train) if source.test is None else None
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Inside, a UsageError names the data set."""
     try:
-        plan_tasks(config.evaluate, DataFacts(train, test, pool), transfer=True)
-        for task in tasks:
-            if task.tables and task.transfer:
-                require_labels(task.name, train, test)
+        yield
     except UsageError as error:
         raise UsageError(f"{source.name}: {error}") from None
 
 
-def _earlier_facts(folder: Path) -> dict[str, Any]:
-    """What training wrote into summary.json beside the evaluation."""
-    summary = folder / "summary.json"
-    written = json.loads(summary.read_text()) if summary.is_file() else {}
-    return {key: value for key, value in written.items() if key not in ("recipe", "run", "evaluation")}
+def _require_measurable(source: Source, config: Config, tasks: Iterable[EvaluationTask]) -> None:
+    """UsageError for a task that a data set to transfer to does not allow."""
+    train, test = (labels_of(part) for part in source.splits(config.train.seed))
+    pool = labels_of(source.train) if source.test is None else None
+    plan_tasks(config.evaluate, DataFacts(train, test, pool), transfer=True)
+    for task in tasks:
+        if task.tables and task.transfer:
+            require_labels(task.name, train, test)
 
 
 def _adopt_first_ranks_statistics(backbone: nn.Module) -> None:

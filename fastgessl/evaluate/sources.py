@@ -5,6 +5,7 @@ from training labels alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,23 +53,10 @@ class Source:
         """Training and test images: without a test split those that are not held out and those that are;
         without labels all, twice.
         """
-        if self.test is not None:
-            return self.train, self.test
-        if self.train.labels is None:
-            return self.train, self.train
+        if self.test is not None or self.train.labels is None:
+            return self.train, self.train if self.test is None else self.test
         held = self.held_out(seed).numpy()
-        kept = np.setdiff1d(np.arange(len(self.train)), held)
-        return subset(self.train, kept), subset(self.train, held)
-
-    def judged_labels(self, seed: int) -> tuple[Tensor | None, Tensor | None]:
-        """The labels that probes will learn from and be judged by, without a test split those of the images
-        that are held out.
-        """
-        labels = labels_of(self.train)
-        if self.test is not None or labels is None:
-            return labels, None if self.test is None else labels_of(self.test)
-        kept, held = held_out_test(labels, seed)
-        return labels[kept], labels[held]
+        return subset(self.train, np.setdiff1d(np.arange(len(self.train)), held)), subset(self.train, held)
 
 
 def open_source(name: str, root: Path | None, shown: str = "") -> Source:
@@ -140,12 +128,18 @@ def hold_out(labels: Tensor, fraction: float, generator: torch.Generator) -> tup
     >>> len(kept), (held < 10).sum().item(), (held >= 10).sum().item()
     (12, 2, 1)
     """
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held = _drawn(labels, lambda count: min(round(fraction * count), count - 1), generator)
+    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+
+
+def _drawn(labels: Tensor, take: Callable[[int], int], generator: torch.Generator) -> Tensor:
+    """Which rows of `labels` (N,) are drawn, (N,) bool: `take(n)` of each class of n."""
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
-        take = min(round(fraction * len(members)), len(members) - 1)
-        held[members[torch.randperm(len(members), generator=generator)[:take]]] = True
-    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+        order = torch.randperm(len(members), generator=generator)
+        drawn[members[order[: take(len(members))]]] = True
+    return drawn
 
 
 def held_out_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -180,12 +174,7 @@ def draw_fraction(labels: Tensor, fraction: float, generator: torch.Generator) -
     >>> draw_fraction(torch.tensor([0] * 20 + [1] * 3), 0.1, torch.Generator().manual_seed(0)).shape
     torch.Size([3])
     """
-    chosen = []
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        take = max(1, round(fraction * len(members)))
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:take]])
-    return torch.cat(chosen).sort().values
+    return _drawn(labels, lambda count: max(1, round(fraction * count)), generator).nonzero().squeeze(1)
 
 
 def too_few_labels(labels: Tensor, per_class: int) -> str:

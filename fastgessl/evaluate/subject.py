@@ -34,6 +34,11 @@ class Subject:
     folder: Path
     """Where results and cached features go: the run's own folder for a run."""
 
+    @property
+    def cache(self) -> Path | None:
+        """Where features are kept; None if they are not."""
+        return self.folder / "features" if self.config.evaluate.cache else None
+
 
 def base_config(target: str) -> Config:
     """The configuration that options are laid over: a run's own, or one with the model and the views that the

@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from fastgessl.report.record import Series
+from fastgessl.report.records import Series
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -21,11 +22,12 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import confusion_matrix
+from sklearn.preprocessing import minmax_scale
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from fastgessl.evaluate.extraction import Extractor, FeatureCache
+from fastgessl.evaluate.extraction import Extractor
 from fastgessl.evaluate.sources import Source, subset, unusable_labels
 from fastgessl.evaluate.subject import Subject
 from fastgessl.evaluate.tables import Table
@@ -51,8 +53,7 @@ class Gallery:
     def __init__(self, subject: Subject, source: Source, accelerator: Accelerator) -> None:
         config = subject.config
         self._config, self._source = config, source
-        cache = FeatureCache(subject.folder / "features" if config.evaluate.cache else None)
-        self._extractor = Extractor(config, accelerator, cache)
+        self._extractor = Extractor(config, accelerator, subject.cache)
         encoder = subject.encoder.to(accelerator.device)
         encoder = encoder.to(memory_format=torch.channels_last)
         # The names and keys of `fastgessl evaluate`, whose features are then used.
@@ -64,9 +65,8 @@ class Gallery:
         self._sample = self._seen.subset(order[:POINTS].sort().values)
         # A bad file has no row, so that rows are not numbers of images.
         images = subset(self._shown, self._sample.index.numpy())
-        loader = self._extractor.loader(images, [self._extractor.still], sharded=False)
-        self._thumbnails = self._sheet("thumb", torch.cat([batch.views[0].cpu() for batch in loader]))
-        loader.close()
+        with closing(self._extractor.loader(images, [self._extractor.still], sharded=False)) as loader:
+            self._thumbnails = self._sheet("thumb", torch.cat([batch.views[0].cpu() for batch in loader]))
         self._views, self._view_columns = self._view_sheet()
 
     def styles(self) -> str:
@@ -75,36 +75,45 @@ class Gallery:
 
     def view_grid(self) -> str:
         """A row per image: itself, then the views that training makes of it."""
-        columns = self._view_columns
-        rows = ""
-        for start in range(0, self._views.count, columns):
-            views = [self._views.picture(number, "view") for number in range(start + 1, start + columns)]
-            rows += f"<div>{self._views.picture(start, 'image')}{''.join(views)}</div>"
+        columns, captions = self._view_columns, ["image", *["view"] * (self._view_columns - 1)]
+        pictures = [
+            self._views.picture(number, captions[number % columns]) for number in range(self._views.count)
+        ]
+        rows = [
+            f"<div>{''.join(pictures[start : start + columns])}</div>"
+            for start in range(0, len(pictures), columns)
+        ]
         return (
-            f'<div class="views" style="--n:{columns}">{rows}</div>'
+            f'<div class="views" style="--n:{columns}">{"".join(rows)}</div>'
             "<p>Left the image, to its right the views of one epoch.</p>"
         )
 
     def embedding_map(self) -> str:
         """Every layout of the features, a dot per image; a pointer shows the picture and its label."""
-        labels = None if self._sample.labels is None else self._sample.labels.numpy()
-        classes = self._shown.classes
-        figures = ""
+        labels = self._sample.labels
+        names = self._shown.classes
+        maps = {}
         if len(self._sample) > 3:
-            for name, points in layouts(self._sample.features, self._config.train.seed).items():
-                dots = scatter(name, points, labels, len(classes))
-                figures += f'<figure class="chart"><figcaption>{name}</figcaption>{dots}</figure>'
-        legend = ""
-        if labels is not None and 0 < len(classes) <= MOST_CLASSES:
-            for number, name in enumerate(classes):
-                style = color(number, len(classes))
-                legend += f'<li><span class="key dot" style="{style}"></span>{escape(name)}</li>'
+            maps = layouts(self._sample.features, self._config.train.seed)
+        figures = [
+            f'<figure class="chart"><figcaption>{name}</figcaption>'
+            f"{scatter(name, points, labels, len(names))}</figure>"
+            for name, points in maps.items()
+        ]
+        legend = [
+            f'<li><span class="key dot" style="{color(number, len(names))}"></span>{escape(name)}</li>'
+            for number, name in enumerate(names)
+            if labels is not None and len(names) <= MOST_CLASSES
+        ]
         about = (
             f"{len(self._sample)} of {len(self._seen)} {'training' if self._source.test is None else 'test'} "
             f"images, {'without labels' if labels is None else 'colors are classes'}. Point at or touch a "
             "dot to see its image."
         )
-        return f'<p>{about}</p><div class="charts maps">{figures}</div><ul class="legend">{legend}</ul>'
+        return (
+            f'<p>{about}</p><div class="charts maps">{"".join(figures)}</div>'
+            f'<ul class="legend">{"".join(legend)}</ul>'
+        )
 
     def points(self) -> list[dict[str, Any]]:
         """For each dot: its name, its label, and where its picture is on the sheet."""
@@ -128,11 +137,11 @@ class Gallery:
         rows = ""
         for query, found in zip(queries.tolist(), nearest.tolist(), strict=True):
             own = self._label(query)
-            rows += f"<div>{self._thumbnails.picture(query, f'query {own}', 'query')}"
+            pictures = [self._thumbnails.picture(query, f"query {own}", "query")]
             for number in found:
                 label = self._label(number)
-                rows += self._thumbnails.picture(number, label, "" if label == own else "other")
-            rows += f"<span>{escape(own)}</span></div>"
+                pictures.append(self._thumbnails.picture(number, label, "" if label == own else "other"))
+            rows += f"<div>{''.join(pictures)}<span>{escape(own)}</span></div>"
         frames = "" if self._sample.labels is None else " A red frame is another class."
         return (
             f"<p>Left the query, then its nearest neighbors by cosine.{frames}</p>"
@@ -149,7 +158,7 @@ class Gallery:
             return f'<p class="none">Not measured: {escape(obstacle)}</p>'
         assert test.labels is not None
         probe = fit_probe(train, self._config.train.seed)
-        predicted = probe.classes[probe.log_probabilities(test.features).argmax(dim=1)]
+        predicted = probe.predict(test.features)
         counts = confusion_matrix(test.labels.numpy(), predicted.numpy(), labels=probe.classes.numpy())
         about = (
             f"A linear probe on all training labels, {100 * probe.accuracy(test):.1f} % right on {len(test)} "
@@ -251,11 +260,7 @@ def layouts(features: Tensor, seed: int) -> dict[str, NDArray[np.float64]]:
         import umap
 
         found["UMAP"] = umap.UMAP(random_state=seed).fit_transform(principal)
-    extents = {name: np.ptp(points, axis=0) for name, points in found.items()}
-    return {
-        name: (points - points.min(axis=0)) / np.where(extents[name] > 0, extents[name], 1.0)
-        for name, points in found.items()
-    }
+    return {name: minmax_scale(points) for name, points in found.items()}
 
 
 def color(group: int, classes: int) -> str:
@@ -265,19 +270,21 @@ def color(group: int, classes: int) -> str:
     return f"--f:var(--c{group})" if classes <= 10 else f"--f:hsl({360 * group / classes:.0f} 62% 52%)"
 
 
-def scatter(name: str, points: NDArray[np.float64], groups: NDArray[np.int64] | None, classes: int) -> str:
-    """Coordinates (N, 2) as an SVG with a dot for each image, its number in `data-n`, colored by its group
+def scatter(name: str, points: NDArray[np.float64], labels: Tensor | None, classes: int) -> str:
+    """Coordinates (N, 2) as an SVG with a dot for each image, its number in `data-n`, colored by its label
     (N,).
     """
-    dots = ""
-    for number, (x, y) in enumerate(
-        10 + (MAP_SIZE - 20) * np.stack([points[:, 0], 1 - points[:, 1]], axis=1)
-    ):
-        hue = "" if groups is None else f' style="{color(int(groups[number]), classes)}"'
-        dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" data-n="{number}"{hue}/>'
+    hues = [""] * len(points)
+    if labels is not None:
+        hues = [f' style="{color(label, classes)}"' for label in labels.tolist()]
+    places = 10 + (MAP_SIZE - 20) * np.stack([points[:, 0], 1 - points[:, 1]], axis=1)
+    dots = [
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" data-n="{number}"{hue}/>'
+        for number, ((x, y), hue) in enumerate(zip(places, hues, strict=True))
+    ]
     return (
         f'<svg class="map" viewBox="0 0 {MAP_SIZE} {MAP_SIZE}" role="img" '
-        f'aria-label="{name} of the features">{dots}</svg>'
+        f'aria-label="{name} of the features">{"".join(dots)}</svg>'
     )
 
 
@@ -286,11 +293,8 @@ def heat_table(counts: NDArray[np.int64], names: list[str]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = ""
     for name, row in zip(names, counts, strict=True):
-        shares = row / max(row.sum(), 1)
-        cells = "".join(
-            f'<td style="--s:{share:.3f}">{count or ""}</td>'
-            for share, count in zip(shares, row, strict=True)
-        )
+        total = max(row.sum(), 1)
+        cells = "".join(f'<td style="--s:{count / total:.3f}">{count or ""}</td>' for count in row)
         body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
     return (
         '<p class="caption">Rows: what it is. Columns: what the probe says.</p><div class="scroll">'

@@ -17,10 +17,9 @@ from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate.measure import tables_of
 from fastgessl.evaluate.sources import open_source
 from fastgessl.evaluate.subject import open_subject
-from fastgessl.report.comparison import Kind, comparison_table, kinds_of
 from fastgessl.report.curves import line_chart
 from fastgessl.report.gallery import Gallery
-from fastgessl.report.record import Record, read_record
+from fastgessl.report.records import Kind, Record, comparison_table, kinds_of, read_record
 from fastgessl.report.throughput import bar, step_times
 
 # (key in metrics.jsonl or timing.jsonl, title, unit)

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastgessl import pipelines
 from fastgessl.evaluate import Features, extraction
-from fastgessl.evaluate.extraction import FeatureCache, digest_of
+from fastgessl.evaluate.extraction import cached, digest_of
 from fastgessl.evaluate.sources import subset
 
 VIEW = pipelines.evaluation_view(4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -46,8 +46,8 @@ def test_what_was_extracted_once_comes_back_to_the_last_digit(tmp_path, small_pa
     first, second = Extraction(), Extraction()
     images = pictures()
 
-    fresh = FeatureCache(tmp_path).features("x", "key", images, first)
-    again = FeatureCache(tmp_path).features("x", "key", images, second)
+    fresh = cached(tmp_path / "x", "key", images, first)
+    again = cached(tmp_path / "x", "key", images, second)
 
     assert (first.parts, second.parts) == ([4, 4, 2], [])
     assert fresh[0].features.equal(torch.from_numpy(images.images[:, 0, 0].copy()).float())
@@ -58,42 +58,27 @@ def test_what_was_extracted_once_comes_back_to_the_last_digit(tmp_path, small_pa
 
 def test_an_interrupted_extraction_continues_where_it_stopped(tmp_path, small_parts):
     with pytest.raises(KeyboardInterrupt):
-        FeatureCache(tmp_path).features("x", "key", pictures(), Extraction(fails_at=2))
+        cached(tmp_path / "x", "key", pictures(), Extraction(fails_at=2))
     rest = Extraction()
 
-    found = FeatureCache(tmp_path).features("x", "key", pictures(), rest)
+    found = cached(tmp_path / "x", "key", pictures(), rest)
 
     assert rest.parts == [2]
     assert found[0].features.equal(Extraction()(pictures())[0].features)
 
 
-def test_another_key_throws_the_old_features_away(tmp_path, small_parts):
-    FeatureCache(tmp_path).features("x", "key", pictures(), Extraction())
-    other = Extraction()
-
-    found = FeatureCache(tmp_path).features("x", "another", pictures(1), other)
-
-    assert other.parts == [4, 4, 2]
-    assert found[0].features.equal(Extraction()(pictures(1))[0].features)
-
-
-def test_a_damaged_part_is_extracted_again(tmp_path, small_parts):
-    FeatureCache(tmp_path).features("x", "key", pictures(), Extraction())
+@pytest.mark.parametrize(("key", "seed", "extracted"), [("another", 1, [4, 4, 2]), ("key", 0, [4])])
+def test_parts_of_another_key_and_damaged_ones_are_extracted_again(
+    tmp_path, small_parts, key, seed, extracted
+):
+    cached(tmp_path / "x", "key", pictures(), Extraction())
     (tmp_path / "x" / "000000004.safetensors").write_bytes(b"torn")
     again = Extraction()
 
-    found = FeatureCache(tmp_path).features("x", "key", pictures(), again)
+    found = cached(tmp_path / "x", key, pictures(seed), again)
 
-    assert again.parts == [4]
-    assert found[0].features.equal(Extraction()(pictures())[0].features)
-
-
-def test_without_a_folder_nothing_is_kept(small_parts):
-    counted = Extraction()
-    for _ in range(2):
-        FeatureCache(None).features("x", "key", pictures(), counted)
-
-    assert counted.parts == [4, 4, 2] * 2
+    assert again.parts == extracted
+    assert found[0].features.equal(Extraction()(pictures(seed))[0].features)
 
 
 def net(weight: float = 1.0, mean: float = 0.0) -> nn.Module:
@@ -122,21 +107,15 @@ def test_the_key_depends_on_weights_statistics_images_labels_view_and_settings()
     assert digest_of(net(), pictures(), [VIEW], 0) == keys[0]
 
 
-def test_the_key_of_image_files_follows_their_size_and_time(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"one")
+@pytest.mark.parametrize("before", [b"one", None], ids=["changed", "gone"])
+def test_the_key_of_image_files_follows_their_size_and_time(tmp_path, before):
+    if before is not None:
+        (tmp_path / "a.png").write_bytes(before)
     images = pipelines.FileImages((tmp_path / "a.png",))
-    before = digest_of(net(), images, [VIEW])
+    key = digest_of(net(), images, [VIEW])
     (tmp_path / "a.png").write_bytes(b"other")
 
-    assert digest_of(net(), images, [VIEW]) != before
-
-
-def test_the_key_of_a_file_that_is_gone_changes_when_it_is_back(tmp_path):
-    images = pipelines.FileImages((tmp_path / "a.png",))
-    before = digest_of(net(), images, [VIEW])
-    (tmp_path / "a.png").write_bytes(b"back")
-
-    assert digest_of(net(), images, [VIEW]) != before
+    assert digest_of(net(), images, [VIEW]) != key
 
 
 def test_a_subset_holds_the_chosen_images_and_labels(tmp_path):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fastgessl.config import UsageError
-from fastgessl.evaluate import Features, extract_features, extract_views, raw_pixels
-from fastgessl.evaluate.features import with_progress
+from fastgessl.evaluate import Features, extract_features, extract_views
+from fastgessl.evaluate.features import Pixels, with_progress
 
 
 def pictures(count: int = 20, seed: int = 0) -> torch.Tensor:
@@ -82,16 +82,18 @@ def test_views_are_extracted_side_by_side(loader):
 def test_raw_pixels_are_the_flattened_images(loader):
     images = pictures()
 
-    assert raw_pixels(loader([images.to(memory_format=torch.channels_last)], None)).features.equal(
-        images.reshape(20, -1)
-    )
+    assert extract_features(
+        Pixels(), loader([images.to(memory_format=torch.channels_last)], None), "cpu"
+    ).features.equal(images.reshape(20, -1))
 
 
 def test_raw_pixels_of_large_views_are_block_means(loader):
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     blocks = images.reshape(4, 3, 32, 2, 32, 2).mean(dim=(3, 5))
 
-    torch.testing.assert_close(raw_pixels(loader([images], None)).features, blocks.flatten(1))
+    torch.testing.assert_close(
+        extract_features(Pixels(), loader([images], None), "cpu").features, blocks.flatten(1)
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from fastgessl import pipelines
 from fastgessl.config import EvaluateConfig, UsageError
 from fastgessl.evaluate import (
     EvaluationData,
+    Features,
     OnlineProbe,
     effective_rank,
     evaluate,
@@ -24,7 +25,6 @@ from fastgessl.evaluate import (
     linear_probe,
     measure_geometry,
     monitor,
-    raw_pixels,
     sigma_to_labels,
 )
 from fastgessl.evaluate import (
@@ -33,6 +33,7 @@ from fastgessl.evaluate import (
 from fastgessl.evaluate import (
     tasks as task_plan,
 )
+from fastgessl.evaluate.features import RowFeatures
 from fastgessl.evaluate.tasks import TASKS, DataFacts, named_tasks, plan_tasks
 
 DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if task.default)
@@ -76,12 +77,13 @@ def test_the_report_holds_what_each_measurement_gives_alone(data):
 
     assert report.tasks == DEFAULT_TASKS and not report.skipped
     for name, take in (
-        ("raw pixels", raw_pixels),
-        ("this run", lambda part: extract_features(encoder(), part, "cpu")),
+        ("raw pixels", feature_module.Pixels()),
+        ("this run", encoder()),
     ):
-        train, test, row = take(data.train), take(data.test), report.rows[name]
-        assert row["linear"]["accuracy"] == linear_probe(train, test, seed=2).accuracy
-        assert tuple(row["few_labels"]["draws"]) == few_label_probe(train, test, 4, seed=2, repeats=3).draws
+        train, test = (extract_features(take, part, "cpu") for part in (data.train, data.test))
+        row = report.rows[name]
+        assert row["linear"]["accuracy"] == linear_probe(train, test, seed=2)["accuracy"]
+        assert row["few_labels"]["draws"] == few_label_probe(train, test, 4, seed=2, repeats=3)["draws"]
         assert row["knn"] == {
             "accuracy": knn_classify(train, test, 3, 0.07),
             "k": 3,
@@ -90,7 +92,7 @@ def test_the_report_holds_what_each_measurement_gives_alone(data):
         }
         assert (
             row["sigma"]["generalisation"]
-            == sigma_to_labels(train, test, fit_probe(train, seed=2)).generalisation
+            == sigma_to_labels(train, test, fit_probe(train, seed=2))["generalisation"]
         )
     assert report.rows["raw pixels"]["features"] == {"width": 108}
     assert report.rows["raw pixels"]["geometry"]["images"] == 90
@@ -103,10 +105,10 @@ def test_geometry_is_that_of_the_two_augmented_views(data):
     measured = report.rows["raw pixels"]["geometry"]
 
     expected = measure_geometry(first, second)
-    assert measured["effective_rank"] == pytest.approx(expected.effective_rank, rel=1e-6)
+    assert measured["effective_rank"] == pytest.approx(expected["effective_rank"], rel=1e-6)
     assert (measured["alignment"], measured["retrieval"]) == (
-        pytest.approx(expected.alignment),
-        expected.retrieval,
+        pytest.approx(expected["alignment"]),
+        expected["retrieval"],
     )
 
 
@@ -188,7 +190,8 @@ def test_data_without_labels_is_measured_by_geometry_alone_and_the_table_says_wh
     text = " ".join(printed(report).split())
     assert "30 images without labels" in text
     assert "not run: linear, few_labels, knn, sigma: the training images have no labels" in text
-    assert set(monitor(encoder(), unlabelled, SETTINGS)) == {"effective_rank"}
+    features = extract_features(encoder(), unlabelled.train, "cpu")
+    assert set(monitor(RowFeatures(features, features), SETTINGS)) == {"effective_rank"}
 
 
 def test_without_a_test_split_a_seeded_stratified_fifth_is_held_out(loader):
@@ -206,18 +209,14 @@ def test_without_a_test_split_a_seeded_stratified_fifth_is_held_out(loader):
     assert "18 held out of the training images" in " ".join(printed(report).split())
 
 
-def test_images_that_are_held_out_by_number_stay_so_where_others_are_missing(loader):
-    images, labels = pictures(90, 3, seed=0)
-    held = held_out_test(labels, seed=4)[1]
-    present = torch.tensor([image for image in range(90) if image not in (0, 1, 2, 3, 4, int(held[0]))])
-    kept, judged = present[~torch.isin(present, held)], held[1:]
-    readable = EvaluationData(loader([images], labels, order=present), held_out=held)
-    split = EvaluationData(loader([images[kept]], labels[kept]), loader([images[judged]], labels[judged]))
+def test_images_that_are_held_out_by_number_stay_so_where_others_are_missing():
+    present = torch.tensor([1, 2, 5, 6, 9])
+    features = Features(present[:, None].float(), present % 2, present)
 
-    found, expected = (evaluate({"x": "pixels"}, data, SETTINGS, seed=4).rows for data in (readable, split))
+    kept, held = features.hold_out(torch.tensor([0, 2, 9]))
 
-    assert found == expected
-    assert monitor(encoder(), readable, SETTINGS) == pytest.approx(monitor(encoder(), split, SETTINGS))
+    assert (kept.index.tolist(), held.index.tolist()) == ([1, 5, 6], [2, 9])
+    assert held.features.flatten().tolist() == [2, 9] and held.labels.tolist() == [0, 1]
 
 
 def test_no_test_label_reaches_a_choice_in_an_evaluation(data, loader):
@@ -248,13 +247,6 @@ def test_evaluation_repeats_to_the_last_digit_and_leaves_the_encoder_alone(data)
 
     assert first == second
     assert net.training and all(value.equal(before[name]) for name, value in net.state_dict().items())
-
-
-def test_tasks_restrict_what_is_measured(data):
-    report = evaluate({"x": "pixels"}, data, EvaluateConfig(tasks=("knn", "linear"), knn_k=3))
-
-    assert set(report.rows["x"]) == {"features", "knn", "linear"}
-    assert "rank" not in printed(report)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_and_all_known_ones_before_an_image_is_read():
@@ -347,7 +339,7 @@ def test_monitor_is_k_nn_and_the_online_probe_on_the_same_images(data):
     train, test = (extract_features(net, part, "cpu") for part in (data.train, data.test))
     probe.update(train.features, train.labels)
 
-    measured = monitor(net, data, SETTINGS, probe=probe)
+    measured = monitor(RowFeatures(train, test), SETTINGS, probe)
 
     rank = effective_rank(train.features)
     assert measured == {
@@ -355,7 +347,7 @@ def test_monitor_is_k_nn_and_the_online_probe_on_the_same_images(data):
         "knn": knn_classify(train, test, 3, 0.07),
         "online_probe": probe.accuracy(test),
     }
-    assert set(monitor(net, data, EvaluateConfig(knn_k=91))) == {"effective_rank"}
+    assert set(monitor(RowFeatures(train, test), EvaluateConfig(knn_k=91))) == {"effective_rank"}
 
 
 def test_the_pipelines_loaders_are_taken_as_they_are():
@@ -381,7 +373,7 @@ def test_the_pipelines_loaders_are_taken_as_they_are():
 
     assert report.tasks == DEFAULT_TASKS
     torch.testing.assert_close(
-        raw_pixels(data.train).features,
+        extract_features(feature_module.Pixels(), data.train, "cpu").features,
         torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1) / 127.5 - 1,
         rtol=1e-5,
         atol=1e-5,

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastgessl.config import UsageError
-from fastgessl.evaluate import Features, OnlineProbe
+from fastgessl.evaluate import OnlineProbe
 
 
 def encoder() -> nn.Sequential:
@@ -131,8 +130,3 @@ def test_updates_are_float32_under_autocast_and_no_grad():
         wrapped.update(batch, labels)
 
     assert wrapped.weight.equal(plain.weight) and wrapped.weight.abs().sum() > 0
-
-
-def test_judging_on_images_without_labels_is_refused():
-    with pytest.raises(UsageError, match="have no labels"):
-        OnlineProbe(5, 3).accuracy(Features(torch.ones(2, 5), None, torch.arange(2)))

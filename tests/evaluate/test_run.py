@@ -100,18 +100,6 @@ def test_features_are_extracted_once_and_a_changed_checkpoint_invalidates_them(r
     assert measured(run)["rows"]["untrained encoder"]["knn"] == first["rows"]["untrained encoder"]["knn"]
 
 
-def test_cached_and_fresh_features_give_the_same_numbers(run, few, fastgessl):
-    found = []
-    for cached in ("True", "True", "False"):
-        assert (
-            fastgessl("evaluate", run, *few, "--tasks", "knn", "geometry", "--evaluate.cache", cached).code
-            == 0
-        )
-        found.append(measured(run)["rows"])
-
-    assert found[0] == found[1] == found[2]
-
-
 def test_every_task_runs_on_a_run_of_ours_and_stands_in_table_and_json(run, fastgessl, tmp_path):
     shapes = np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", train_x=shapes, train_y=np.arange(80) % 4)
@@ -185,12 +173,12 @@ def test_every_task_runs_on_a_run_of_ours_and_stands_in_table_and_json(run, fast
 
 
 def test_sigma_against_a_supervised_model_trains_it_once(run, few, fastgessl, monkeypatch):
-    from fastgessl.evaluate.tasks.finetune import ClassifierTrainer
+    from fastgessl.evaluate.tasks import universality
 
     trained = []
-    train = ClassifierTrainer.train
+    train = universality.train_classifier
     monkeypatch.setattr(
-        ClassifierTrainer, "train", lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)
+        universality, "train_classifier", lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)
     )
     options = (*few, "--tasks", "universality", "--evaluate.sigma_against", "supervised", *IMAGE_SETTINGS)
 

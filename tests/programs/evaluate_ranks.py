@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastgessl.config import EvaluateConfig, UsageError
 from fastgessl.evaluate import EvaluationData, OnlineProbe, evaluate, extract_features, extract_views, monitor
+from fastgessl.evaluate.features import RowFeatures
 
 IMAGES, CLASSES, WORLD_SIZE = 45, 3, 3
 
@@ -67,7 +68,7 @@ def everything(mine: Tensor, first_rank_only: Tensor) -> dict:
         "probe": state_of(probe),
         "probe_of_few": state_of(probe_of_few(mine)),
         "report": evaluate({"raw pixels": "pixels", "this run": net}, data, settings, seed=3).to_json(),
-        "monitor": monitor(net, data, settings, seed=3, probe=probe_of(net, mine)),
+        "monitor": monitor(RowFeatures(plain, plain), settings, probe_of(net, mine)),
         "error": error_of_nan(mine),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ class DataFacts:
 class Work:
     """All that an evaluation has in hand."""
 
-    rows: Mapping[str, nn.Module | Literal["pixels"]]
+    rows: Mapping[str, nn.Module]
     """The encoders, by the names of their rows."""
     features: Mapping[str, Mapping[str, RowFeatures]]
     """Data set -> row -> features."""

@@ -11,7 +11,6 @@ with fewer classes needs fewer dimensions, C_labels − 1; an MLP probe needs fe
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,35 +28,22 @@ PREDICTED_IMAGES = 200
 RANK_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """The three conditions, measured; ideal is 0, at least `needed`, and 1."""
+def measure_conditions(
+    first: Tensor, second: Tensor, label_classes: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """The three conditions on two augmented views' features (N, F) of each image, N >= 2: an image is an
+    equivalence class. Ideal are variation 0, dimension at least needed, predictability 1.
 
-    variation: float
-    """Share of the features' variance that lies within equivalence classes, 0 (invariant) to 1 (nothing but
-    augmentation)."""
-    dimension: int
-    """Dimensions that the class means span, about their mean."""
-    needed: int
-    """Dimensions that a linear probe needs for every invariant task of as many classes as the data has
-    labels: C_labels − 1. Without labels, for every task on these equivalence classes: C − 1."""
-    predictability: float
-    """Share of second views whose equivalence class a linear probe names that learned from the first views
-    alone."""
-    classes: int
-    """Equivalence classes among which it had to choose. It is harder among more."""
-
-
-def measure_conditions(first: Tensor, second: Tensor, label_classes: int = 0, seed: int = 0) -> Conditions:
-    """The conditions on two augmented views' features (N, F) of each image, N >= 2: an image is an
-    equivalence class.
-
-    `label_classes` is the number of classes of a labelled task, 0 without one. Predictability is measured
-    among 200 random images. Raises UsageError for fewer than two images.
+    variation is the share of the features' variance that lies within equivalence classes, and dimension what
+    the class means span about their mean. needed are the dimensions of a linear probe for every invariant
+    task of `label_classes` classes, C_labels − 1, or with 0, as without labels, for every task on these
+    equivalence classes, C − 1. predictability is the share of second views whose class a linear probe names
+    that learned from the first views alone, among `classes` random images, at most 200. Raises UsageError for
+    fewer than two images.
 
     >>> views = torch.eye(4)
     >>> ideal = measure_conditions(views, views)
-    >>> ideal.variation, ideal.dimension, ideal.needed, ideal.predictability
+    >>> ideal["variation"], ideal["dimension"], ideal["needed"], ideal["predictability"]
     (0.0, 3, 3, 1.0)
     """
     if len(first) < 2:
@@ -66,13 +52,13 @@ def measure_conditions(first: Tensor, second: Tensor, label_classes: int = 0, se
         )
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(first), generator=generator)[:PREDICTED_IMAGES].sort().values
-    return Conditions(
-        variation=within_share(first, second),
-        dimension=spanned_dimensions((first.double() + second.double()) / 2),
-        needed=(label_classes or len(first)) - 1,
-        predictability=linear_predictability(first[rows], second[rows]),
-        classes=len(rows),
-    )
+    return {
+        "variation": within_share(first, second),
+        "dimension": spanned_dimensions((first.double() + second.double()) / 2),
+        "needed": (label_classes or len(first)) - 1,
+        "predictability": linear_predictability(first[rows], second[rows]),
+        "classes": len(rows),
+    }
 
 
 def within_share(first: Tensor, second: Tensor) -> float:
@@ -110,15 +96,15 @@ def linear_predictability(first: Tensor, second: Tensor) -> float:
     return probe.accuracy(Features(second.float(), classes, classes))
 
 
-def _measured(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
-    first, second = features.view_pair(seed)
-    return asdict(measure_conditions(first, second, features.classes, seed))
+def _measure(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+    first, second = features.view_pair
+    return measure_conditions(first, second, features.classes, seed)
 
 
 register(
     EvaluationTask(
         "conditions",
-        _measured,
+        _measure,
         columns=lambda settings: [
             percent("variance\nwithin", "variation"),
             Column("dimensions\nof needed", lambda m: f"{m['dimension']} of {m['needed']}", "dimension"),

@@ -8,7 +8,6 @@ features, and an image goes to the nearest mean. Features are on the unit sphere
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,35 +20,19 @@ from fastgessl.evaluate.tables import accuracies
 from fastgessl.evaluate.tasks.base import DataFacts, EvaluationTask, register
 
 
-@dataclass(frozen=True)
-class FewShotResult:
-    """Accuracy over episodes."""
-
-    accuracy: float
-    """Mean over episodes."""
-    interval: float
-    """Half width of its 95 % interval: 1.96 standard deviations of the episodes over √episodes."""
-    ways: int
-    shots: int
-    queries: int
-    """Images per class that each episode classifies."""
-    episodes: int
-    classes: int
-    """Classes that had enough images to be drawn."""
-
-
 def few_shot(
     pool: Features, *, ways: int, shots: int, queries: int = 15, episodes: int = 600, seed: int = 0
-) -> FewShotResult:
+) -> dict[str, Any]:
     """`episodes` episodes of `ways` classes with `shots` labelled and `queries` unlabelled images of each,
-    drawn from one pool.
+    drawn from one pool: the mean accuracy, and as its interval half the width of the 95 % one (1.96 standard
+    deviations of the episodes over √episodes), with how many classes had enough images to be drawn.
 
     The draws depend on labels and `seed` alone, so that encoders are compared on the same episodes. Raises
     UsageError where fewer than `ways` classes have shots + queries images, without labels, and for NaN
     features.
 
     >>> pool = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))
-    >>> few_shot(pool, ways=3, shots=1, queries=2, episodes=5).accuracy
+    >>> few_shot(pool, ways=3, shots=1, queries=2, episodes=5)["accuracy"]
     1.0
     """
     obstacle = too_few_for_episodes(pool.labels, ways, shots + queries)
@@ -62,8 +45,15 @@ def few_shot(
     scores = torch.stack(
         [_episode(points, _draw(members, ways, shots + queries, generator), shots) for _ in range(episodes)]
     )
-    interval = 1.96 * scores.std().item() / episodes**0.5
-    return FewShotResult(scores.mean().item(), interval, ways, shots, queries, episodes, len(members))
+    return {
+        "accuracy": scores.mean().item(),
+        "interval": 1.96 * scores.std().item() / episodes**0.5,
+        "ways": ways,
+        "shots": shots,
+        "queries": queries,
+        "episodes": episodes,
+        "classes": len(members),
+    }
 
 
 def too_few_for_episodes(labels: Tensor | None, ways: int, images: int) -> str:
@@ -107,8 +97,7 @@ def _episode(points: Tensor, rows: Tensor, shots: int) -> Tensor:
 
 def _measure(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
     drawn = {"ways": settings.ways, "queries": settings.queries, "episodes": settings.episodes, "seed": seed}
-    found = [few_shot(features.episodes, shots=shots, **drawn) for shots in settings.shots]
-    return {"episodes": [asdict(each) for each in found]}
+    return {"episodes": [few_shot(features.episodes, shots=shots, **drawn) for shots in settings.shots]}
 
 
 def _obstacle(facts: DataFacts, settings: EvaluateConfig) -> str:

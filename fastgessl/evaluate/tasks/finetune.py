@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from contextlib import closing
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from fastgessl.config import EvaluateConfig, UsageError
+from fastgessl.config import UsageError
 from fastgessl.evaluate.extraction import Extractor
-from fastgessl.evaluate.features import Features, extract_features, with_progress
+from fastgessl.evaluate.features import Features, Pixels, extract_features, with_progress
 from fastgessl.evaluate.sources import (
     draw_fraction,
     hold_out,
@@ -28,7 +29,6 @@ from fastgessl.evaluate.tasks.base import EvaluationTask, Work, register
 from fastgessl.evaluate.tasks.gradient_probes import batch_size
 from fastgessl.evaluate.tasks.linear import VALIDATION_FRACTION
 from fastgessl.models import feature_width
-from fastgessl.pipelines import Loader
 from fastgessl.pipelines.sources.images import Images
 from fastgessl.schedules import learning_rate
 
@@ -37,91 +37,65 @@ LARGEST_BATCH = 128
 WARMUP_SHARE = 0.1
 
 
-class Classifier(nn.Module):
-    """Views (B, 3, S, S) -> logits (B, C). The head starts at zero: the first steps then move the encoder
-    little.
+def build_classifier(backbone: nn.Module, classes: int) -> nn.Module:
+    """Views (B, 3, S, S) -> logits (B, C), by `backbone` and a linear `head`, which starts at zero: the first
+    steps then move the encoder little.
 
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
-    >>> Classifier(backbone, 3)(torch.zeros(2, 3, 2, 2)).shape
+    >>> build_classifier(backbone, 3)(torch.zeros(2, 3, 2, 2)).shape
     torch.Size([2, 3])
     """
-
-    def __init__(self, backbone: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(feature_width(backbone), classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, views: Tensor) -> Tensor:
-        return self.head(self.backbone(views))
+    head = nn.Linear(feature_width(backbone), classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(OrderedDict(backbone=backbone, head=head))
 
 
-@dataclass(frozen=True)
-class ClassifierTrainer:
-    """Trains a classifier, the encoder with a linear head, on labelled images, and reads its logits."""
+def train_classifier(
+    classifier: nn.Module,
+    images: Images,
+    extractor: Extractor,
+    *,
+    epochs: int,
+    lr: float,
+    layer_decay: float = 1.0,
+) -> None:
+    """AdamW with a warm-up over a tenth of the steps and a cosine after it, in place; labels are numbers of
+    the head's outputs. Views have the recipe's crops and flips and nothing else, which is what supervised
+    training of its backbones takes.
 
-    training: Callable[[Images, int], Loader]
-    """Images and batch size -> a loader of one lightly augmented view per image, in a new order per epoch."""
-    still: Callable[[Images], Loader]
-    """Images -> a loader of each image once, without augmentation."""
-    device: torch.device
-    progress: bool = False
+    `layer_decay` below 1 lowers the learning rate of each of the encoder's layers, as timm divides it, by
+    that factor from the head down (Clark et al., ELECTRA, ICLR 2020; Bao et al., BEiT, ICLR 2022).
+    """
+    device = extractor.accelerator.device
+    classifier.to(device).train()
+    first = replace(extractor.pair[0], jitter_probability=0.0, grayscale_probability=0.0)
+    light = replace(first, blur_probability=0.0, solarize_probability=0.0)
+    size = min(LARGEST_BATCH, batch_size(len(images)), len(images))
+    loader = extractor.loader(images, [light], sharded=False, batch_size=size, training=True)
+    total = epochs * len(loader)
+    warmup = max(1, round(WARMUP_SHARE * total))
+    rates = iter(learning_rate(lr, total, warmup_steps=warmup, shape="cosine", end=0.0))
+    optimizer = torch.optim.AdamW(_parameter_groups(classifier, layer_decay), lr=lr)
+    for _ in with_progress(range(epochs), "supervised training", extractor.progress):
+        for batch in loader:
+            rate = float(next(rates))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            assert batch.label is not None
+            loss = F.cross_entropy(classifier(batch.views[0].to(device)), batch.label.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    loader.close()
+    classifier.eval()
 
-    @staticmethod
-    def of(extractor: Extractor) -> ClassifierTrainer:
-        """With the recipe's crops and flips and nothing else, which is what supervised training of its
-        backbones takes.
-        """
-        first = replace(extractor.pair[0], jitter_probability=0.0, grayscale_probability=0.0)
-        light = replace(first, blur_probability=0.0, solarize_probability=0.0)
-        return ClassifierTrainer(
-            lambda images, size: extractor.loader(
-                images, [light], sharded=False, batch_size=size, training=True
-            ),
-            lambda images: extractor.loader(images, [extractor.still], sharded=False),
-            extractor.accelerator.device,
-            extractor.accelerator.is_main_process,
-        )
 
-    def train(
-        self, classifier: Classifier, images: Images, *, epochs: int, lr: float, layer_decay: float = 1.0
-    ) -> Classifier:
-        """AdamW with a warm-up over a tenth of the steps and a cosine after it, in place; labels are numbers
-        of the head's outputs.
-
-        `layer_decay` below 1 lowers the learning rate of each of the encoder's layers, as timm divides it, by
-        that factor from the head down (Clark et al., ELECTRA, ICLR 2020; Bao et al., BEiT, ICLR 2022).
-        """
-        classifier.to(self.device).train()
-        loader = self.training(images, min(LARGEST_BATCH, batch_size(len(images)), len(images)))
-        total = epochs * len(loader)
-        warmup = max(1, round(WARMUP_SHARE * total))
-        rates = iter(learning_rate(lr, total, warmup_steps=warmup, shape="cosine", end=0.0))
-        optimizer = torch.optim.AdamW(_parameter_groups(classifier, layer_decay), lr=lr)
-        for _ in with_progress(range(epochs), "supervised training", self.progress):
-            for batch in loader:
-                rate = float(next(rates))
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group.get("lr_scale", 1.0)
-                assert batch.label is not None
-                loss = F.cross_entropy(
-                    classifier(batch.views[0].to(self.device)), batch.label.to(self.device)
-                )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-        loader.close()
-        return classifier.eval()
-
-    def logits(self, classifier: Classifier, images: Images) -> Features:
-        """Logits (N, C) of every image, without augmentation, as `Features` with their labels."""
-        loader = self.still(images)
-        try:
-            return extract_features(classifier, loader, self.device)
-        finally:
-            loader.close()
+def logits_of(classifier: nn.Module, images: Images, extractor: Extractor) -> Features:
+    """Logits (N, C) of every image, without augmentation, as `Features` with their labels."""
+    with closing(extractor.loader(images, [extractor.still], sharded=False)) as loader:
+        return extract_features(classifier, loader, extractor.accelerator.device)
 
 
 def accuracy_of(logits: Features) -> float:
@@ -130,36 +104,21 @@ def accuracy_of(logits: Features) -> float:
     return (logits.features.argmax(dim=1) == logits.labels).double().mean().item()
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """Accuracy on the test images after fine-tuning on a share of the labels."""
-
-    fraction: float
-    labelled: int
-    accuracy: float
-    lr: float
-    """As chosen."""
-    validation: dict[float, float]
-    """Learning rate -> accuracy on the held-out fifth of the labelled images; empty where no class could give
-    one away."""
-    epochs: int
-    layer_decay: float
-
-
 def finetune(
     encoder: nn.Module,
     splits: tuple[Images, Images],
     fraction: float,
-    settings: EvaluateConfig,
-    trainer: ClassifierTrainer,
-    seed: int = 0,
-) -> FinetuneResult:
+    extractor: Extractor,
+) -> dict[str, Any]:
     """A copy of the encoder with a linear head, trained on a stratified share of the training labels; the
-    encoder is left as it was. `splits` are training and test images.
+    encoder is left as it was. `splits` are training and test images. Returns the accuracy on the test images,
+    with fraction, labelled, the lr that was chosen and the validation accuracy of each (empty where no class
+    could give images away), epochs and layer_decay.
 
     The learning rate is chosen on a fifth of the share, then everything starts again on all of it; test
     labels are read once. Raises UsageError for labels that allow no classifier.
     """
+    settings, seed = extractor.config.evaluate, extractor.config.train.seed
     train, test = splits
     labels, _ = require_labels("finetune", labels_of(train), labels_of(test))
     classes = labels.unique()
@@ -171,11 +130,10 @@ def finetune(
         # The order of images and views follows the loader's seed; dropout, where a backbone has it, follows
         # this one.
         torch.manual_seed(seed)
-        classifier = Classifier(deepcopy(encoder), len(classes))
-        trainer.train(
-            classifier, seen, epochs=settings.finetune_epochs, lr=lr, layer_decay=settings.layer_decay
-        )
-        return accuracy_of(trainer.logits(classifier, judged))
+        classifier = build_classifier(deepcopy(encoder), len(classes))
+        epochs, decay = settings.finetune_epochs, settings.layer_decay
+        train_classifier(classifier, seen, extractor, epochs=epochs, lr=lr, layer_decay=decay)
+        return accuracy_of(logits_of(classifier, judged, extractor))
 
     validation = {}
     if len(settings.finetune_lrs) > 1 and len(held):
@@ -184,36 +142,43 @@ def finetune(
         validation = {lr: accuracy(part, rest, lr) for lr in settings.finetune_lrs}
     chosen = max(settings.finetune_lrs, key=lambda lr: validation.get(lr, 0.0))
     found = accuracy(labelled, numbered(test, classes), chosen)
-    return FinetuneResult(
-        fraction, len(rows), found, chosen, validation, settings.finetune_epochs, settings.layer_decay
-    )
+    return {
+        "fraction": fraction,
+        "labelled": len(rows),
+        "accuracy": found,
+        "lr": chosen,
+        "validation": validation,
+        "epochs": settings.finetune_epochs,
+        "layer_decay": settings.layer_decay,
+    }
 
 
-def _parameter_groups(classifier: Classifier, layer_decay: float) -> list[dict[str, object]]:
+def _parameter_groups(classifier: nn.Module, layer_decay: float) -> list[dict[str, object]]:
     if layer_decay == 1:
         return [
             {"params": [p for p in classifier.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
             {"params": [p for p in classifier.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    if not hasattr(classifier.backbone, "group_matcher"):
+    backbone, head = classifier.get_submodule("backbone"), classifier.get_submodule("head")
+    if not hasattr(backbone, "group_matcher"):
         raise UsageError(
             f"evaluate.layer_decay {layer_decay:g} needs a backbone whose layers timm knows, and "
-            f"{type(classifier.backbone).__name__} does not say which they are. Use --evaluate.layer_decay 1."
+            f"{type(backbone).__name__} does not say which they are. Use --evaluate.layer_decay 1."
         )
-    groups = param_groups_layer_decay(classifier.backbone, weight_decay=WEIGHT_DECAY, layer_decay=layer_decay)
-    return [*groups, {"params": list(classifier.head.parameters()), "weight_decay": 0.0}]
+    groups = param_groups_layer_decay(backbone, weight_decay=WEIGHT_DECAY, layer_decay=layer_decay)
+    return [*groups, {"params": list(head.parameters()), "weight_decay": 0.0}]
 
 
 def _measure(work: Work) -> dict[str, list[dict[str, Any]]]:
     """Row -> a result per share of the labels."""
-    trainer, splits = ClassifierTrainer.of(work.extractor), work.sources[0].splits(work.seed)
-    encoders = {name: encoder for name, encoder in work.rows.items() if isinstance(encoder, nn.Module)}
+    splits = work.sources[0].splits(work.seed)
+    encoders = {name: encoder for name, encoder in work.rows.items() if not isinstance(encoder, Pixels)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in encoders}
     runs = [(name, share) for name in encoders for share in work.settings.label_fractions]
-    for name, share in with_progress(runs, "fine-tuning", trainer.progress):
+    for name, share in with_progress(runs, "fine-tuning", work.extractor.progress):
         # One bar at a time.
-        quiet = replace(trainer, progress=False)
-        found[name].append(asdict(finetune(encoders[name], splits, share, work.settings, quiet, work.seed)))
+        quiet = replace(work.extractor, quiet=True)
+        found[name].append(finetune(encoders[name], splits, share, quiet))
     return found
 
 

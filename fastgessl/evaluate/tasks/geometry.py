@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,43 +23,29 @@ from fastgessl.evaluate.tasks.base import EvaluationTask, register
 PAIRS_AT_ONCE = 2**22
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Geometry of N images seen in two augmented views each."""
-
-    effective_rank: float
-    """Between 1 and F: directions that the features use (of the first views)."""
-    alignment: float
-    """Between 0 and 4: squared distance between an image's two views on the unit sphere; low is invariant."""
-    uniformity: float
-    """Between -8 and 0: low is spread evenly over the sphere (mean of both views)."""
-    retrieval: float
-    """Share of views whose nearest neighbour among the N other views is the same image (mean of both
-    directions)."""
-    images: int
-    """N. Retrieval gets harder with N, so that it is compared at equal N only."""
-
-
-def measure_geometry(first: Tensor, second: Tensor) -> Geometry:
+def measure_geometry(first: Tensor, second: Tensor) -> dict[str, Any]:
     """Geometry of two augmented views' features, (N, F) each, N >= 2, row i of both showing image i.
+
+    effective_rank is that of the first views, uniformity the mean of both views, retrieval the mean of both
+    directions. Retrieval gets harder with N, images, so that it is compared at equal N only.
 
     >>> views = torch.eye(4)
     >>> measured = measure_geometry(views, views)
-    >>> measured.alignment, measured.retrieval, measured.images
+    >>> measured["alignment"], measured["retrieval"], measured["images"]
     (0.0, 1.0, 4)
     """
-    return Geometry(
-        effective_rank=effective_rank(first),
-        alignment=alignment(first, second),
-        uniformity=(uniformity(first) + uniformity(second)) / 2,
-        retrieval=(view_retrieval(first, second) + view_retrieval(second, first)) / 2,
-        images=len(first),
-    )
+    return {
+        "effective_rank": effective_rank(first),
+        "alignment": alignment(first, second),
+        "uniformity": (uniformity(first) + uniformity(second)) / 2,
+        "retrieval": (view_retrieval(first, second) + view_retrieval(second, first)) / 2,
+        "images": len(first),
+    }
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the normalized singular values of (N, F) features, not centered; 0 if all
-    features are 0.
+    """exp of the entropy of the normalized singular values of (N, F) features, not centered: between 1 and F
+    directions that they use; 0 if all features are 0.
 
     Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised
     Representations by Their Rank", ICML 2023, eq. (1), without its ε.
@@ -79,7 +64,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
-    """Mean ‖x − y‖² over the images' two views, (N, F) each, on the unit sphere.
+    """Mean ‖x − y‖² over the images' two views, (N, F) each, on the unit sphere: 0 (invariant) to 4.
 
     Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
     Hypersphere", ICML 2020, §4.1, α = 2.
@@ -92,7 +77,7 @@ def alignment(first: Tensor, second: Tensor) -> float:
 
 def uniformity(features: Tensor) -> float:
     """log of the mean of exp(−2‖x − y‖²) over all pairs of different rows of (N, F) features on the unit
-    sphere, N >= 2.
+    sphere, N >= 2: -8 to 0, low is spread evenly.
 
     Wang & Isola 2020, §4.1, t = 2.
 
@@ -155,7 +140,7 @@ def _similarities(queries: Tensor, keys: Tensor) -> Iterator[tuple[int, Tensor]]
 
 
 def _measure(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
-    measured = asdict(measure_geometry(*features.view_pair(seed)))
+    measured = measure_geometry(*features.view_pair)
     if features.classes > 1:
         assert features.train.labels is not None
         measured["crowding"] = crowding_ratio(features.train.features, features.train.labels)

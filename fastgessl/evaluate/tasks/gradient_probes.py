@@ -8,14 +8,13 @@ little more than one large product. This is the protocol of published "linear ev
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgessl.config import EvaluateConfig
 from fastgessl.evaluate.features import Features, RowFeatures
 from fastgessl.evaluate.sources import hold_out, require_labels
 from fastgessl.evaluate.tables import percent
@@ -33,11 +32,6 @@ DEFAULT_LEARNING_RATE = 0.01
 LARGEST_BATCH, SMALLEST_BATCH, STEPS_PER_EPOCH = 256, 16, 16
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
-
-
-def _measure(features: RowFeatures, settings: EvaluateConfig, hidden: int, seed: int) -> dict[str, Any]:
-    protocol = SgdProtocol(hidden, settings.probe_epochs, seed, device=features.device)
-    return asdict(gradient_probe(features.train, features.test, protocol))
 
 
 @dataclass(frozen=True)
@@ -59,57 +53,23 @@ class SgdProtocol:
         """The task whose protocol this is."""
         return "mlp" if self.hidden else "linear_sgd"
 
-    def at(self, rate: float) -> SgdProtocol:
-        """The same with one learning rate."""
-        return replace(self, rates=(rate,))
 
-
-@dataclass(frozen=True)
-class GradientProbe(Probe):
-    """A probe that SGD has fitted, through a hidden layer if it has one."""
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    """(weight (inputs, outputs), bias (outputs,)) of each layer, ReLU between them."""
-    learning_rate: float
-    """As chosen."""
-    validation: dict[float, float]
-    """Learning rate -> accuracy on the held-out fifth of the training images; empty where no class could give
-    one away."""
-
-    def log_probabilities(self, features: Tensor) -> Tensor:
-        standardized = (features - self.mean) / self.scale
-        layers = [(weight[None], bias[None, None]) for weight, bias in self.layers]
-        return F.log_softmax(_logits(standardized, layers)[0].double(), dim=1)
-
-
-@dataclass(frozen=True)
-class GradientProbeResult:
-    """What a probe by gradient descent reaches on the test images."""
-
-    accuracy: float
-    learning_rate: float
-    validation: dict[float, float]
-    epochs: int
-    hidden: int
-    """Width of the hidden layer; 0 for a linear probe."""
-
-
-def gradient_probe(train: Features, test: Features, protocol: SgdProtocol) -> GradientProbeResult:
-    """Fit as `fit_gradient_probe` does and read the test labels once.
+def gradient_probe(train: Features, test: Features, protocol: SgdProtocol) -> dict[str, Any]:
+    """Fit as `fit_gradient_probe` does and read the test labels once: accuracy, with the learning_rate, the
+    validation that chose it, epochs, and the hidden width (0 for a linear probe).
 
     >>> features = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))
-    >>> gradient_probe(features, features, SgdProtocol(epochs=20)).accuracy
+    >>> gradient_probe(features, features, SgdProtocol(epochs=20))["accuracy"]
     1.0
     """
     require_labels(protocol.task, train.labels, test.labels)
     test.require_finite("test images")
     probe = fit_gradient_probe(train, protocol)
-    return GradientProbeResult(
-        probe.accuracy(test), probe.learning_rate, probe.validation, protocol.epochs, protocol.hidden
-    )
+    told = {"epochs": protocol.epochs, "hidden": protocol.hidden}
+    return {"accuracy": probe.accuracy(test), **probe.chosen, **told}
 
 
-def fit_gradient_probe(train: Features, protocol: SgdProtocol) -> GradientProbe:
+def fit_gradient_probe(train: Features, protocol: SgdProtocol) -> Probe:
     """A probe at the best of the protocol's learning rates.
 
     All of them are trained on four fifths of the training images in one pass; the one of the highest accuracy
@@ -122,17 +82,17 @@ def fit_gradient_probe(train: Features, protocol: SgdProtocol) -> GradientProbe:
     mean, scale = standardization(train.features)
     inputs = (train.features - mean) / scale
     classes, columns = labels.unique(return_inverse=True)
-    chosen, validation = rates[0], {}
+    rate, validation = rates[0], {}
     if len(rates) > 1:
         fitted, held = hold_out(labels, VALIDATION_FRACTION, torch.Generator().manual_seed(protocol.seed))
-        chosen = DEFAULT_LEARNING_RATE
+        rate = DEFAULT_LEARNING_RATE
         if len(held):
             predicted = _logits(inputs[held], descend(inputs[fitted], columns[fitted], rates, protocol))
             accuracies = (predicted.argmax(dim=2) == columns[held]).double().mean(dim=1).tolist()
             validation = dict(zip(rates, accuracies, strict=True))
-            chosen = min(rates, key=lambda rate: (-validation[rate], rate))
-    layers = tuple((weight[0], bias[0, 0]) for weight, bias in descend(inputs, columns, (chosen,), protocol))
-    return GradientProbe(mean, scale, classes, layers, chosen, validation)
+            rate = min(rates, key=lambda rate: (-validation[rate], rate))
+    layers = tuple((weight[0].T, bias[0, 0]) for weight, bias in descend(inputs, columns, (rate,), protocol))
+    return Probe(mean, scale, classes, layers, {"learning_rate": rate, "validation": validation})
 
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -209,10 +169,15 @@ def _logits(inputs: Tensor, layers: Layers) -> Tensor:
     return outputs
 
 
+def _measure(features: RowFeatures, hidden: int, epochs: int, seed: int) -> dict[str, Any]:
+    protocol = SgdProtocol(hidden, epochs, seed, device=features.device)
+    return gradient_probe(features.train, features.test, protocol)
+
+
 register(
     EvaluationTask(
         "linear_sgd",
-        lambda features, settings, seed: _measure(features, settings, 0, seed),
+        lambda features, settings, seed: _measure(features, 0, settings.probe_epochs, seed),
         columns=lambda settings: [percent("linear\nSGD")],
         place=(1, 0),
         transfer=True,
@@ -221,7 +186,7 @@ register(
 register(
     EvaluationTask(
         "mlp",
-        lambda features, settings, seed: _measure(features, settings, settings.mlp_hidden, seed),
+        lambda features, settings, seed: _measure(features, settings.mlp_hidden, settings.probe_epochs, seed),
         columns=lambda settings: [percent(f"MLP\n{settings.mlp_hidden}")],
         place=(1, 1),
         transfer=True,

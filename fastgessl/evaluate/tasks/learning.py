@@ -9,8 +9,7 @@ a decaying rate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -36,47 +35,16 @@ STRIDE = 10
 CONVERGED_SHARE = 0.01
 
 
-@dataclass(frozen=True)
-class Adaptation:
-    """One task at one model."""
-
-    sigma: float
-    """Mean KL(π of the converged copy ‖ π of the model after K steps), nats."""
-    loss_before: float
-    """SSL loss of the task at the model itself."""
-    loss_after: float
-    """The same at the converged copy."""
-    steps: int
-    """SGD steps from the K-step model to the copy."""
-    converged: bool
-    """False if the copy was still improving when the steps ran out."""
-
-
-@dataclass(frozen=True)
-class LearningPoint:
-    """Learning universality at one checkpoint."""
-
-    step: int
-    sigma: float
-    """Mean over tasks."""
-    deviation: float
-    """Standard deviation (n − 1) over tasks; 0 for one."""
-    loss_before: float
-    loss_after: float
-    converged: int
-    """Tasks whose copy converged."""
-    tasks: int
-
-
 def adapt(
     method: Method,
     settings: GesslConfig,
     views: Sequence[Tensor],
     labels: Tensor | None = None,
     max_steps: int = 50,
-) -> Adaptation:
-    """σ between the model after K (`inner_steps`) steps on the task of these views and its copy after as many
-    more as convergence takes.
+) -> dict[str, Any]:
+    """σ, mean KL(π of the copy ‖ π of the model) in nats, between the model after K (`inner_steps`) steps on
+    the task of these views and its copy after as many more `steps` as convergence takes; loss_before at the
+    model itself and loss_after at the copy. Not converged is a copy that was still improving at `max_steps`.
 
     The method is used in training mode and left as it was. Raises UsageError if the loss does not stay
     finite.
@@ -116,11 +84,21 @@ def adapt(
             f"{settings.inner_lr:g}. Choose a smaller "
             "--gessl.inner_lr."
         )
-    return Adaptation(found, losses[0], losses[-1], steps, converged)
+    return {
+        "sigma": found,
+        "loss_before": losses[0],
+        "loss_after": losses[-1],
+        "steps": steps,
+        "converged": converged,
+    }
 
 
-def along_checkpoints(run: Path, source: Source, extractor: Extractor) -> list[LearningPoint]:
-    """Learning universality at checkpoints that a run has kept, evenly spread. UsageError without any."""
+def along_checkpoints(work: Work) -> list[dict[str, Any]]:
+    """Learning universality at checkpoints that a run has kept, evenly spread: step, σ with its deviation
+    (n − 1; 0 for one) over tasks, the mean losses, and how many of the tasks' copies converged. UsageError
+    without any.
+    """
+    run, source, extractor = work.folder, work.sources[0], work.extractor
     kept = checkpoint.complete(run)
     if not kept:
         raise UsageError(
@@ -137,10 +115,15 @@ def along_checkpoints(run: Path, source: Source, extractor: Extractor) -> list[L
     loader.close()
     points = []
     folders = [kept[place] for place in places]
-    for folder in with_progress(folders, "learning universality", extractor.accelerator.is_main_process):
+    for folder in with_progress(folders, "learning universality", extractor.progress):
         state = checkpoint.load(folder)
+        weights = {
+            name.removeprefix("method."): value
+            for name, value in state["objective"].items()
+            if name.startswith("method.")
+        }
         try:
-            method.load_state_dict(weights_of_method(state["objective"]))
+            method.load_state_dict(weights)
         except RuntimeError as error:
             raise UsageError(
                 f"checkpoint '{folder}' does not fit method.name {config.method.name}: {str(error)[:200]}"
@@ -149,26 +132,21 @@ def along_checkpoints(run: Path, source: Source, extractor: Extractor) -> list[L
             adapt(method, config.gessl, views, labels, config.evaluate.converged_steps)
             for views, labels in tasks
         ]
-        sigmas = [each.sigma for each in found]
+        values = {
+            key: [each[key] for each in found] for key in ("sigma", "loss_before", "loss_after", "converged")
+        }
         points.append(
-            LearningPoint(
-                step=state["step"],
-                sigma=float(np.mean(sigmas)),
-                deviation=float(np.std(sigmas, ddof=1)) if len(found) > 1 else 0.0,
-                loss_before=float(np.mean([each.loss_before for each in found])),
-                loss_after=float(np.mean([each.loss_after for each in found])),
-                converged=sum(each.converged for each in found),
-                tasks=len(found),
-            )
+            {
+                "step": state["step"],
+                "sigma": float(np.mean(values["sigma"])),
+                "deviation": float(np.std(values["sigma"], ddof=1)) if len(found) > 1 else 0.0,
+                "loss_before": float(np.mean(values["loss_before"])),
+                "loss_after": float(np.mean(values["loss_after"])),
+                "converged": sum(values["converged"]),
+                "tasks": len(found),
+            }
         )
     return points
-
-
-def weights_of_method(objective: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's objective -> the state of its method."""
-    return {
-        name.removeprefix("method."): value for name, value in objective.items() if name.startswith("method.")
-    }
 
 
 def _held_out_tasks(source: Source, extractor: Extractor) -> list[tuple[list[Tensor], Tensor | None]]:
@@ -180,20 +158,13 @@ def _held_out_tasks(source: Source, extractor: Extractor) -> list[tuple[list[Ten
     size = min(config.train.batch_size // config.train.accumulate, len(images))
     wanted = min(config.evaluate.learning_tasks, len(images) // size)
     order = np.random.default_rng(config.train.seed).permutation(len(images))[: wanted * size]
-    loader = extractor.training_views(subset(images, order), size)
-    tasks = [(batch.views, batch.label) for batch in loader]
-    loader.close()
-    return tasks
+    with closing(extractor.training_views(subset(images, order), size)) as loader:
+        return [(batch.views, batch.label) for batch in loader]
 
 
 def _loss(task: Task, at: Iterate) -> float:
     with torch.no_grad():
         return task.loss(task.outputs(at.weights)).item()
-
-
-def _measure(work: Work) -> list[dict[str, Any]]:
-    points = along_checkpoints(work.folder, work.sources[0], work.extractor)
-    return [asdict(point) for point in points]
 
 
 def _tables(measured: list[dict[str, Any]]) -> list[Table]:
@@ -215,7 +186,7 @@ def _tables(measured: list[dict[str, Any]]) -> list[Table]:
 register(
     EvaluationTask(
         "learning",
-        _measure,
+        along_checkpoints,
         tables=_tables,
         place=(4, 2),
         needs_labels=False,

@@ -3,14 +3,13 @@ them, or a few per class; and σ, which is such a probe's cross-entropy.
 
 The probe minimizes  mean cross-entropy + λ/2·‖W‖²  by L-BFGS (scikit-learn); the bias is free. λ, the weight
 decay, is the only choice to make. With all labels it is made on a fifth of the training images; with a few
-labels it is a constant. Labels of test images are read by `score` alone, once everything is fixed.
+labels it is a constant. Labels of test images are read by `Probe.accuracy` alone, once everything is fixed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ SECONDS_PER_SEARCH = 8e-8
 SECONDS_PER_FIT = 2e-8
 
 
-def shared_probe(features: RowFeatures, seed: int) -> LinearProbe:
+def shared_probe(features: RowFeatures, seed: int) -> Probe:
     """The probe on all labels of this row, fitted once for every task that looks at it."""
     key = f"linear probe of seed {seed}"
     if key not in features.shared:
@@ -55,7 +54,7 @@ def shared_probe(features: RowFeatures, seed: int) -> LinearProbe:
 
 @dataclass(frozen=True)
 class Probe:
-    """A classifier that was fitted on frozen features."""
+    """A classifier that was fitted on frozen features: linear, or through hidden layers with ReLU."""
 
     mean: Tensor
     """(F,) float32, of the training features."""
@@ -63,107 +62,72 @@ class Probe:
     """(F,) float32, standard deviation of the training features; 1 where a feature is constant."""
     classes: Tensor
     """(C,) int64, increasing: the label of each output."""
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """(weight (outputs, inputs), bias (outputs,)) of each layer, float32, on standardized features."""
+    chosen: dict[str, Any]
+    """What was chosen on the way, and how it ended, as evaluation.json keeps it. By L-BFGS: weight_decay, λ,
+    and whether it converged within its iterations. By SGD: learning_rate, and under validation the accuracy
+    of each rate on the held-out fifth of the training images; empty where no class could give one away."""
 
     def log_probabilities(self, features: Tensor) -> Tensor:
         """(N, F) float32 -> (N, C) float64. In float64, so that a confident mistake costs its finite price
         instead of infinity.
         """
-        raise NotImplementedError
+        (weight, bias), *further = self.layers
+        outputs = F.linear((features - self.mean) / self.scale, weight, bias)
+        for weight, bias in further:
+            outputs = F.linear(outputs.relu(), weight, bias)
+        return F.log_softmax(outputs.double(), dim=1)
 
-    def columns(self, labels: Tensor) -> Tensor:
-        """Labels (N,) -> the number of each one's output, (N,)."""
-        return torch.searchsorted(self.classes, labels)
+    def predict(self, features: Tensor) -> Tensor:
+        """(N, F) -> the most probable label of each, (N,)."""
+        return self.classes[self.log_probabilities(features).argmax(dim=1)]
 
     def accuracy(self, images: Features) -> float:
         """Share of labelled images whose most probable class is their label."""
         assert images.labels is not None
-        predicted = self.classes[self.log_probabilities(images.features).argmax(dim=1)]
-        return predicted.eq(images.labels).double().mean().item()
+        return self.predict(images.features).eq(images.labels).double().mean().item()
 
     def cross_entropy(self, images: Features) -> float:
         """Mean cross-entropy of labelled images, nats."""
         assert images.labels is not None
-        columns = self.columns(images.labels)[:, None]
+        columns = torch.searchsorted(self.classes, images.labels)[:, None]
         return -self.log_probabilities(images.features).gather(1, columns).mean().item()
 
 
-@dataclass(frozen=True)
-class LinearProbe(Probe):
-    """A linear probe at its optimum."""
-
-    weight: Tensor
-    """(C, F) float32, on standardized features."""
-    bias: Tensor
-    """(C,) float32."""
-    weight_decay: float
-    """λ."""
-    converged: bool
-    """Whether L-BFGS met its tolerance within its iterations."""
-
-    def log_probabilities(self, features: Tensor) -> Tensor:
-        standardized = (features - self.mean) / self.scale
-        return F.log_softmax(F.linear(standardized, self.weight, self.bias).double(), dim=1)
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """What a probe reaches on the test images."""
-
-    accuracy: float
-    """Share of test images classified correctly; the mean over draws if there are several."""
-    deviation: float
-    """Standard deviation (n − 1) of the accuracy over draws; 0 for a single probe."""
-    draws: tuple[float, ...]
-    """Accuracy of each draw."""
-    weight_decay: float
-    """λ that was used."""
-    labelled: int
-    """Training images whose labels each probe saw."""
-    converged: bool
-    """Whether every fit met its tolerance."""
-
-
-def linear_probe(train: Features, test: Features, seed: int = 0) -> ProbeResult:
+def linear_probe(
+    train: Features, test: Features, seed: int = 0, probe: Probe | None = None
+) -> dict[str, Any]:
     """Linear probe on all labels; λ by validation cross-entropy on a fifth of the training images, then
-    refitted on all of them.
+    refitted on all of them. `probe` as from `fit_probe`, fitted here if not given.
 
-    Raises UsageError without labels, with one class, for test classes that the training images lack, or for
-    NaN features.
+    accuracy is the share of test images classified correctly, labelled the number of training images;
+    weight_decay and converged are the fit's. Raises UsageError without labels, with one class, for test
+    classes that the training images lack, or for NaN features.
 
     >>> features = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))
-    >>> linear_probe(features, features).accuracy
+    >>> linear_probe(features, features)["accuracy"]
     1.0
     """
     require_labels("linear", train.labels, test.labels)
-    return score(fit_probe(train, seed), train, test)
-
-
-def score(probe: LinearProbe, train: Features, test: Features) -> ProbeResult:
-    """Accuracy of a fitted probe on labelled test images."""
-    require_labels("linear", train.labels, test.labels)
     test.require_finite("test images")
-    accuracy = probe.accuracy(test)
-    return ProbeResult(accuracy, 0.0, (accuracy,), probe.weight_decay, len(train), probe.converged)
+    probe = probe or fit_probe(train, seed)
+    return over_draws([probe.accuracy(test)]) | probe.chosen | {"labelled": len(train)}
 
 
 def few_label_probe(
-    train: Features,
-    test: Features,
-    labels_per_class: int,
-    seed: int = 0,
-    repeats: int = 10,
-    weight_decay: float = FEW_LABEL_WEIGHT_DECAY,
-) -> ProbeResult:
-    """Linear probe on `labels_per_class` random labelled images per class: mean and standard deviation over
-    `repeats` draws.
+    train: Features, test: Features, labels_per_class: int, seed: int = 0, repeats: int = 10
+) -> dict[str, Any]:
+    """Linear probe on `labels_per_class` random labelled images per class: as `linear_probe`, with accuracy
+    and deviation over `repeats` draws; converged is whether every fit did.
 
     The draws depend on the training labels and `seed` only, so that two encoders are compared on the same
     images. Features are standardized by the statistics of all training images, which need no label. Raises
     UsageError as `linear_probe` does, and if a class has too few training images.
 
     >>> features = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))
-    >>> few_label_probe(features, features, labels_per_class=2, repeats=3).draws
-    (1.0, 1.0, 1.0)
+    >>> few_label_probe(features, features, labels_per_class=2, repeats=3)["draws"]
+    [1.0, 1.0, 1.0]
     """
     labels, _ = require_labels("few_labels", train.labels, test.labels)
     train.require_finite("training images")
@@ -173,78 +137,68 @@ def few_label_probe(
     probes = []
     for _ in range(repeats):
         rows = draw_labelled(labels, labels_per_class, generator)
-        probes.append(_fit((train.features[rows] - mean) / scale, labels[rows], weight_decay, mean, scale))
-    draws = tuple(probe.accuracy(test) for probe in probes)
-    converged = all(probe.converged for probe in probes)
-    mean_accuracy = float(np.mean(draws))
-    return ProbeResult(mean_accuracy, _deviation(draws), draws, weight_decay, len(rows), converged)
-
-
-@dataclass(frozen=True)
-class FractionResult:
-    """Accuracy with a share of the labels."""
-
-    fraction: float
-    labelled: int
-    """Images whose labels were seen, per draw."""
-    accuracy: float
-    """Mean over draws."""
-    deviation: float
-    """Standard deviation (n − 1) over draws; 0 for one."""
-    draws: tuple[float, ...]
+        inputs = (train.features[rows] - mean) / scale
+        probes.append(_fit(inputs, labels[rows], FEW_LABEL_WEIGHT_DECAY, mean, scale))
+    return over_draws([probe.accuracy(test) for probe in probes]) | {
+        "weight_decay": FEW_LABEL_WEIGHT_DECAY,
+        "labelled": len(rows),
+        "converged": all(probe.chosen["converged"] for probe in probes),
+    }
 
 
 def label_fraction_probe(
     train: Features, test: Features, fraction: float, *, draws: int = 3, seed: int = 0
-) -> FractionResult:
-    """The linear probe of `linear_probe` on random, stratified shares of the training labels.
+) -> dict[str, Any]:
+    """The linear probe of `linear_probe` on random, stratified shares of the training labels: accuracy and
+    deviation over draws, and how many labels each has seen.
 
     Nothing outside the share is used, its λ included: that is chosen on a fifth of the share. Draws depend on
     training labels and seed alone. Raises UsageError as `linear_probe` does.
 
     >>> features = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))
-    >>> label_fraction_probe(features, features, 0.25).labelled
+    >>> label_fraction_probe(features, features, 0.25)["labelled"]
     8
     """
     labels, _ = require_labels("label_fractions", train.labels, test.labels)
     generator = torch.Generator().manual_seed(seed)
     parts = [train.subset(draw_fraction(labels, fraction, generator)) for _ in range(draws)]
-    found = tuple(score(fit_probe(part, seed), part, test).accuracy for part in parts)
-    return FractionResult(fraction, len(parts[0]), float(np.mean(found)), _deviation(found), found)
+    found = over_draws([linear_probe(part, test, seed)["accuracy"] for part in parts])
+    return found | {"fraction": fraction, "labelled": len(parts[0])}
 
 
-@dataclass(frozen=True)
-class Sigma:
-    """σ-measurement of one task, in nats; 0 is a model that gives every image's class probability 1."""
+def over_draws(accuracies: list[float]) -> dict[str, Any]:
+    """The accuracy of each draw, with their mean and standard deviation (n − 1; 0 for one).
 
-    discriminability: float
-    """On the training images of the task's classes, which the probe was fitted on."""
-    generalisation: float
-    """On the test images, which it has not seen."""
+    >>> over_draws([0.5])
+    {'accuracy': 0.5, 'deviation': 0.0, 'draws': [0.5]}
+    """
+    deviation = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0
+    return {"accuracy": float(np.mean(accuracies)), "deviation": deviation, "draws": accuracies}
 
 
 def sigma_to_labels(
-    train: Features, test: Features, probe: LinearProbe | None = None, seed: int = 0
-) -> Sigma:
-    """σ = mean KL(π* ‖ π_f), with π* the one-hot labels and π_f the linear probe's probabilities on the
-    frozen features.
+    train: Features, test: Features, probe: Probe | None = None, seed: int = 0
+) -> dict[str, float]:
+    """σ = mean KL(π* ‖ π_f), nats, with π* the one-hot labels and π_f the linear probe's probabilities on the
+    frozen features: discriminability on the training images, which the probe was fitted on, generalisation
+    on the test images, which it has not seen.
 
-    A one-hot π* has no entropy, so σ is the probe's cross-entropy. "Explicitly Modeling Universality into
-    Self-Supervised Learning", arXiv 2405.01053v4, evaluation universality. `probe` as from `fit_probe`,
-    fitted here if not given. A low σ is not a high accuracy: print both. Raises UsageError as `linear_probe`
-    does.
+    A one-hot π* has no entropy, so σ is the probe's cross-entropy; 0 is a model that gives every image's
+    class probability 1. "Explicitly Modeling Universality into Self-Supervised Learning", arXiv 2405.01053v4,
+    evaluation universality. `probe` as from `fit_probe`, fitted here if not given. A low σ is not a high
+    accuracy: print both. Raises UsageError as `linear_probe` does.
 
     >>> features = Features(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8), torch.arange(32))
-    >>> sigma_to_labels(features, features).generalisation < 0.01
+    >>> sigma_to_labels(features, features)["generalisation"] < 0.01
     True
     """
     require_labels("sigma", train.labels, test.labels)
     test.require_finite("test images")
-    probe = fit_probe(train, seed) if probe is None else probe
-    return Sigma(probe.cross_entropy(train), probe.cross_entropy(test))
+    probe = probe or fit_probe(train, seed)
+    return {"discriminability": probe.cross_entropy(train), "generalisation": probe.cross_entropy(test)}
 
 
-def fit_probe(train: Features, seed: int = 0, weight_decay: float | None = None) -> LinearProbe:
+def fit_probe(train: Features, seed: int = 0, weight_decay: float | None = None) -> Probe:
     """Fit on all labelled training images; λ as given, or chosen on a fifth of them."""
     labels, _ = require_labels("linear", train.labels, train.labels)
     train.require_finite("training images")
@@ -268,28 +222,25 @@ def choose_weight_decay(inputs: Tensor, labels: Tensor, seed: int) -> float:
         return FEW_LABEL_WEIGHT_DECAY
     coordinates, _ = _row_space(inputs)
     regression = _regression()
-    best, lowest, worse = WEIGHT_DECAYS[0], float("inf"), 0
-    for weight_decay in WEIGHT_DECAYS:
+    columns = torch.searchsorted(labels[fitted].unique(), labels[held])
+    found: dict[float, float] = {}
+    for tried, weight_decay in enumerate(WEIGHT_DECAYS):
         weight, bias, _ = _solve(regression, coordinates[fitted], labels[fitted], weight_decay)
-        columns = torch.searchsorted(torch.from_numpy(regression.classes_), labels[held])
-        cross_entropy = F.cross_entropy(F.linear(coordinates[held], weight, bias).double(), columns).item()
-        if cross_entropy < lowest:
-            best, lowest, worse = weight_decay, cross_entropy, 0
-        else:
-            worse += 1
-        if worse == 2:
+        logits = F.linear(coordinates[held], weight, bias)
+        found[weight_decay] = F.cross_entropy(logits.double(), columns).item()
+        best = min(found, key=found.__getitem__)
+        if tried - WEIGHT_DECAYS.index(best) == 2:
             break
     return best
 
 
-def _fit(inputs: Tensor, labels: Tensor, weight_decay: float, mean: Tensor, scale: Tensor) -> LinearProbe:
+def _fit(inputs: Tensor, labels: Tensor, weight_decay: float, mean: Tensor, scale: Tensor) -> Probe:
     coordinates, basis = _row_space(inputs)
-    regression = _regression()
-    weight, bias, converged = _solve(regression, coordinates, labels, weight_decay)
+    weight, bias, converged = _solve(_regression(), coordinates, labels, weight_decay)
     if basis is not None:
         weight = weight @ basis.T
-    classes = torch.from_numpy(regression.classes_)
-    return LinearProbe(mean, scale, classes, weight, bias, weight_decay, converged)
+    chosen = {"weight_decay": weight_decay, "converged": converged}
+    return Probe(mean, scale, labels.unique(), ((weight, bias),), chosen)
 
 
 def _regression() -> LogisticRegression:
@@ -348,41 +299,28 @@ def _row_space(inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     return inputs @ basis, basis
 
 
-def _deviation(draws: Sequence[float]) -> float:
-    return float(np.std(draws, ddof=1)) if len(draws) > 1 else 0.0
-
-
-def _measure_linear(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
-    return asdict(score(shared_probe(features, seed), features.train, features.test))
-
-
 def _measure_few_labels(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
     count = settings.labels_per_class
     found = few_label_probe(features.train, features.test, count, seed, settings.few_label_draws)
-    return {**asdict(found), "labels_per_class": count}
+    return found | {"labels_per_class": count}
 
 
 def _measure_fractions(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
-    draws = settings.fraction_draws
+    drawn = {"draws": settings.fraction_draws, "seed": seed}
     found = [
-        label_fraction_probe(features.train, features.test, share, draws=draws, seed=seed)
+        label_fraction_probe(features.train, features.test, share, **drawn)
         for share in settings.label_fractions
     ]
-    return {"fractions": [asdict(each) for each in found]}
-
-
-def _measure_sigma(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
-    return asdict(sigma_to_labels(features.train, features.test, shared_probe(features, seed)))
+    return {"fractions": found}
 
 
 def _search_seconds(facts: DataFacts, settings: EvaluateConfig) -> float:
-    assert facts.train is not None
-    return SECONDS_PER_SEARCH * len(facts.train) * facts.width * len(facts.train.unique())
+    labels, _ = facts.labels
+    return SECONDS_PER_SEARCH * len(labels) * facts.width * len(labels.unique())
 
 
 def _few_label_seconds(facts: DataFacts, settings: EvaluateConfig) -> float:
-    assert facts.train is not None
-    classes = len(facts.train.unique())
+    classes = len(facts.labels[0].unique())
     labelled = settings.few_label_draws * settings.labels_per_class * classes
     return SECONDS_PER_FIT * labelled * facts.width * classes
 
@@ -390,7 +328,9 @@ def _few_label_seconds(facts: DataFacts, settings: EvaluateConfig) -> float:
 register(
     EvaluationTask(
         "linear",
-        _measure_linear,
+        lambda features, settings, seed: linear_probe(
+            features.train, features.test, probe=shared_probe(features, seed)
+        ),
         columns=lambda settings: [percent("linear")],
         place=(0, 0),
         default=True,
@@ -412,7 +352,9 @@ register(
 register(
     EvaluationTask(
         "sigma",
-        _measure_sigma,
+        lambda features, settings, seed: sigma_to_labels(
+            features.train, features.test, shared_probe(features, seed)
+        ),
         columns=lambda settings: [
             decimals("σ\ntrain", "discriminability", 3),
             decimals("σ\ntest", "generalisation", 3),

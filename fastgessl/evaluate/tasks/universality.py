@@ -9,15 +9,14 @@ sets). docs/universality.md maps the definitions to these functions.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from fastgessl.config import EvaluateConfig
 from fastgessl.evaluate.extraction import Extractor, digest_of, save_whole
@@ -26,7 +25,7 @@ from fastgessl.evaluate.sources import Source, hold_out, labels_of, numbered, re
 from fastgessl.evaluate.subject import untrained_encoder
 from fastgessl.evaluate.tables import Table
 from fastgessl.evaluate.tasks.base import EvaluationTask, Work, register
-from fastgessl.evaluate.tasks.finetune import Classifier, ClassifierTrainer, accuracy_of
+from fastgessl.evaluate.tasks.finetune import accuracy_of, build_classifier, logits_of, train_classifier
 from fastgessl.evaluate.tasks.gradient_probes import SgdProtocol, fit_gradient_probe
 from fastgessl.evaluate.tasks.linear import VALIDATION_FRACTION, Probe, fit_probe
 from fastgessl.pipelines.sources.images import Images
@@ -34,37 +33,6 @@ from fastgessl.pipelines.sources.images import Images
 GROUPS = ("discriminability", "generalisation", "transferability")
 # AdamW with a batch of 128, as DeiT-style recipes scale it for small sets.
 LEARNING_RATE = 1e-3
-
-
-@dataclass(frozen=True)
-class TaskSigma:
-    """σ of one model on one task."""
-
-    task: str
-    """The data set."""
-    group: str
-    """discriminability, generalisation or transferability."""
-    sigma: float
-    """Mean KL(π* ‖ π_f), nats."""
-    accuracy: float
-    """Of the same probe on the same images: a low σ is not by itself a high accuracy."""
-    target: str
-    """What π* is: labels or supervised."""
-    probe: str
-    """What π_f is: linear or mlp, whichever had the lower cross-entropy on a fifth of the task's training
-    images."""
-    images: int
-
-
-@dataclass(frozen=True)
-class UniversalityResult:
-    """σ of one model on all tasks; low is universal."""
-
-    tasks: tuple[TaskSigma, ...]
-    groups: dict[str, float]
-    """Sum of σ over the tasks of each group."""
-    total: float
-    """Sum over all tasks, the paper's evaluation universality."""
 
 
 def kl_divergence(target: Tensor, model: Tensor) -> float:
@@ -79,11 +47,6 @@ def kl_divergence(target: Tensor, model: Tensor) -> float:
     return terms.sum(dim=1).mean().item()
 
 
-def label_log_probabilities(columns: Tensor, classes: int) -> Tensor:
-    """One-hot labels (N,) as log-probabilities (N, C) float64: 0 for the label, −∞ for the rest."""
-    return F.one_hot(columns, classes).double().log()
-
-
 def choose_probe(train: Features, protocol: SgdProtocol) -> tuple[str, Probe]:
     """("linear", probe) or ("mlp", probe), fitted on all training images: the one whose cross-entropy on a
     held-out fifth was lower. `protocol` is the MLP's.
@@ -96,48 +59,42 @@ def choose_probe(train: Features, protocol: SgdProtocol) -> tuple[str, Probe]:
         part, rest = train.subset(fitted), train.subset(held)
         mlp = fit_gradient_probe(part, protocol)
         if mlp.cross_entropy(rest) < fit_probe(part, protocol.seed).cross_entropy(rest):
-            return "mlp", fit_gradient_probe(train, protocol.at(mlp.learning_rate))
+            return "mlp", fit_gradient_probe(train, replace(protocol, rates=(mlp.chosen["learning_rate"],)))
     return "linear", fit_probe(train, protocol.seed)
 
 
 def task_sigma(
     task: str, group: str, images: Features, probe: Probe, kind: str, target: Tensor | None = None
-) -> TaskSigma:
-    """σ on labelled images; `target` (N, C) are log-probabilities of the task's own model, None for the
-    labels.
+) -> dict[str, Any]:
+    """σ on labelled images of a data set, `task`, which stands for discriminability, generalisation or
+    transferability; `target` (N, C) are log-probabilities of the task's own model, None for the labels.
+
+    Beside it the accuracy of the same probe on the same images: a low σ is not by itself a high one.
     """
     if target is None:
         sigma, name = probe.cross_entropy(images), "labels"
     else:
         sigma, name = kl_divergence(target.double(), probe.log_probabilities(images.features)), "supervised"
-    return TaskSigma(task, group, sigma, probe.accuracy(images), name, kind, len(images))
+    measured = {"sigma": sigma, "accuracy": probe.accuracy(images), "images": len(images)}
+    return {"task": task, "group": group, "target": name, "probe": kind, **measured}
 
 
-def summed(tasks: list[TaskSigma]) -> UniversalityResult:
-    """The tasks with the sums of σ by group and over all.
+def summed(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tasks with the sums of σ by group and over all, the paper's evaluation universality; low is
+    universal.
 
-    >>> summed([TaskSigma("a", "generalisation", 0.5, 0.9, "labels", "linear", 10)]).total
+    >>> summed([{"group": "generalisation", "sigma": 0.5}])["total"]
     0.5
     """
-    groups = {group: [task.sigma for task in tasks if task.group == group] for group in GROUPS}
+    groups = {group: [task["sigma"] for task in tasks if task["group"] == group] for group in GROUPS}
     sums = {group: sum(values) for group, values in groups.items() if values}
-    return UniversalityResult(tuple(tasks), sums, sum(sums.values()))
+    return {"tasks": tasks, "groups": sums, "total": sum(sums.values())}
 
 
-@dataclass(frozen=True)
-class TaskModel:
-    """A task's own model: log-probabilities on its images, classes in the order of the training labels."""
-
-    train: Tensor
-    """(N, C) float64."""
-    test: Tensor
-    """(M, C) float64."""
-    test_accuracy: float
-
-
-def task_model(source: Source, extractor: Extractor, folder: Path) -> TaskModel:
+def task_model(source: Source, extractor: Extractor, folder: Path) -> tuple[Tensor, Tensor, float]:
     """The supervised model of a data set: the encoder's architecture, trained from its initial weights on all
-    training labels.
+    training labels. Returns its log-probabilities, (N, C) and (M, C) float64, on the training and the test
+    images, classes in the order of the training labels, and its test accuracy.
 
     Kept as `<folder>/<data set>.safetensors` and trained again if the model, the images, the views or the
     settings have changed.
@@ -146,18 +103,14 @@ def task_model(source: Source, extractor: Extractor, folder: Path) -> TaskModel:
     labels, _ = require_labels("universality", labels_of(train), labels_of(test))
     classes = labels.unique()
     train, test = numbered(train, classes), numbered(test, classes)
-    trainer = ClassifierTrainer.of(extractor)
-    classifier = Classifier(untrained_encoder(extractor.config), len(classes))
-    path = folder / f"{source.slug}.safetensors"
-    _train_or_read(classifier, train, extractor, trainer, path)
-    seen, unseen = (trainer.logits(classifier, images) for images in (train, test))
+    classifier = build_classifier(untrained_encoder(extractor.config), len(classes))
+    _train_or_read(classifier, train, extractor, folder / f"{source.slug}.safetensors")
+    seen, unseen = (logits_of(classifier, images, extractor) for images in (train, test))
     own, other = (logits.features.double().log_softmax(dim=1) for logits in (seen, unseen))
-    return TaskModel(own, other, accuracy_of(unseen))
+    return own, other, accuracy_of(unseen)
 
 
-def _train_or_read(
-    classifier: Classifier, train: Images, extractor: Extractor, trainer: ClassifierTrainer, path: Path
-) -> None:
+def _train_or_read(classifier: nn.Module, train: Images, extractor: Extractor, path: Path) -> None:
     settings: EvaluateConfig = extractor.config.evaluate
     views = [extractor.still, *extractor.pair]
     key = digest_of(classifier, train, views, settings.supervised_epochs, LEARNING_RATE)
@@ -168,9 +121,9 @@ def _train_or_read(
         kept = False
     if kept:
         classifier.load_state_dict(load_file(path))
-        classifier.to(trainer.device).eval()
+        classifier.to(extractor.accelerator.device).eval()
         return
-    trainer.train(classifier, train, epochs=settings.supervised_epochs, lr=LEARNING_RATE)
+    train_classifier(classifier, train, extractor, epochs=settings.supervised_epochs, lr=LEARNING_RATE)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_whole({name: value.cpu() for name, value in classifier.state_dict().items()}, path, {"key": key})
 
@@ -180,28 +133,28 @@ def _measure(work: Work) -> dict[str, Any]:
     first.
     """
     settings = work.settings
-    models = {}
-    if settings.sigma_against == "supervised":
-        folder = work.folder / "task_models"
-        models = {source.name: task_model(source, work.extractor, folder) for source in work.sources}
-    sigmas: dict[str, list[TaskSigma]] = {row: [] for row in work.rows}
+    models: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    reached = {}
+    for source in work.sources if settings.sigma_against == "supervised" else ():
+        seen, unseen, accuracy = task_model(source, work.extractor, work.folder / "task_models")
+        models[source.name], reached[source.name] = (seen, unseen), accuracy
+    sigmas: dict[str, list[dict[str, Any]]] = {row: [] for row in work.rows}
     pairs = [(source.name, row) for source in work.sources for row in work.rows]
-    for data, row in with_progress(pairs, "universality", work.extractor.accelerator.is_main_process):
-        features, own = work.features[data][row], models.get(data)
+    for data, row in with_progress(pairs, "universality", work.extractor.progress):
+        features = work.features[data][row]
         features.test.require_finite(f"Row '{row}'")
         protocol = SgdProtocol(settings.mlp_hidden, settings.probe_epochs, work.seed, device=features.device)
         kind, probe = choose_probe(features.train, protocol)
+        own, other = models.get(data, (None, None))
         group = "transferability"
         if data == work.sources[0].name:
             group = "generalisation"
-            target = own.train if own else None
-            sigmas[row].append(task_sigma(data, "discriminability", features.train, probe, kind, target))
-        target = own.test if own else None
-        sigmas[row].append(task_sigma(data, group, features.test, probe, kind, target))
+            sigmas[row].append(task_sigma(data, "discriminability", features.train, probe, kind, own))
+        sigmas[row].append(task_sigma(data, group, features.test, probe, kind, other))
     return {
-        "rows": {row: asdict(summed(tasks)) for row, tasks in sigmas.items()},
+        "rows": {row: summed(tasks) for row, tasks in sigmas.items()},
         "target": settings.sigma_against,
-        "task_model_accuracy": {name: model.test_accuracy for name, model in models.items()},
+        "task_model_accuracy": reached,
     }
 
 

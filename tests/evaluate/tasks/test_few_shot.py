@@ -48,8 +48,8 @@ def test_episodes_equal_a_literal_implementation(cluster_features, ways, shots):
 
     result = few_shot(pool, ways=ways, shots=shots, queries=5, episodes=12, seed=4)
 
-    assert result.accuracy == pytest.approx(statistics.fmean(expected), abs=1e-12)
-    assert result.interval == pytest.approx(1.96 * statistics.stdev(expected) / math.sqrt(12))
+    assert result["accuracy"] == pytest.approx(statistics.fmean(expected), abs=1e-12)
+    assert result["interval"] == pytest.approx(1.96 * statistics.stdev(expected) / math.sqrt(12))
     assert len(set(expected)) > 1
 
 
@@ -62,16 +62,7 @@ def test_random_features_are_at_chance():
 
     result = few_shot(pool, ways=5, shots=1, queries=15, episodes=200)
 
-    assert abs(result.accuracy - 0.2) < 3 * result.interval
-
-
-def test_encoders_are_compared_on_the_same_episodes(cluster_features):
-    pool = cluster_features(90, 6, 6, seed=0, spread=2.0)
-    doubled = Features(torch.cat([pool.features, pool.features], dim=1), pool.labels, pool.index)
-
-    first, second = (few_shot(part, ways=3, shots=2, queries=5, episodes=10) for part in (pool, doubled))
-
-    assert (second.accuracy, second.interval) == pytest.approx((first.accuracy, first.interval), abs=1e-9)
+    assert abs(result["accuracy"] - 0.2) < 3 * result["interval"]
 
 
 def test_classes_with_too_few_images_are_left_out(cluster_features):
@@ -80,7 +71,9 @@ def test_classes_with_too_few_images_are_left_out(cluster_features):
     labels[0] = 9
 
     assert (
-        few_shot(Features(pool.features, labels, pool.index), ways=3, shots=1, queries=5, episodes=5).classes
+        few_shot(Features(pool.features, labels, pool.index), ways=3, shots=1, queries=5, episodes=5)[
+            "classes"
+        ]
         == 3
     )
 

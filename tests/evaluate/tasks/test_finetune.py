@@ -5,21 +5,33 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from fastgessl import pipelines
-from fastgessl.config import EvaluateConfig, ModelConfig, UsageError
+from fastgessl.config import Config, EvaluateConfig, ModelConfig, UsageError, ViewsConfig
+from fastgessl.evaluate.extraction import Extractor
 from fastgessl.evaluate.sources import numbered
-from fastgessl.evaluate.tasks.finetune import Classifier, ClassifierTrainer, finetune
+from fastgessl.evaluate.tasks.finetune import build_classifier, finetune, train_classifier
 from fastgessl.models import build_backbone
 
-VIEW = pipelines.evaluation_view(8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-TRAINER = ClassifierTrainer(
-    training=lambda images, size: pipelines.build(images, [VIEW], batch_size=size),
-    still=lambda images: pipelines.build(images, [VIEW], batch_size=64, training=False),
-    device=torch.device("cpu"),
-)
 SETTINGS = EvaluateConfig(finetune_epochs=8, finetune_lrs=(1e-2, 1e-6), layer_decay=0.9)
+
+
+class Unaugmented(Extractor):
+    """Trains on the images as they are: at an edge is what their class is told by."""
+
+    @property
+    def pair(self) -> list[pipelines.ViewSpec]:
+        return [self.still]
+
+
+def extractor(**settings: object) -> Extractor:
+    config = Config(
+        views=ViewsConfig(size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
+        evaluate=SETTINGS.model_copy(update=settings),
+    )
+    return Unaugmented(config, Accelerator(cpu=True, project_dir="."))
 
 
 def pictures(count: int, seed: int) -> pipelines.ArrayImages:
@@ -41,11 +53,11 @@ def test_fine_tuning_learns_on_a_copy_and_takes_the_rate_that_validates_best():
     net = encoder()
     before = copy.deepcopy(net.state_dict())
 
-    result = finetune(net, (pictures(120, 0), pictures(60, 1)), 0.5, SETTINGS, TRAINER)
+    result = finetune(net, (pictures(120, 0), pictures(60, 1)), 0.5, extractor())
 
-    assert result.labelled == 60 and result.lr == 1e-2
-    assert result.validation[1e-2] > result.validation[1e-6]
-    assert result.accuracy > 0.5
+    assert result["labelled"] == 60 and result["lr"] == 1e-2
+    assert result["validation"][1e-2] > result["validation"][1e-6]
+    assert result["accuracy"] > 0.5
     assert all(value.equal(before[name]) for name, value in net.state_dict().items())
 
 
@@ -54,14 +66,13 @@ def test_no_test_label_reaches_the_choice_of_a_rate():
     shuffled = pipelines.ArrayImages(
         test.images, np.random.default_rng(0).permutation(test.labels), test.classes
     )
-    settings = SETTINGS.model_copy(update={"finetune_epochs": 2})
 
-    honest, blind = (
-        finetune(encoder(), (pictures(60, 0), part), 1.0, settings, TRAINER) for part in (test, shuffled)
-    )
+    train, short = pictures(60, 0), extractor(finetune_epochs=2)
 
-    assert (blind.lr, blind.validation) == (honest.lr, honest.validation)
-    assert blind.accuracy != honest.accuracy
+    honest, blind = (finetune(encoder(), (train, part), 1.0, short) for part in (test, shuffled))
+
+    assert (blind["lr"], blind["validation"]) == (honest["lr"], honest["validation"])
+    assert blind["accuracy"] != honest["accuracy"]
 
 
 def test_lower_layers_move_less_under_layer_decay():
@@ -69,7 +80,7 @@ def test_lower_layers_move_less_under_layer_decay():
         net = encoder()
         start = {name: value.clone() for name, value in net.named_parameters()}
         images = numbered(pictures(60, 0), torch.tensor([3, 5, 8]))
-        TRAINER.train(Classifier(net, 3), images, epochs=1, lr=1e-2, layer_decay=decay)
+        train_classifier(build_classifier(net, 3), images, extractor(), epochs=1, lr=1e-2, layer_decay=decay)
         end = dict(net.named_parameters())
         return tuple(
             (end[name] - start[name]).abs().mean().item()
@@ -89,11 +100,12 @@ def test_layers_that_nobody_knows_cannot_decay():
         UsageError,
         match=r"layer_decay 0.5 needs a backbone whose layers timm knows.* Use --evaluate.layer_decay 1",
     ):
-        TRAINER.train(Classifier(backbone, 3), pictures(60, 0), epochs=1, lr=1e-2, layer_decay=0.5)
+        classifier, images = build_classifier(backbone, 3), pictures(60, 0)
+        train_classifier(classifier, images, extractor(), epochs=1, lr=1e-2, layer_decay=0.5)
 
 
 def test_images_without_labels_are_refused():
     unlabelled = pipelines.ArrayImages(pictures(10, 0).images)
 
     with pytest.raises(UsageError, match="Task finetune: the training images have no labels"):
-        finetune(encoder(), (unlabelled, pictures(10, 0)), 0.5, SETTINGS, TRAINER)
+        finetune(encoder(), (unlabelled, pictures(10, 0)), 0.5, extractor())

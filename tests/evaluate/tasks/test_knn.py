@@ -53,18 +53,6 @@ def test_knn_refuses_more_neighbours_than_training_images(cluster_features):
         knn_classify(train, train, 11, 0.07)
 
 
-def test_knn_refuses_features_that_are_not_finite(cluster_features):
-    train = cluster_features(10, 4, 2, seed=0)
-    broken = Features(train.features.clone(), train.labels, train.index)
-    broken.features[3, 1] = float("nan")
-
-    with pytest.raises(
-        UsageError,
-        match=r"test images: the features of 1 of 10 images are NaN or infinite \(first: image 3\)",
-    ):
-        knn_classify(train, broken, 3, 0.07)
-
-
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("k", [1, 5, 30])
 def test_published_protocols_equal_scikit_learns(cluster_features, metric, k):

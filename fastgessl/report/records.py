@@ -1,30 +1,35 @@
-"""Several runs side by side: mean ± s.d. over seeds, and differences to the first kind of run paired over the
-seeds that both have.
+"""What the folders of runs say, and several runs side by side: mean ± s.d. over seeds, and differences to the
+first kind of run paired over the seeds that both have.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
+from fastgessl.config import Config, UsageError
 from fastgessl.evaluate.tables import Table
-from fastgessl.report.record import Record
+from fastgessl.runs import read_config
 
-# Heading -> (task, measurement) in evaluation.json's row of the run itself, and its factor.
+Series = tuple[list[float], list[float]]
+"""Steps and values."""
+# Heading -> (task, measurement) in evaluation.json's row of the run itself.
 MEASURES = {
-    "linear %": ("linear", "accuracy", 100),
-    "few labels %": ("few_labels", "accuracy", 100),
-    "k-NN %": ("knn", "accuracy", 100),
-    "linear SGD %": ("linear_sgd", "accuracy", 100),
-    "MLP %": ("mlp", "accuracy", 100),
-    "σ test": ("sigma", "generalisation", 1),
-    "eff. rank": ("geometry", "effective_rank", 1),
-    "crowding": ("geometry", "crowding", 1),
+    "linear %": ("linear", "accuracy"),
+    "few labels %": ("few_labels", "accuracy"),
+    "k-NN %": ("knn", "accuracy"),
+    "linear SGD %": ("linear_sgd", "accuracy"),
+    "MLP %": ("mlp", "accuracy"),
+    "σ test": ("sigma", "generalisation"),
+    "eff. rank": ("geometry", "effective_rank"),
+    "crowding": ("geometry", "crowding"),
 }
 LOSS, SPEED = "SSL loss", "images/s"
 DIGITS = dict.fromkeys(MEASURES, 1) | {"σ test": 3, "crowding": 2, LOSS: 3, SPEED: 0}
@@ -33,6 +38,77 @@ INDIFFERENT = {
     f"train.{name}"
     for name in ("seed", "run_dir", "resume", "device", "keep_checkpoints", "checkpoint_every")
 }
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run, read."""
+
+    folder: Path
+    config: Config
+    metrics: tuple[dict[str, Any], ...]
+    timing: tuple[dict[str, Any], ...]
+    evaluation: dict[str, Any]
+    """As evaluation.json; empty if the run has not been trained to its end."""
+    environment: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which is how a person knows the run."""
+        return self.folder.resolve().name
+
+    def series(self, name: str) -> Series:
+        """A logged number by step, where it was measured and finite; images_per_second is in timing.jsonl."""
+        steps, values = [], []
+        for line in self.timing if name == "images_per_second" else self.metrics:
+            value = line.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                steps.append(float(line["step"]))
+                values.append(float(value))
+        return steps, values
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged; 0 if none was."""
+        return max((line["step"] for line in self.metrics), default=0)
+
+
+def read_record(folder: Path) -> Record:
+    """A run from its folder. UsageError if it is no run, or holds no metrics and no evaluation."""
+    config = read_config(folder)
+    metrics, timing = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "timing"))
+    evaluation, environment = (_object(folder / f"{name}.json") for name in ("evaluation", "environment"))
+    if not metrics and not evaluation:
+        raise UsageError(
+            f"run '{folder}' has no metrics.jsonl and no evaluation.json, so there is nothing to report. "
+            "Train it first."
+        )
+    return Record(folder, config, metrics, timing, evaluation, environment)
+
+
+def _lines(path: Path) -> tuple[dict[str, Any], ...]:
+    """The objects of a .jsonl file; the half line that a killed run leaves at its end is passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            found.append(values)
+    return tuple(found)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"'{path}' is damaged ({error}). Measure the run again: fastgessl evaluate {path.parent}"
+        ) from None
+    return values if isinstance(values, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -70,18 +146,15 @@ def measured(record: Record) -> dict[str, float]:
     """Heading -> number, of what evaluation.json has of the run itself."""
     rows: Mapping[str, Any] = record.evaluation.get("rows", {})
     row: Mapping[str, Any] = rows.get("this run") or next(reversed(list(rows.values())), {})
-    found = {}
-    for heading, (task, key, factor) in MEASURES.items():
-        value = row.get(task, {}).get(key)
-        if isinstance(value, int | float):
-            found[heading] = factor * float(value)
     loss = record.series("loss_ssl")[1] or record.series("loss")[1]
-    if loss:
-        found[LOSS] = loss[-1]
     speed = record.series("images_per_second")[1]
-    if speed:
-        found[SPEED] = statistics.median(speed)
-    return found
+    found: dict[str, Any] = {heading: row.get(task, {}).get(key) for heading, (task, key) in MEASURES.items()}
+    found |= {LOSS: loss[-1] if loss else None, SPEED: statistics.median(speed) if speed else None}
+    return {
+        heading: (100.0 if heading.endswith("%") else 1.0) * value
+        for heading, value in found.items()
+        if value is not None
+    }
 
 
 def comparison_table(kinds: list[Kind]) -> Table:

@@ -7,8 +7,7 @@ import pytest
 from scipy import stats
 
 from fastgessl.config import Config
-from fastgessl.report.comparison import comparison_table, kinds_of, paired_difference
-from fastgessl.report.record import Record
+from fastgessl.report.records import Record, comparison_table, kinds_of, paired_difference
 
 
 def record(seed: int, knn: float, w_sigma: float = 0.0, **train: object) -> Record:

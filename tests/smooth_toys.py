@@ -188,9 +188,9 @@ def assert_slopes_agree(gradient, literal, directions=5):
 
 
 BI_LEVEL = {
+    "exact": GesslConfig(inner_steps=2, target_steps=2, inner_lr=0.1, w_sigma=1.0),
     "fast": GesslConfig(inner_lr=0.1, w_sigma=1.0),
     "head": GesslConfig(inner_steps=1, inner_lr=0.1, scope="head", w_sigma=1.0),
-    "exact": GesslConfig(inner_steps=2, target_steps=2, inner_lr=0.1, w_sigma=1.0),
     "first_order": GesslConfig(inner_steps=1, inner_lr=0.1, hypergradient="first_order", w_sigma=1.0),
     "finite_difference": GesslConfig(
         inner_steps=1, inner_lr=0.1, hypergradient="finite_difference", w_sigma=1.0

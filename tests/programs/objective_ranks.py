@@ -37,7 +37,8 @@ def first_gradient(name, settings, views, *, negatives="local", synchronised=Fal
     method = toy_method(name, negatives=negatives)
     if synchronised:
         synchronise_batch_norm(method)
-    under_ddp(GeSSL(method, settings))(views).loss.backward()
+    objective = under_ddp(GeSSL(method, settings))  # must live for as long as the backward
+    objective(views).loss.backward()
     return gradients(method)
 
 

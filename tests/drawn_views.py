@@ -31,7 +31,7 @@ def random_parameters(count: int, height: int, width: int, seed: int = 0) -> Vie
         flip=torch.from_numpy(draw.random(count) < 0.5),
         jitter=torch.from_numpy(draw.random(count) < 0.8),
         factors=torch.from_numpy(
-            draw.uniform([0.2, 0.2, 0.2, -0.5], [1.8, 1.8, 1.8, 0.5], (count, 4)).astype(np.float32)
+            draw.uniform([0.2, 0.0, 0.0, -0.5], [1.8, 1.8, 3.0, 0.5], (count, 4)).astype(np.float32)
         ),
         order=torch.from_numpy(np.argsort(draw.random((count, 4)), axis=1)),
         grayscale=torch.from_numpy(draw.random(count) < 0.2),

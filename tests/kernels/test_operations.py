@@ -122,15 +122,6 @@ def test_the_values_of_a_users_tensors_are_looked_at_once_and_no_others(name):
     assert operations_of(loss)["_local_scalar_dense"] == expected
 
 
-def test_a_rows_index_that_the_library_made_needs_no_mask():
-    made, given = (
-        operations_of(lambda a, b, positives=positives: info_nce(a, b, positives=positives))
-        for positives in (None, INDICES)
-    )
-    # One in the forward and one in the backward.
-    assert given["masked_fill"] == made["masked_fill"] + 2
-
-
 def test_blocks_of_rows_ask_for_no_place_of_an_index():
     """`nonzero` has a length that only the device knows."""
     found = operations_of(lambda a, b: info_nce(a, b, positives=INDICES, exclude=INDICES))

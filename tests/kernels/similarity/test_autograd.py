@@ -164,21 +164,6 @@ def test_cotangents_of_any_stride_give_the_dense_gradients(loss, operands, downs
     close(combined(loss), combined(dense(loss)))
 
 
-def test_rows_weighted_by_a_view_of_a_cat_give_the_dense_gradient(operands):
-    def through(implementation):
-        query = operands[0].clone().requires_grad_()
-        rows = info_nce(
-            query, operands[1], positives=POSITIVES, reduction="none", implementation=implementation
-        )
-        lse = similarity_logsumexp(query, operands[1], implementation=implementation)
-        (
-            torch.stack([rows, lse], dim=1).flatten()[::2].sum() + torch.cat([lse, rows])[3:].square().sum()
-        ).backward()
-        return query.grad
-
-    close(through(None), through("reference"))
-
-
 def operator_inputs(operands, has_teacher):
     query, key, _, other_query, other_key = (part.clone().requires_grad_() for part in operands)
     scale, bias = (

@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE from one table against the two dense cross-entropies, in float64, in every transform."""
+"""Symmetric InfoNCE from one table, in one block and several, against dense cross-entropies in float64."""
 
 import pytest
 import torch

@@ -90,18 +90,6 @@ def test_augment_views_equals_torchvision(name, shape):
     assert found.max() < 0.02
 
 
-@pytest.mark.parametrize("operation", range(4), ids=["brightness", "contrast", "saturation", "hue"])
-@pytest.mark.parametrize("factor", ["low", "high"])
-def test_each_jitter_operation_equals_torchvision(operation, factor):
-    images, drawn = images_of(8, 20, 20), only(random_parameters(8, 20, 20), "jitter", "factors")
-    factors = ViewParameters.unchanged(8, 20, 20).factors.clone()
-    factors[:, operation] = {"low": (0.2, 0.0, 0.0, -0.5), "high": (1.8, 1.8, 3.0, 0.5)}[factor][operation]
-    drawn = ViewParameters(**(vars(drawn) | {"factors": factors, "jitter": torch.ones(8, dtype=torch.bool)}))
-    assert difference(images, drawn, size=20).max() < 0.02
-    unchanged = augment_views(images, only(drawn), size=20, mean=MEAN, std=STD)
-    assert not torch.allclose(augment_views(images, drawn, size=20, mean=MEAN, std=STD), unchanged)
-
-
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_augment_views_equals_its_definition_in_float64(interpolation):
     images, drawn = images_of(12, 13, 17), random_parameters(12, 13, 17, seed=1)

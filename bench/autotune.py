@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from bench import results
 from fastgessl.kernels.backend import triton_obstacle, triton_version
 from fastgessl.kernels.similarity import chunked, symmetric, tiles
 from fastgessl.kernels.similarity.chunked import NOTHING
@@ -179,13 +180,10 @@ def _entries(given: argparse.Namespace) -> Iterator[tuple[Entry, int]]:
 
 
 def store(path: Path, rows: dict[Entry, dict[str, Any]], device: torch.device) -> None:
-    """Write a table; readers see the old file or the new one, never half of it."""
+    """Write a table."""
     listed = [{"entry": entry._asdict(), **row} for entry, row in rows.items()]
     head = {"device": tiles.device_name(device), "torch": torch.__version__, "triton": triton_version()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps({**head, "tiles": listed}, indent=1) + "\n")
-    unfinished.replace(path)
+    results.replaced(path, json.dumps({**head, "tiles": listed}, indent=1) + "\n")
 
 
 def autotune(given: argparse.Namespace) -> Path:

@@ -72,12 +72,13 @@ def keep(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Row, Row],
 
 @pytest.fixture
 def contend(request: pytest.FixtureRequest, benchmark: Any, keep: Callable[[Row, Row], None]) -> Any:
-    """contend(case, contenders, calls): rows by contender, who run in turns; the first is ours.
+    """contend(case, contenders, calls, counts): rows by contender, who run in turns; the first is ours.
 
     A contender is a function, or the reason why it is absent. `calls` says how many steps a call of a
-    contender makes, where it is not one. pytest-benchmark times ours; the others take their turn before each
-    of its rounds. Rows hold median seconds, the ratio to ours (median over rounds), peak bytes and samples.
-    What fails is a row "absent" or "error", after which the others go on; an error fails the case in the end.
+    contender makes, where it is not one; `counts` how much a step does, which becomes rates.
+    pytest-benchmark times ours; the others take their turn before each of its rounds. Rows hold median
+    seconds, the ratio to ours (median over rounds), peak bytes and samples. What fails is a row "absent" or
+    "error", after which the others go on; an error fails the case in the end.
     """
     tiny = request.config.getoption("tiny")
     budget = 0.0 if tiny else request.config.getoption("seconds")
@@ -87,6 +88,7 @@ def contend(request: pytest.FixtureRequest, benchmark: Any, keep: Callable[[Row,
         case: Row,
         contenders: Mapping[str, Work | str],
         calls: Mapping[str, int] | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> dict[str, Row]:
         # Else torch compiles for any size the second time, and no contender is at its best then.
         torch._dynamo.reset()
@@ -100,7 +102,9 @@ def contend(request: pytest.FixtureRequest, benchmark: Any, keep: Callable[[Row,
             turn = sum(rows[name]["seconds"] for name in running)
             rounds = 1 if turn > 10 * budget > 0 else max(3, min(200, round(budget / turn)))
             for name, samples in _turns(benchmark, running, rounds, timer).items():
-                rows[name] |= _statistics(samples, rows, (calls or {}).get(name, 1))
+                row = _statistics(samples, rows, (calls or {}).get(name, 1))
+                rates = {rate: count / row["seconds"] for rate, count in (counts or {}).items()}
+                rows[name] |= row | rates
             keep(case, rows)
         if errors := {name: row["error"] for name, row in rows.items() if "error" in row}:
             pytest.fail("\n".join(f"{name}: {error}" for name, error in errors.items()))

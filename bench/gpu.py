@@ -37,10 +37,9 @@ RUN_FILES = ("metrics.jsonl", "timing.jsonl", "evaluation.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("--stages", nargs="+", choices=SECONDS, default=list(SECONDS))
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for the whole call")
-    parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     parser.add_argument("--cifar10", type=Path, help="an .npz with train_x, train_y, test_x, test_y")
     parser.add_argument("--photos", type=Path, help="a folder of photos, for the engines that decode files")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run?")
@@ -93,14 +92,15 @@ def command(stage: str, arguments: argparse.Namespace, scratch: Path) -> list[st
     if stage != "quality":
         file = f"bench/test_{stage}.py"
         return [*run_pytest, "-v", "-p", "no:xdist", "--benchmark-only", file, *tiny, *given]
-    recipe, options = (
-        "cifar10-simclr",
-        ["--data.name", "npz", "--data.root", str(arguments.cifar10 and arguments.cifar10.resolve())],
-    )
-    options += ["--train.epochs", "20", "--train.compile", "True"]
     if arguments.tiny:
         recipe, options = "digits-simclr", ["--train.epochs", "1", "--model.width", "0.125"]
-    if not arguments.tiny and arguments.cifar10 is None:
+    elif arguments.cifar10:
+        recipe, options = (
+            "cifar10-simclr",
+            ["--data.name", "npz", "--data.root", str(arguments.cifar10.resolve())],
+        )
+        options += ["--train.epochs", "20", "--train.compile", "True"]
+    else:
         return ["echo", "absent: give CIFAR-10 with --cifar10 FILE.npz"]
     options += [
         "--train.run_dir",

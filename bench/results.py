@@ -4,6 +4,7 @@ repeat them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -31,6 +32,13 @@ def machine() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
 
 
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options of a program that writes results; `doc` begins with what it does."""
+    found = argparse.ArgumentParser(description=doc.splitlines()[0])
+    found.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
+    return found
+
+
 def place(name: str, out: Path | None = None) -> Path:
     """Today's `name` in this machine's folder, which is made. `out` replaces the folder bench/results."""
     folder = (out or RESULTS) / machine()
@@ -52,10 +60,15 @@ def write(name: str, measured: Mapping[str, Any], out: Path | None = None) -> Pa
         **{key: facts[key] for key in FACTS},
         **measured,
     }
+    return replaced(path, json.dumps(record, indent=1) + "\n")
+
+
+def replaced(path: Path, text: str) -> Path:
+    """Write a file: readers see the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
-    return path
+    unfinished.write_text(text)
+    return unfinished.replace(path)
 
 
 def commit() -> str:

@@ -7,6 +7,7 @@ to do. Accuracies stand beside the seconds: contenders must find the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,55 +65,51 @@ def test_extraction(contend: Any, tiny: bool) -> None:
 def test_probe(contend: Any, keep: Any, features: tuple[Features, Features]) -> None:
     """Our probe with all its learning rates, and scikit-learn's optimum at one strength."""
     train, test = features
-    accuracies: dict[str, float] = {}
 
-    def ours() -> None:
-        accuracies["ours"] = gradient_probe(train, test, SgdProtocol())["accuracy"]
+    def ours() -> float:
+        return gradient_probe(train, test, SgdProtocol())["accuracy"]
 
-    def scikit_learn() -> None:
+    def scikit_learn() -> float:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=500))
         probe.fit(train.features.numpy(), train.labels)
-        accuracies["scikit-learn"] = float(probe.score(test.features.numpy(), test.labels))
+        return float(probe.score(test.features.numpy(), test.labels))
 
-    judge("linear probe", {"ours": ours, "scikit-learn": scikit_learn}, accuracies, contend, keep)
+    judge("linear probe", {"ours": ours, "scikit-learn": scikit_learn}, contend, keep)
 
 
 def test_k_nn(contend: Any, keep: Any, features: tuple[Features, Features]) -> None:
     """k 20, cosine, temperature 0.07."""
     train, test = features
-    accuracies: dict[str, float] = {}
 
-    def ours() -> None:
-        accuracies["ours"] = knn_classify(train, test, 20, 0.07)
+    def ours() -> float:
+        return knn_classify(train, test, 20, 0.07)
 
-    def lightly() -> None:
+    def lightly() -> float:
         # 256 images at a time, as lightly's own benchmarks do.
         bank = F.normalize(train.features, dim=1).T.contiguous()
         queries = F.normalize(test.features, dim=1).split(256)
         found = [
             knn_predict(part, bank, train.labels, CLASSES, knn_k=20, knn_t=0.07)[:, 0] for part in queries
         ]
-        accuracies["lightly"] = (torch.cat(found) == test.labels).double().mean().item()
+        return (torch.cat(found) == test.labels).double().mean().item()
 
-    def scikit_learn() -> None:
+    def scikit_learn() -> float:
         weights = {"weights": lambda distance: np.exp((1 - distance) / 0.07)}
         oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", **weights)
         oracle.fit(train.features.numpy(), train.labels)
-        accuracies["scikit-learn"] = float(oracle.score(test.features.numpy(), test.labels))
+        return float(oracle.score(test.features.numpy(), test.labels))
 
-    contenders = {"ours": ours, "lightly": lightly, "scikit-learn": scikit_learn}
-    judge("k-NN", contenders, accuracies, contend, keep)
+    judge("k-NN", {"ours": ours, "lightly": lightly, "scikit-learn": scikit_learn}, contend, keep)
 
 
-def judge(
-    what: str,
-    contenders: dict[str, Callable[[], None]],
-    accuracies: dict[str, float],
-    contend: Any,
-    keep: Any,
-) -> None:
+def judge(what: str, contenders: dict[str, Callable[[], float]], contend: Any, keep: Any) -> None:
     """Time the contenders, and keep their accuracies beside."""
-    rows = contend({"what": what}, contenders)
+    accuracies: dict[str, float] = {}
+
+    def remembered(name: str) -> None:
+        accuracies[name] = contenders[name]()
+
+    rows = contend({"what": what}, {name: partial(remembered, name) for name in contenders})
     for name, accuracy in accuracies.items():
         rows[name]["accuracy"] = accuracy
     keep({"what": what}, rows)

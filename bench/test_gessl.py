@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import tempfile
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.memory import peak_bytes
-from bench.studies import summary, with_options
-from fastgessl import pipelines
-from fastgessl.build import build_loader
+from bench.studies import prepared, summary, with_options
 from fastgessl.config import GesslConfig, MethodConfig, ModelConfig
-from fastgessl.distributed import build_accelerator
 from fastgessl.methods import Method, RunFacts, build_method
 from fastgessl.models import build_backbone
 from fastgessl.objective import GeSSL
@@ -137,11 +132,7 @@ def trained(network: str, seed: int, tiny: bool) -> tuple[Method, list[Tensor]]:
     config = with_options(
         "digits-simclr", options | {"log.trackers": (), "model.width": 0.125 if tiny else 0.25}
     )
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator = build_accelerator(config, Path(folder))
-    images = pipelines.open_images("digits", split="train")
-    assert images is not None
-    batches = itertools.islice(build_loader(config, images, accelerator), 3 if tiny else 21)
+    batches = itertools.islice(prepared(config)[2], 3 if tiny else 21)
     *before, views = [batch.views for batch in batches]
     torch.manual_seed(seed)
     method = build_method(config.method, build_backbone(config.model), RunFacts())

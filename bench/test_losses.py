@@ -138,8 +138,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
-def test_loss(name: str, pass_: str, rows: int, contend: Any, keep: Any) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_loss(name: str, pass_: str, rows: int, contend: Any, keep: Any, device: str) -> None:
     loss, _, said = name.partition(" ")
     dtype = torch.bfloat16 if device == "cuda" and said != "float32" else torch.float32
     entries = (rows * (2 if loss == "nt_xent" else 1)) ** 2

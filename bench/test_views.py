@@ -65,7 +65,8 @@ def test_engine(name: str, contend: Any, keep: Any, device: str, tiny: bool, pyt
         return pipelines.build(images, colored, engine=base, training=False, **options)
 
     epochs = {engine: Epoch(lambda engine=engine: loader(engine)) for engine in engines}
-    found = contend({"images": name, "count": len(images)}, epochs)
+    case, rates = {"images": name, "count": len(images)}, {"images_per_second": len(images)}
+    found = contend(case, epochs, counts=rates)
     shown = {
         engine: torch.stack([view for view in next(iter(loader(engine))).views if view.shape[-1] == size])
         for engine in engines
@@ -73,13 +74,13 @@ def test_engine(name: str, contend: Any, keep: Any, device: str, tiny: bool, pyt
     }
     for engine, views in shown.items():
         row, cpu = found[engine], statistics.median(epochs[engine].cpu[2:]) / len(images)
-        row |= {"images_per_second": len(images) / row["seconds"], "cpu_ms_per_image": 1e3 * cpu}
+        row["cpu_ms_per_image"] = 1e3 * cpu
         if engine != "torchvision" and "torchvision" in shown:
             gap = (views - shown["torchvision"]).abs() * GRAY_LEVELS
             # At the edge of a crop engines may differ in which pixels they repeat.
             inside = gap[..., 1:-1, 1:-1].max().item()
             row |= {"mean_difference": gap.mean().item(), "largest_difference_inside": inside}
-    keep({"images": name, "count": len(images)}, found)
+    keep(case, found)
 
 
 def images_of(name: str, tiny: bool, config: Any) -> Any:
@@ -108,10 +109,9 @@ def images_of(name: str, tiny: bool, config: Any) -> Any:
 @pytest.mark.parametrize("function", [augment_views, color_views])
 @pytest.mark.parametrize(("count", "size"), [(256, 32), (4096, 32), (256, 224)])
 def test_kernel(
-    function: Callable[..., object], count: int, size: int, contend: Any, keep: Any, tiny: bool
+    function: Callable[..., object], count: int, size: int, contend: Any, device: str, tiny: bool
 ) -> None:
     """Triton's kernels beside batched PyTorch on the same device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     count = 2 if tiny else count
     spec = pipelines.view_preset("simclr", size, **HALF)[0]
     images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, device=device)
@@ -122,8 +122,4 @@ def test_kernel(
         for name in (["triton"] if device == "cuda" else []) + ["chunked"]
     }
     case = {"function": function.__name__, "images": count, "size": size}
-    found = contend(case, contenders)
-    for row in found.values():
-        if "seconds" in row:
-            row["views_per_second"] = count / row["seconds"]
-    keep(case, found)
+    contend(case, contenders, counts={"views_per_second": count})

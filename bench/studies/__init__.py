@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from scipy import stats
 from torch.utils.benchmark import Timer
 
@@ -30,7 +31,8 @@ from fastgessl import pipelines
 from fastgessl.build import build_loader, build_objective, make_plan
 from fastgessl.config import Config
 from fastgessl.distributed import build_accelerator
-from fastgessl.pipelines import ArrayImages
+from fastgessl.pipelines import ArrayImages, Loader
+from fastgessl.pipelines.sources.images import Images
 from fastgessl.recipes import load
 
 VALIDATION_SHARE = 0.2
@@ -114,12 +116,11 @@ class Cell:
 
 def parser(doc: str, work: str) -> argparse.ArgumentParser:
     """The options that every study has."""
-    found = argparse.ArgumentParser(description=doc.splitlines()[0])
+    found = results.parser(doc)
     found.add_argument("--seeds", type=int, help="instead of the study's")
     found.add_argument("--epochs", type=int, help="instead of the study's")
     found.add_argument("--minutes", type=float, default=600, help="stop then; the next call continues")
     found.add_argument("--work", type=Path, default=Path("runs") / work, help="folder of the runs")
-    found.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     return found
 
 
@@ -210,11 +211,7 @@ def step_time_ratio(one: Config, other: Config, rounds: int = 20) -> float:
 
 
 def _steps(config: Config, every: int) -> Callable[[], None]:
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator = build_accelerator(config, Path(folder))
-    images = pipelines.open_images(config.data.name, config.data.root)
-    assert images is not None
-    loader = build_loader(config, images, accelerator)
+    accelerator, images, loader = prepared(config)
     objective = build_objective(config, make_plan(config, images, loader, accelerator)).to(accelerator.device)
     batch = next(iter(loader))
 
@@ -226,14 +223,19 @@ def _steps(config: Config, every: int) -> Callable[[], None]:
     return steps
 
 
+def prepared(config: Config, split: str = "train") -> tuple[Accelerator, Images, Loader]:
+    """What a run of this configuration reads its images with."""
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = build_accelerator(config, Path(folder))
+    images = pipelines.open_images(config.data.name, config.data.root, split)
+    assert images is not None
+    return accelerator, images, build_loader(config, images, accelerator)
+
+
 def kept(path: Path, measure: Callable[[], float]) -> float:
     """A measurement that decides what is run: made once, and the same whenever the study continues."""
     if not path.is_file():
-        value = json.dumps(measure())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part.json")
-        partial.write_text(value)
-        partial.rename(path)
+        results.replaced(path, json.dumps(measure()))
     return json.loads(path.read_text())
 
 

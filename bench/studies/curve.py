@@ -5,22 +5,17 @@ python -m bench.studies.curve [--preset fast] [--seeds 5] [--steps 120]
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import results
-from bench.studies import summary, with_options
-from fastgessl import pipelines
-from fastgessl.build import build_loader, build_objective, make_plan
+from bench.studies import prepared, summary, with_options
+from fastgessl.build import build_objective, make_plan
 from fastgessl.config import Config, GesslConfig
-from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate import effective_rank
 from fastgessl.objective import GeSSL, measure_sigma
 from fastgessl.objective.task import rank_local_task
@@ -33,11 +28,10 @@ HELD_OUT_BATCHES = 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("--preset", default="fast", help="what is trained beside plain SimCLR")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run")
-    parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args(argv)
     # A narrower network and smaller batches than the recipe's.
     options = {"model.width": 0.125, "train.batch_size": 64, "train.max_steps": arguments.steps}
@@ -59,14 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def trained(config: Config, every: int) -> Iterator[dict[str, float]]:
     """Train, and measure before the first step and after every `every`-th."""
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator = build_accelerator(config, Path(folder))
-    images, held_out = (pipelines.open_images("digits", split=split) for split in ("train", "test"))
-    assert images is not None and held_out is not None
-    loader = build_loader(config, images, accelerator)
+    accelerator, images, loader = prepared(config)
     # The same held-out views whatever the seed of the run.
     fixed = config.model_copy(update={"train": config.train.model_copy(update={"seed": 12345})})
-    tasks = [batch.views for batch in islice(build_loader(fixed, held_out, accelerator), HELD_OUT_BATCHES)]
+    tasks = [batch.views for batch in islice(prepared(fixed, "test")[2], HELD_OUT_BATCHES)]
     plan = make_plan(config, images, loader, accelerator)
     objective = build_objective(config, plan)
     optimizer = build_optimizer(objective, config.optim, plan.peak_learning_rate)

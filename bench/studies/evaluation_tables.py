@@ -7,7 +7,6 @@ One seed each: they show what is printed, and studies over seeds say what a meth
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import subprocess
 import sys
@@ -22,7 +21,7 @@ EVERYTHING = ("--tasks", "all", "--evaluate.learning_checkpoints", "4", "--evalu
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument(
         "--few-shot",
         type=Path,
@@ -31,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/evaluation-tables"), help="folder of the runs"
     )
-    parser.add_argument("--out", type=Path, help="folder for the results, instead of bench/results")
     arguments = parser.parse_args(argv)
     # The whole recipe first, as `make train` has it; the rest is about a short run, whose checkpoints are all
     # kept.

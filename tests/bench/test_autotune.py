@@ -1,16 +1,11 @@
 """Measuring tiles, from the command to the losses that read the table, in Triton's interpreter."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpreted, skip_without_interpreter
 
-ROOT = Path(__file__).resolve().parents[2]
 LOSS = """
 import torch
 from fastgessl.kernels import info_nce
@@ -20,20 +15,8 @@ torch.testing.assert_close(loss, info_nce(rows, rows, implementation="reference"
 """
 
 
-def run(*command, **environment):
-    surroundings = (
-        os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    )
-    return subprocess.run(
-        [sys.executable, *map(str, command)], env=surroundings, capture_output=True, text=True
-    )
-
-
 def test_the_command_measures_a_kernel_keeps_the_rest_of_the_table_and_losses_read_it(tmp_path):
-    pytest.importorskip("triton")
-    older = tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 7)
-    if older and tuple(int(part) for part in version("numpy").split(".")[:2]) >= (2, 4):
-        pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
+    skip_without_interpreter()
     path = tmp_path / "tiles.json"
     tile = {"rows": 16, "columns": 16, "warps": 4, "stages": 1, "chunk_limit": 128}
     kept = {
@@ -53,20 +36,20 @@ def test_the_command_measures_a_kernel_keeps_the_rest_of_the_table_and_losses_re
         "--out",
         path,
     )
-    found = run("-m", "bench.autotune", *options)
+    found = interpreted("-m", "bench.autotune", *options)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[-1] == str(path) and "statistics_kernel" in found.stdout
     first, *measured = json.loads(path.read_text())["tiles"]
     assert first == kept
     entries = [tuple(row["entry"].values()) for row in measured]
     assert entries[0] == ("statistics_kernel", 128, False, False) and measured[0]["milliseconds"] > 0
-    read = run("-c", LOSS, FASTGESSL_TILES=str(path))
+    read = interpreted("-c", LOSS, FASTGESSL_TILES=str(path))
     assert read.returncode == 0, read.stderr
 
 
 def test_where_the_kernels_cannot_run_the_command_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("they can here")
-    found = run("-m", "bench.autotune", "--out", tmp_path / "tiles.json", TRITON_INTERPRET="0")
+    found = interpreted("-m", "bench.autotune", "--out", tmp_path / "tiles.json", TRITON_INTERPRET="0")
     assert found.returncode == 1 and "tiles are measured on an NVIDIA GPU" in found.stderr
     assert "Traceback" not in found.stderr

@@ -1,7 +1,5 @@
 """Whoever is compared computes the same loss."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The page of benchmarks shows what is in the files, and nothing else."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,15 +1,11 @@
 """A study's choices see no test image, its cells are run once, and its tables say what was measured."""
 
-from __future__ import annotations
-
 import json
-import statistics
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from bench import results, studies
 from bench.studies import Cell, curve, does_gessl_help, methods
@@ -27,13 +23,6 @@ def test_choices_are_made_on_training_images_alone():
     assert len(whole["train_x"]) == round(len(arrays["train_x"]) / 2)
     assert len(choice["test_x"]) == round(0.2 * len(whole["train_x"]))
     assert np.array_equal(whole["test_x"], arrays["test_x"])
-
-
-def test_paired_differences_have_students_interval():
-    differences = [0.1, 0.2, 0.4]
-    low, high = stats.t.interval(0.95, 2, loc=statistics.mean(differences), scale=stats.sem(differences))
-    found = studies.paired((0.6, 0.9, 1.0), (0.5, 0.7, 0.6))
-    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.7 / 3, low, high))
 
 
 def test_each_encoder_s_universality_and_transfer_are_taken(tmp_path):
@@ -163,7 +152,7 @@ def test_a_table_that_is_cut_has_what_was_done(tmp_path, monkeypatch, capsys):
         ran.append((cell.folder.name, cell.seed, cell.data.name))
         return {"rows": {"raw pixels": {"knn": {"accuracy": 0.2}}, "this run": {"knn": {"accuracy": 0.5}}}}
 
-    ran: list[tuple[str, int, str]] = []
+    ran = []
     monkeypatch.setattr(Cell, "evaluation", evaluation)
     where = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     methods.main(["--methods", "barlow", "byol", "--seeds", "2", *where])

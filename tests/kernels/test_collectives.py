@@ -30,13 +30,13 @@ TOTAL = RANKS * ROWS
 
 
 @contextmanager
-def _joined(rank, store):
+def _joined(rank, store, ranks=RANKS):
     """The group of all ranks, which a rank leaves when all are done: a peer that leaves early makes gloo
     abort the others.
     """
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    assert dist.get_world_size() == RANKS
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    assert dist.get_world_size() == ranks
     yield dist.group.WORLD
     dist.barrier()
     dist.destroy_process_group()
@@ -138,18 +138,16 @@ def test_forward_mode_across_ranks_raises_and_advises_reverse_mode(tmp_path):
 def _alone(rank, store):
     """A ring of one rank, with keys that need a gradient and with keys that need none."""
     query, key = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    for leaves in ((query.requires_grad_(),), (query, key.requires_grad_())):
-        found = info_nce(query, key, group=dist.group.WORLD, mode="ring")
-        expected = info_nce(query, key)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-        gradients = zip(
-            torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True
-        )
-        for ours, want in gradients:
-            torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-14)
-    dist.destroy_process_group()
+    with _joined(rank, store, ranks=1) as group:
+        for leaves in ((query.requires_grad_(),), (query, key.requires_grad_())):
+            found, expected = info_nce(query, key, group=group, mode="ring"), info_nce(query, key)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(
+                torch.autograd.grad(found, leaves),
+                torch.autograd.grad(expected, leaves),
+                rtol=1e-12,
+                atol=1e-14,
+            )
 
 
 def test_a_ring_of_one_rank_is_the_loss_without_a_group(tmp_path):

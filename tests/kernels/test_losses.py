@@ -338,33 +338,13 @@ def test_any_shape_stride_dtype_temperature_and_mask_equals_the_reference(
             reduction="none",
             implementation=implementation,
         )
-        weight = (
-            torch.ones(()).expand(M)
-            if expanded
-            else torch.randn(M, generator=torch.Generator().manual_seed(1))
-        )
-        return loss, *torch.autograd.grad((loss * weight.to(loss.dtype)).sum(), leaves)
+        weight = torch.randn(2 * M, generator=torch.Generator().manual_seed(1), dtype=loss.dtype)
+        return loss, *torch.autograd.grad(loss, leaves, weight[:1].expand(M) if expanded else weight[::2])
 
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for found, expected in zip(gradients("chunked"), gradients("reference"), strict=True):
         assert found.dtype == expected.dtype
         assert (found.double() - expected.double()).norm() <= tolerance * (1 + expected.double().norm())
-
-
-def test_autocast_casts_operands_as_a_matmul_and_returns_gradients_in_their_own_dtype():
-    query, key = (normalize(torch.randn(16, 8), dim=1).requires_grad_() for _ in range(2))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = info_nce(query, key, temperature=0.2)
-        first = torch.autograd.grad(loss, (query, key), create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), query)[0]
-    rounded = [part.detach().bfloat16().float().requires_grad_() for part in (query, key)]
-    expected = info_nce(*rounded, temperature=0.2)
-    assert loss.dtype == torch.float32 and all(
-        gradient.dtype == torch.float32 for gradient in (*first, second)
-    )
-    torch.testing.assert_close(loss, expected)
-    for found, want in zip(first, torch.autograd.grad(expected, rounded), strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-4)
 
 
 GOOD = torch.zeros(4, 3)

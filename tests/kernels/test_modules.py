@@ -1,11 +1,10 @@
 """Modules against their originals: lightly itself where it has them, the published formula where not."""
 
-import importlib
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
+from fastgessl import kernels
 from fastgessl.kernels import ClipLoss, DINOLoss, DISSLLoss, NTXentLoss, SigmaLoss, SupConLoss, SwaVLoss
 
 
@@ -28,50 +27,27 @@ def loss_and_gradients(function, *leaves):
     return loss, *torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
-def train_step(criterion):
-    """A SimCLR script's step as its users write it: only the import decides whose NTXentLoss this is."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    losses = []
-    for step in range(3):
-        view0, view1 = rows(2, 10, 12, seed=step)
-        loss = criterion(model(view0), model(view1))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses), *(parameter.detach() for parameter in model.parameters())
-
-
-def test_swapping_the_import_in_a_lightly_script_changes_nothing(lightly_loss):
-    ours, theirs = (
-        train_step(NTXentLoss(temperature=0.3)),
-        train_step(lightly_loss.NTXentLoss(temperature=0.3)),
+def test_nt_xent_equals_lightlys(lightly_loss):
+    leaves = rows(10, 8), rows(10, 8, seed=1)
+    found, expected = (
+        loss_and_gradients(module.NTXentLoss(temperature=0.3), *leaves) for module in (kernels, lightly_loss)
     )
-    for found, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected)
 
 
 def test_memory_bank_equals_lightlys_over_several_steps(lightly_loss):
     ours, theirs = (
         module.NTXentLoss(temperature=0.2, memory_bank_size=(12, 4)).double()
-        for module in (modules(), lightly_loss)
+        for module in (kernels, lightly_loss)
     )
     theirs(rows(1, 4), rows(1, 4))
     ours.bank = theirs.memory_bank.bank.clone().double()
     theirs.memory_bank.bank = theirs.memory_bank.bank.double()
     for step in range(4):  # 5 rows a step into 12: the third step reaches the end
         leaves = rows(5, 4, seed=step), rows(5, 4, seed=step + 10)
-        for found, expected in zip(
-            loss_and_gradients(ours, *leaves), loss_and_gradients(theirs, *leaves), strict=True
-        ):
-            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
+        found, expected = (loss_and_gradients(criterion, *leaves) for criterion in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(ours.bank, theirs.memory_bank.bank)
-
-
-def modules():
-    return importlib.import_module("fastgessl.kernels.modules")
 
 
 def test_the_memory_bank_rests_without_gradient_and_survives_a_backward():
@@ -97,12 +73,10 @@ def test_clip_module_takes_open_clips_arguments():
         local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False
     )
     for criterion in (by_name, ClipLoss(True, True, True, 0, 1, False)):
-        for found, want in zip(
+        torch.testing.assert_close(
             loss_and_gradients(criterion, image, text, scale),
             loss_and_gradients(expected, image, text, scale),
-            strict=True,
-        ):
-            torch.testing.assert_close(found, want)
+        )
     torch.testing.assert_close(
         criterion(image, text, scale, output_dict=True)["contrastive_loss"], expected(image, text, scale)
     )
@@ -110,29 +84,6 @@ def test_clip_module_takes_open_clips_arguments():
     biased = criterion(image, text, scale, bias, True)["contrastive_loss"]
     torch.testing.assert_close(biased, expected(image, text, scale))
     assert torch.autograd.grad(biased, bias)[0] == 0
-
-
-def test_clip_module_for_ranks_that_do_not_exist_is_refused():
-    with pytest.raises(ValueError, match=r"world_size is 8, but torch.distributed is not initialised"):
-        ClipLoss(world_size=8)(unit(4, 3), unit(4, 3, seed=1), 10.0)
-
-
-@pytest.mark.parametrize("labels", [None, torch.tensor([2, 0, 2, 7, 0, 2])], ids=["views-only", "classes"])
-def test_supcon_is_the_formula_of_the_paper_pair_by_pair(labels):
-    features, names = unit(6, 2, 5), torch.arange(6) if labels is None else labels
-
-    def expected(features):
-        flat, classes, total = torch.cat([features[:, 0], features[:, 1]]), names.repeat(2), 0.0
-        for i in range(12):
-            others = [a for a in range(12) if a != i]
-            lse = torch.stack([flat[i] @ flat[a] / 0.2 for a in others]).logsumexp(0)
-            positives = [p for p in others if classes[p] == classes[i]]
-            total = total - sum(flat[i] @ flat[p] / 0.2 - lse for p in positives) / len(positives)
-        return 0.2 / 0.07 * total / 12
-
-    found = loss_and_gradients(lambda features: SupConLoss(temperature=0.2)(features, labels), features)
-    for ours, want in zip(found, loss_and_gradients(expected, features), strict=True):
-        torch.testing.assert_close(ours, want)
 
 
 def supcon_of_pairs(features, mask, temperature, rows):
@@ -170,8 +121,7 @@ def test_supcon_takes_supcontrasts_arguments(mode, anchors, positives):
         lambda leaf: SupConLoss(0.2, mode, 0.07)(leaf.view(6, 2, 5, 1), **given), features
     )
     expected = loss_and_gradients(lambda leaf: supcon_of_pairs(leaf, mask, 0.2, anchors), features)
-    for ours, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, want)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("cast", ["autocast", "bfloat16 features"])
@@ -199,10 +149,7 @@ def test_sigma_module_normalises_and_detaches_the_teacher():
         return torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
     criterion = SigmaLoss(temperature=0.1, teacher_temperature=0.3)
-    for found, want in zip(
-        loss_and_gradients(criterion, *leaves), loss_and_gradients(expected, *leaves), strict=True
-    ):
-        torch.testing.assert_close(found, want)
+    torch.testing.assert_close(loss_and_gradients(criterion, *leaves), loss_and_gradients(expected, *leaves))
 
 
 def test_dino_equals_lightlys_on_the_full_table_and_moves_its_centre_alike(lightly_loss):
@@ -218,8 +165,7 @@ def test_dino_equals_lightlys_on_the_full_table_and_moves_its_centre_alike(light
             student_weight,
         )
         ours.update_center(teacher, weight)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("with_queue", [False, True])
@@ -234,8 +180,7 @@ def test_swav_equals_lightlys_on_the_full_table(lightly_loss, with_queue):
     found = loss_and_gradients(
         lambda high, low, prototypes: SwaVLoss()(high, low, prototypes, queue), high, low, prototypes
     )
-    for a, b in zip(found, loss_and_gradients(expected, high, low, prototypes), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(found, loss_and_gradients(expected, high, low, prototypes))
 
 
 def test_the_centre_moves_in_float32_under_autocast():
@@ -287,25 +232,15 @@ def test_dissl_is_its_formula_on_the_full_table_with_gradients_to_the_teacher():
     leaves = rows(2, 6, 4), rows(9, 4, seed=1), rows(2, 6, 3, seed=2), rows(9, 3, seed=3)
 
     def expected(student, student_prototypes, teacher, teacher_prototypes):
-        log_q, log_p = (
-            (student @ student_prototypes.T).log_softmax(2),
-            (teacher @ teacher_prototypes.T / 0.5).log_softmax(2),
-        )
-        total = 0.0
-        for a, b in ((0, 1), (1, 0)):
-            p, mean = log_p[a].exp(), log_p[a].exp().mean(0)
-            total = (
-                total
-                - (p * log_q[b]).sum(1).mean()
-                + 2.3 * (mean * mean.log()).sum()
-                - 0.8 * (p * log_p[b]).sum(1).mean()
-            )
-        return total / 2
+        log_q = (student @ student_prototypes.T).log_softmax(2).flip(0)
+        log_p = (teacher @ teacher_prototypes.T / 0.5).log_softmax(2)
+        p, mean = log_p.exp(), log_p.exp().mean(1)
+        own, others = (p * log_q).sum(2).mean(), (p * log_p.flip(0)).sum(2).mean()
+        return -own + 2.3 * (mean * mean.log()).sum(1).mean() - 0.8 * others
 
-    for found, want in zip(
-        loss_and_gradients(DISSLLoss(), *leaves), loss_and_gradients(expected, *leaves), strict=True
-    ):
-        torch.testing.assert_close(found, want)
+    torch.testing.assert_close(
+        loss_and_gradients(DISSLLoss(), *leaves), loss_and_gradients(expected, *leaves)
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,6 +265,10 @@ def test_dissl_is_its_formula_on_the_full_table_with_gradients_to_the_teacher():
             r"labels and mask both",
         ),
         (lambda: SupConLoss(contrast_mode="two"), r"contrast_mode must be 'all' or 'one', found 'two'"),
+        (
+            lambda: ClipLoss(world_size=8)(torch.eye(2), torch.eye(2), 1.0),
+            r"world_size is 8, but torch.distributed is not initialised",
+        ),
         (lambda: ClipLoss(use_horovod=True), r"use_horovod=True. Launch with torchrun"),
         (
             lambda: ClipLoss()(torch.eye(2), torch.eye(2), 1.0, True),

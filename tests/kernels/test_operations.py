@@ -1,17 +1,12 @@
 """What a step asks of a device, counted by dispatch modes: operations, looks at values, copies that wait."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from interpreter import printed_by
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,20 +32,7 @@ from fastgessl.pipelines.sources.images import ArrayImages
 
 @pytest.fixture(scope="module")
 def counts():
-    """What `programs/count_operations.py` finds."""
-    pytest.importorskip("triton")
-    old = tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 7)
-    if old and tuple(int(part) for part in version("numpy").split(".")[:2]) >= (2, 4):
-        pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    program = Path(__file__).parents[1] / "programs" / "count_operations.py"
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(program.parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    found = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+    return printed_by("count_operations.py")
 
 
 def test_a_step_asks_for_at_most_one_operation_more_than_three_lines_of_pytorch(counts):
@@ -93,33 +75,22 @@ def operations_of(loss):
     return mode.found
 
 
-def indices():
-    return torch.arange(6)
-
-
-def wide():
-    return torch.tensor(0.1)
-
-
-def columns():
-    return torch.zeros(6)
-
-
+INDICES, WIDE, COLUMNS = torch.arange(6), torch.tensor(0.1), torch.zeros(6)
 LOOKED_AT = {
     "info_nce": (0, lambda a, b: info_nce(a, b)),
-    "info_nce(temperature)": (1, lambda a, b: info_nce(a, b, temperature=wide())),
-    "info_nce(positives)": (1, lambda a, b: info_nce(a, b, positives=indices())),
-    "info_nce(exclude)": (1, lambda a, b: info_nce(a, b, exclude=indices())),
+    "info_nce(temperature)": (1, lambda a, b: info_nce(a, b, temperature=WIDE)),
+    "info_nce(positives)": (1, lambda a, b: info_nce(a, b, positives=INDICES)),
+    "info_nce(exclude)": (1, lambda a, b: info_nce(a, b, exclude=INDICES)),
     "nt_xent": (0, lambda a, b: nt_xent(a, b)),
-    "nt_xent(temperature)": (1, lambda a, b: nt_xent(a, b, temperature=wide())),
+    "nt_xent(temperature)": (1, lambda a, b: nt_xent(a, b, temperature=WIDE)),
     "clip_loss": (0, lambda a, b: clip_loss(a, b, temperature=0.1)),
-    "clip_loss(temperature)": (1, lambda a, b: clip_loss(a, b, temperature=wide())),
+    "clip_loss(temperature)": (1, lambda a, b: clip_loss(a, b, temperature=WIDE)),
     "similarity_logsumexp(bias, exclude)": (
         2,
-        lambda a, b: similarity_logsumexp(a, b, bias=columns(), exclude=indices()).sum(),
+        lambda a, b: similarity_logsumexp(a, b, bias=COLUMNS, exclude=INDICES).sum(),
     ),
     "sigma_kl": (0, lambda a, b: sigma_kl(a, b, b, a)),
-    "sigma_kl(temperature)": (1, lambda a, b: sigma_kl(a, b, b, a, temperature=wide())),
+    "sigma_kl(temperature)": (1, lambda a, b: sigma_kl(a, b, b, a, temperature=WIDE)),
     "soft_cross_entropy(everything)": (
         5,
         lambda a, b: soft_cross_entropy(
@@ -127,20 +98,20 @@ LOOKED_AT = {
             b,
             b,
             a,
-            temperature=wide(),
-            teacher_temperature=wide(),
-            student_bias=columns(),
-            teacher_bias=columns(),
-            exclude=indices(),
+            temperature=WIDE,
+            teacher_temperature=WIDE,
+            student_bias=COLUMNS,
+            teacher_bias=COLUMNS,
+            exclude=INDICES,
         ),
     ),
     "gessl_loss": (0, lambda a, b: sum(rows.sum() for rows in gessl_loss(a, b, b, a))),
     "gessl_loss(positives)": (
         1,
-        lambda a, b: sum(rows.sum() for rows in gessl_loss(a, b, b, a, positives=indices())),
+        lambda a, b: sum(rows.sum() for rows in gessl_loss(a, b, b, a, positives=INDICES)),
     ),
     "softmax_marginal": (0, lambda a, b: softmax_marginal(a, b).sum()),
-    "softmax_marginal(bias)": (1, lambda a, b: softmax_marginal(a, b, bias=columns()).sum()),
+    "softmax_marginal(bias)": (1, lambda a, b: softmax_marginal(a, b, bias=COLUMNS).sum()),
     "sinkhorn_potentials": (0, lambda a, b: sinkhorn_potentials(a, b).sum() + 0 * (a.sum() + b.sum())),
 }
 
@@ -151,18 +122,9 @@ def test_the_values_of_a_users_tensors_are_looked_at_once_and_no_others(name):
     assert operations_of(loss)["_local_scalar_dense"] == expected
 
 
-def test_a_rows_index_that_the_library_made_needs_no_mask():
-    made, given = (
-        operations_of(lambda a, b, positives=positives: info_nce(a, b, positives=positives))
-        for positives in (None, indices())
-    )
-    # One in the forward and one in the backward.
-    assert given["masked_fill"] == made["masked_fill"] + 2
-
-
 def test_blocks_of_rows_ask_for_no_place_of_an_index():
     """`nonzero` has a length that only the device knows."""
-    found = operations_of(lambda a, b: info_nce(a, b, positives=indices(), exclude=indices()))
+    found = operations_of(lambda a, b: info_nce(a, b, positives=INDICES, exclude=INDICES))
     assert not found["nonzero"] and not found["index_put_"] and found["scatter_add_"] == 2
 
 

@@ -6,6 +6,7 @@ import os
 import struct
 import warnings
 import zlib
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -120,17 +121,18 @@ READABLE = (
     "20000x10",
     "10x20000",
 )
-BROKEN = (
-    "empty",
-    "text",
-    "gif",
-    "header only",
-    "truncated",
-    "without its last byte",
-    "truncated png",
-    "truncated webp",
-    "zeroed png",
-)
+BROKEN = {
+    "empty": "is an empty file",
+    "text": "is not an image that can be read",
+    "gif": "is a GIF file, not JPEG, PNG, WebP or BMP",
+    "header only": "is not an image that can be read|is damaged",
+    "truncated": "is damaged",
+    "without its last byte": "is damaged",
+    "truncated png": "is damaged",
+    "truncated webp": "is not an image that can be read",
+    "zeroed png": "is damaged",
+}
+"""Kinds that cannot be shown, and what is said of them."""
 NO_FILES = ("absent", "folder", "pipe", "loop of links", "dangling link")
 
 
@@ -177,7 +179,7 @@ def test_a_jpeg_with_zeroed_bytes_is_shown_alike_by_both_engines(tmp_path, encod
 def test_a_bad_file_is_named_in_one_line(pictures, encode, kind, engine):
     bad = pictures.paths[9]
     spoil(bad, kind, encode, 0)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=BROKEN.get(kind)) as caught:
         show(pictures, engine, training=False)
     assert repr(str(bad)) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -252,17 +254,12 @@ def test_a_stand_in_is_drawn_for_the_image_it_replaces(several):
 
 @pytest.mark.parametrize("stop", range(4))
 @pytest.mark.parametrize("engine", ENGINES)
-def test_skipping_does_not_disturb_resumption(several, engine, stop):
-    options = {"engine": engine, "batch_size": 4, "seed": 1, "workers": 1, "bad_files": "skip"}
-    loader = build(several, [VIEW], **options)
+def test_skipping_and_workers_do_not_disturb_resumption(several, engine, stop):
+    options = {"engine": engine, "batch_size": 4, "seed": 1, "bad_files": "skip"}
+    loader = build(several, [VIEW], **options, workers=1)
     whole = [batch for _ in range(2) for batch in loader]
-    first, seen = build(several, [VIEW], **options), []
-    while len(seen) < stop:
-        for batch in first:
-            seen.append(batch)
-            if len(seen) == stop:
-                break
-    second = build(several, [VIEW], **options)
+    first, second = (build(several, [VIEW], **options, workers=workers) for workers in (1, 2))
+    seen = list(islice(chain.from_iterable(repeat(first)), stop))
     second.load_state_dict(first.state_dict())
     while second.epoch < 2:
         seen += list(second)

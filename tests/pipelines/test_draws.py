@@ -157,16 +157,6 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     assert " ".join(f"{word:08x}" for word in philox(counter, key)) == expected
 
 
-def test_uniforms_are_uniform_and_independent():
-    stats = pytest.importorskip("scipy.stats")
-    numbers = uniforms(np.arange(4000), stream=1, blocks=range(2), key=key_of(0, 0)).reshape(4000, 8)
-    for column in numbers.T:
-        assert stats.kstest(column, "uniform").pvalue > 1e-3
-    correlation = np.corrcoef(numbers.T) - np.eye(8)
-    assert np.abs(correlation).max() < 5 / np.sqrt(4000)
-    assert numbers.min() > 0 and numbers.max() < 1
-
-
 def test_seeds_and_epochs_beyond_a_word_have_keys_of_their_own():
     # As bare words of 32 bits, zeros behind them left out, each of these lines is one and the same.
     words = (

@@ -8,48 +8,32 @@ cases on stdin.
 import json
 import sys
 
-import numpy as np
 import torch
+from drawn_views import MEAN, STD, images_of, random_parameters
 
 from fastgessl.kernels.views import triton as views_triton
 from fastgessl.kernels.views.parameters import ViewParameters
 from fastgessl.kernels.views.torch import augment_views, color_views
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
-
 
 def operands(case):
-    draw = np.random.default_rng(case["size"])
     count, height, width = case["count"], case["height"], case["width"]
-    images = torch.from_numpy(draw.integers(0, 256, (count, height, width, 3), dtype=np.uint8))
-    images[0] = images[0, :, :, :1]
-    images[1, :, :, 0] = 255
-    tall, wide = draw.integers(1, height + 1, count), draw.integers(1, width + 1, count)
-    crop = np.stack(
-        [draw.integers(0, height - tall + 1), draw.integers(0, width - wide + 1), tall, wide], 1
-    ).astype(np.float32)
-    reach = crop.copy()
-    # A crop finer than a pixel, of which interpolation may read beyond.
-    crop[2], reach[2] = (1.25, 0.5, height - 2.5, width - 1.75), (0, 0, height, width)
+    images, drawn = images_of(count, height, width), random_parameters(count, height, width, case["size"])
+    every = torch.arange(count)
     drawn = ViewParameters(
-        crop=torch.from_numpy(crop),
-        reach=torch.from_numpy(reach),
-        flip=torch.from_numpy(draw.random(count) < 0.5),
-        jitter=torch.from_numpy(np.arange(count) % 4 != 3),
-        factors=torch.from_numpy(
-            draw.uniform([0.2, 0.2, 0.2, -0.5], [1.8, 1.8, 1.8, 0.5], (count, 4)).astype(np.float32)
-        ),
-        order=torch.from_numpy(np.argsort(draw.random((count, 4)), axis=1)),
-        grayscale=torch.from_numpy(np.arange(count) % 5 == 4),
-        blur_sigma=torch.from_numpy(
-            np.where(np.arange(count) % 2, draw.uniform(0.1, 2, count), 0).astype(np.float32)
-        ),
-        solarize=torch.from_numpy(np.arange(count) % 3 == 1),
+        **vars(drawn)
+        | {
+            "jitter": every % 4 != 3,
+            "grayscale": every % 5 == 4,
+            "blur_sigma": every % 2 * torch.linspace(0.1, 2, count) * case["blur"],
+            "solarize": every % 3 == 1,
+        }
     )
+    # A crop finer than a pixel, of which interpolation may read beyond.
+    drawn.crop[2] = torch.tensor([1.25, 0.5, height - 2.5, width - 1.75])
+    drawn.reach[2] = torch.tensor([0.0, 0.0, height, width])
     # Factors that change nothing are left out on both sides.
     drawn.factors[0] = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    if not case["blur"]:
-        drawn.blur_sigma.zero_()
     return images, drawn
 
 

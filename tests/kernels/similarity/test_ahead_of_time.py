@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from fastgessl.kernels.similarity import launch as similarity_launch
-from fastgessl.kernels.similarity import triton_first as similarity_triton
+from ahead_of_time import compiled
+
+from fastgessl.kernels.similarity import launch, triton_first, triton_second
 from fastgessl.kernels.similarity.tiles import (
     ARCHITECTURES,
     FLOAT32,
@@ -25,15 +26,12 @@ from fastgessl.kernels.similarity.tiles import (
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)
 
-import importlib.util
-from pathlib import Path
-
-_program = Path(__file__).parents[2] / "programs" / "ahead_of_time.py"
-_spec = importlib.util.spec_from_file_location("ahead_of_time", _program)
-ahead_of_time = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ahead_of_time)
-
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+TEACHER_ONLY = {"p_teacher_query", "p_teacher_key", "p_teacher_scale"}
+IN_OPERAND_DTYPE = {
+    *("p_query", "p_key", "p_teacher_query", "p_teacher_key"),
+    *("p_tangent_query", "p_tangent_key", "p_out"),
+}
 EVERY = [
     (name, architecture, width, teacher, dtype)
     for dtype in ("bf16", "fp32")
@@ -43,77 +41,64 @@ EVERY = [
     for teacher in (False, True)
     if not (teacher and name in WITHOUT_TEACHER)
 ]
-# Seconds each; the rest runs with `make soak`.
-QUICK = [
-    case
-    for case in EVERY
-    if case[1] in (80, 90, 100) and case[2] == 128 and case[4] == "bf16" and not case[3]
-]
 
 
-def check(name, architecture, width, teacher, dtype):
-    if architecture >= 100 and ahead_of_time.TRITON < (3, 3):
-        pytest.skip("Triton 3.2 does not know this generation; `dispatch` does not send it there")
-    tile = tile_of(name, architecture, width, teacher, dtype == "fp32")
+def quick(name, architecture, width, teacher, dtype):
+    """Whether the case takes seconds at most; the rest runs with `make soak`."""
+    return architecture in (80, 90, 100) and width == 128 and dtype == "bf16" and not teacher
+
+
+def kernel_of(name):
     plain = name.removesuffix("[mirror]")
-    to_teacher = (False, True) if teacher and plain.startswith(("gradient", "curvature")) else (False,)
+    return getattr(triton_first, plain, None) or getattr(triton_second, plain)
+
+
+@pytest.mark.parametrize(
+    "name, architecture, width, teacher, dtype",
+    [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in EVERY],
+)
+def test_tile_compiles_without_spill_and_within_shared_memory(name, architecture, width, teacher, dtype):
+    tile, kernel = tile_of(name, architecture, width, teacher, dtype == "fp32"), kernel_of(name)
+    flags = {"D": width, "E": width, "CHUNK": tile.chunk(width), "TEACHER_CHUNK": tile.chunk(width)}
+    flags |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "POSITIVES": True, "EXCLUDE": 1, "BIAS": False}
+    flags |= {"TEACHER": teacher, "TEACHER_BIAS": False, "ENTROPY": True}
+    flags |= {"MIRROR": 2 * name.endswith("[mirror]"), "PRECISION": "tf32x3" if dtype == "fp32" else "ieee"}
+    absent = {each for each in kernel.arg_names if each.endswith("_bias") and each != "p_out_bias"}
+    flags |= dict.fromkeys(absent | (set() if teacher else TEACHER_ONLY))
+
+    def kind(argument):
+        if argument in ("M", "N"):
+            return "i32"
+        if argument in ("p_positives", "p_exclude"):
+            return "*i64"
+        return f"*{dtype}" if argument in IN_OPERAND_DTYPE else "*fp32"
+
+    to_teacher = (False, True) if teacher and name.startswith(("gradient", "curvature")) else (False,)
     for of_teacher in to_teacher:
-        found = ahead_of_time.resources(
-            plain, architecture, width, teacher, tile, dtype, of_teacher, mirror=2 * name.endswith("[mirror]")
-        )
-        print(
-            f"{name:28} sm_{architecture} D={width:<5}{dtype} teacher={teacher:d} to_teacher={of_teacher:d} "
-            f"{tile} -> {found}"
-        )
-        # Older compilers spill a few bytes in some tiles (3.2 at most 168, for sm_80): slower, not wrong.
-        assert found.stack == 0 or ahead_of_time.TRITON < (3, 6)
-        assert found.shared <= ahead_of_time.SHARED_LIMIT[architecture]
+        own = flags | {"OF_TEACHER": of_teacher}
+        found = compiled(kernel, architecture, own, kind, num_warps=tile.warps, num_stages=tile.stages)
         # tf32 in three passes has no wgmma or tcgen05 form everywhere: any matrix instruction will do there.
         assert found.instruction == INSTRUCTION[architecture] or (
             dtype == "fp32" and found.instruction != "FMA"
         )
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
-def test_tile_compiles_without_spill_and_within_shared_memory(case):
-    check(*case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in EVERY if case not in QUICK], ids=str)
-def test_every_tile_compiles_without_spill_and_within_shared_memory(case):
-    check(*case)
-
-
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_the_merge_of_the_columns_sums_compiles_without_spill(architecture):
-    if architecture >= 100 and ahead_of_time.TRITON < (3, 3):
-        pytest.skip("Triton 3.2 does not know this generation; `dispatch` does not send it there")
-    kernel, flags = (
-        similarity_triton.merge_strips_kernel,
-        {"STRIPS": similarity_launch.STRIPS, "BLOCK_N": similarity_launch.MERGED_COLUMNS},
+    flags = {"STRIPS": launch.STRIPS, "BLOCK_N": launch.MERGED_COLUMNS}
+    compiled(
+        triton_first.merge_strips_kernel,
+        architecture,
+        flags,
+        lambda argument: "i32" if argument == "N" else "*fp32",
+        num_warps=4,
     )
-    signature = {
-        name: "constexpr" if name in flags else "i32" if name == "N" else "*fp32" for name in kernel.arg_names
-    }
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.startswith("p_")
-    }
-    program = ahead_of_time.source(kernel, signature, flags, attributes)
-    target = ahead_of_time.GPUTarget("cuda", architecture, 32)
-    found = ahead_of_time.read(
-        ahead_of_time.triton.compile(
-            program, target=target, options={"num_warps": 4, "enable_fp_fusion": True}
-        )
-    )
-    print(f"merge_strips_kernel sm_{architecture} -> {found}")
-    assert found.stack == 0 and found.shared <= ahead_of_time.SHARED_LIMIT[architecture]
 
 
 def test_every_launch_has_a_tile():
     for name, architecture, width, teacher, dtype in EVERY:
         assert tile_of(name, architecture, width - 1, teacher, dtype == "fp32").chunk(width) <= width
-    assert {name.removesuffix("[mirror]") for name in KERNELS} == set(ahead_of_time.KERNELS)
+    assert all(kernel_of(name).arg_names for name in KERNELS)
     assert (
         {key[1] for key in TABLE}
         == {key[1] for key in FLOAT32}

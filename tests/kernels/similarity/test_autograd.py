@@ -85,13 +85,10 @@ def along(loss, tangents):
 
 
 @FAMILIES
-def test_func_grad_equals_dense(loss, operands):
+def test_grad_grad_of_grad_and_hessian_equal_dense(loss, operands, tangents):
     close(grad(loss, ALL)(*operands), grad(dense(loss), ALL)(*operands))
-
-
-@FAMILIES
-def test_grad_of_grad_equals_dense(loss, operands, tangents):
     close(grad(along(loss, tangents), ALL)(*operands), grad(along(dense(loss), tangents), ALL)(*operands))
+    close(jacrev(jacrev(loss, (0, 1)), (0, 1))(*operands), hessian(dense(loss), (0, 1))(*operands))
 
 
 @FAMILIES
@@ -104,11 +101,6 @@ def test_vmap_of_grad_equals_dense(loss, operands, batched):
         for i, operand in enumerate(operands)
     ]
     close(vmap(grad(loss, ALL), dims)(*stacked), vmap(grad(dense(loss), ALL), dims)(*stacked))
-
-
-@FAMILIES
-def test_hessian_equals_dense(loss, operands):
-    close(jacrev(jacrev(loss, (0, 1)), (0, 1))(*operands), hessian(dense(loss), (0, 1))(*operands))
 
 
 def dual(loss):
@@ -170,31 +162,6 @@ def test_cotangents_of_any_stride_give_the_dense_gradients(loss, operands, downs
         return torch.autograd.grad((wide.t() * torch.arange(2.0 * M)).sum(), leaves)
 
     close(combined(loss), combined(dense(loss)))
-
-
-def test_rows_weighted_by_a_view_of_a_cat_give_the_dense_gradient(operands):
-    def through(implementation):
-        query = operands[0].clone().requires_grad_()
-        rows = info_nce(
-            query, operands[1], positives=POSITIVES, reduction="none", implementation=implementation
-        )
-        lse = similarity_logsumexp(query, operands[1], implementation=implementation)
-        (
-            torch.stack([rows, lse], dim=1).flatten()[::2].sum() + torch.cat([lse, rows])[3:].square().sum()
-        ).backward()
-        return query.grad
-
-    close(through(None), through("reference"))
-
-
-def test_non_contiguous_operands_give_the_dense_gradient(operands):
-    wide = torch.randn(D, 4 * N, dtype=torch.float64, requires_grad=True)
-
-    def through(implementation):
-        query, key = wide.t()[: 2 * M : 2], wide.t()[-N:]
-        return torch.autograd.grad(info_nce(query, key, implementation=implementation), wide)
-
-    close(through(None), through("reference"))
 
 
 def operator_inputs(operands, has_teacher):

@@ -2,16 +2,8 @@
 float64.
 """
 
-import json
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
-
-pytest.importorskip("triton")
+from interpreter import printed_by
 
 RTOL = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1.5e-2}
 CASES = {
@@ -103,29 +95,9 @@ for case in CASES.values():
     case.setdefault("temperature", 0.1)
 
 
-def older(package, *release):
-    return tuple(int(part) for part in version(package).split(".")[:2]) < release
-
-
 @pytest.fixture(scope="module")
 def errors():
-    if older("triton", 3, 7) and not older("numpy", 2, 4):
-        pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    program = Path(__file__).parents[2] / "programs" / "losses_in_the_interpreter.py"
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(program.parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    found = subprocess.run(
-        [sys.executable, program],
-        input=json.dumps(list(CASES.values())),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr
-    return dict(zip(CASES, json.loads(found.stdout), strict=True))
+    return dict(zip(CASES, printed_by("losses_in_the_interpreter.py", list(CASES.values())), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,18 +2,10 @@
 equals torchvision).
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
 import torch
-
-pytest.importorskip("triton")
+from drawn_views import MEAN, STD, images_of, random_parameters
+from interpreter import printed_by
 
 from fastgessl.kernels.views.parameters import ViewParameters
 from fastgessl.kernels.views.torch import augment_views
@@ -38,29 +30,9 @@ for case in CASES.values():
         case.setdefault(name, value)
 
 
-def older(package, *release):
-    return tuple(int(part) for part in version(package).split(".")[:2]) < release
-
-
 @pytest.fixture(scope="module")
 def differences():
-    if older("triton", 3, 7) and not older("numpy", 2, 4):
-        pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    program = Path(__file__).parents[2] / "programs" / "views_in_the_interpreter.py"
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(program.parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    found = subprocess.run(
-        [sys.executable, program],
-        input=json.dumps(list(CASES.values())),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr
-    return dict(zip(CASES, json.loads(found.stdout), strict=True))
+    return dict(zip(CASES, printed_by("views_in_the_interpreter.py", list(CASES.values())), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -70,6 +42,7 @@ def test_views_equal_batched_pytorch(name, differences):
 
 
 def test_a_cpu_takes_pytorch_and_a_wish_that_cannot_be_met_is_refused():
+    pytest.importorskip("triton")
     images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     options = {"size": 8, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(ValueError, match="the Triton kernels cannot be used"):
@@ -80,17 +53,8 @@ def test_a_cpu_takes_pytorch_and_a_wish_that_cannot_be_met_is_refused():
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [32, 64, 96, 224])
 def test_on_a_gpu_views_equal_those_of_the_cpu(size, interpolation):
-    spec = importlib.util.spec_from_file_location("views_on_cpu", Path(__file__).with_name("test_torch.py"))
-    on_cpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(on_cpu)
-    images, drawn = on_cpu.images_of(64, 96, 80), on_cpu.random_parameters(64, 96, 80)
-    options = {
-        "size": size,
-        "mean": on_cpu.MEAN,
-        "std": on_cpu.STD,
-        "interpolation": interpolation,
-        "blur_kernel": 9,
-    }
+    images, drawn = images_of(64, 96, 80), random_parameters(64, 96, 80)
+    options = {"size": size, "mean": MEAN, "std": STD, "interpolation": interpolation, "blur_kernel": 9}
     expected = augment_views(images, drawn, **options)
     found = augment_views(images.cuda(), drawn, **options, implementation="triton").cpu()
-    assert ((found - expected).abs() * torch.tensor(on_cpu.STD)[:, None, None] * 255).max() < 0.02
+    assert ((found - expected).abs() * torch.tensor(STD)[:, None, None] * 255).max() < 0.02

@@ -2,30 +2,21 @@
 limits.
 """
 
-import importlib.util
+import itertools
 import os
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
+from ahead_of_time import compiled
 
 from fastgessl.kernels.views import triton as views_triton
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)
 
-_program = Path(__file__).parents[2] / "programs" / "ahead_of_time.py"
-_spec = importlib.util.spec_from_file_location("ahead_of_time_of_views", _program)
-ahead_of_time = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ahead_of_time)
-
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-BYTES = {"p_images"}
-INTEGERS = {"H", "W", "S"}
 BLOCKS = {"small": 256, "cifar": 1024, "tinyimagenet": 4096}
 CASES = {
     **{
@@ -44,8 +35,7 @@ CASES = {
     "blur[rows]": (views_triton.blur_kernel, {"ROWS": True, "TAPS": 23, "BLOCK": 1024}),
     "blur[columns]": (views_triton.blur_kernel, {"ROWS": False, "TAPS": 23, "BLOCK": 1024}),
 }
-# A second each; the rest runs with `make soak`.
-QUICK = [
+QUICK = {
     ("whole_view[cifar-bilinear]", 80),
     ("whole_view[cifar-bilinear]", 90),
     ("whole_view[tinyimagenet-bicubic]", 90),
@@ -53,44 +43,25 @@ QUICK = [
     ("colour[of bytes]", 90),
     ("blur[columns]", 90),
     ("whole_view[cifar-bilinear]", 100),
-]
-EVERY = [(name, architecture) for name in CASES for architecture in ARCHITECTURES]
+}
+"""A second each; the rest runs with `make soak`."""
 
 
-def check(name, architecture):
-    if architecture >= 100 and ahead_of_time.TRITON < (3, 3):
-        pytest.skip("Triton 3.2 does not know this generation; `dispatch` does not send it there")
+def kind(argument):
+    if argument in ("H", "W", "S"):
+        return "i32"
+    if argument == "threshold":
+        return "fp32"
+    return {"p_images": "*u8", "p_chosen": "*i64"}.get(argument, "*fp32")
+
+
+@pytest.mark.parametrize(
+    "name, architecture",
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(CASES, ARCHITECTURES)
+    ],
+)
+def test_kernel_compiles_without_spill(name, architecture):
     kernel, flags = CASES[name]
-    signature, constants, attributes = {}, {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in flags:
-            signature[argument], constants[argument] = "constexpr", flags[argument]
-        elif argument in INTEGERS:
-            signature[argument] = "i32"
-        elif argument == "threshold":
-            signature[argument] = "fp32"
-        else:
-            signature[argument] = (
-                "*u8" if argument in BYTES else "*i64" if argument == "p_chosen" else "*fp32"
-            )
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    program = ahead_of_time.source(kernel, signature, constants, attributes)
-    options = {"num_warps": views_triton.warps_for(flags["BLOCK"]), "enable_fp_fusion": True}
-    found = ahead_of_time.read(
-        triton.compile(program, target=GPUTarget("cuda", architecture, 32), options=options)
-    )
-    print(f"{name:36} sm_{architecture} -> {found}")
-    # Older compilers spill a few bytes: slower, not wrong.
-    assert found.stack == 0 or ahead_of_time.TRITON < (3, 6)
-    assert found.shared <= ahead_of_time.SHARED_LIMIT[architecture]
-
-
-@pytest.mark.parametrize("case", QUICK, ids=str)
-def test_kernel_compiles_without_spill(case):
-    check(*case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in EVERY if case not in QUICK], ids=str)
-def test_every_kernel_compiles_without_spill_for_every_card(case):
-    check(*case)
+    compiled(kernel, architecture, flags, kind, num_warps=views_triton.warps_for(flags["BLOCK"]))

@@ -18,49 +18,54 @@ def names(images, root):
     return [path.relative_to(root).as_posix() for path in images.paths]
 
 
-def test_a_flat_folder_has_no_labels_and_no_classes(tmp_path):
-    put(tmp_path, "b.png", "a.JPG", "c.webp", "d.bmp", "e.jpeg", "notes.txt", "._a.jpg", ".hidden/x.png")
-    images = open_images("folder", tmp_path)
-    assert names(images, tmp_path) == ["a.JPG", "b.png", "c.webp", "d.bmp", "e.jpeg"]
-    assert images.labels is None and images.classes == () and open_images("folder", tmp_path, "test") is None
+FOLDERS = {
+    "a flat folder": (
+        ("b.png", "a.JPG", "c.webp", "d.bmp", "e.jpeg", "notes.txt", "._a.jpg", ".hidden/x.png"),
+        {"a.JPG": None, "b.png": None, "c.webp": None, "d.bmp": None, "e.jpeg": None},
+    ),
+    "a folder per class": (
+        ("dog/1.png", "cat/deep/er/2.png", "cat/1.png", "empty/readme.txt"),
+        {"cat/1.png": "cat", "cat/deep/er/2.png": "cat", "dog/1.png": "dog"},
+    ),
+    "one folder": (
+        ("photos/1.png", "photos/2.png"),
+        {"photos/1.png": None, "photos/2.png": None},
+    ),
+    "any script": (
+        ("käfer/größe 1.png", "蝶/写真.JPG"),
+        {"käfer/größe 1.png": "käfer", "蝶/写真.JPG": "蝶"},
+    ),
+}
+"""Files, and those that are images with the names of their classes."""
 
 
-def test_the_first_level_of_a_nested_folder_names_the_class(tmp_path):
-    put(tmp_path, "dog/1.png", "cat/deep/er/2.png", "cat/1.png", "empty/readme.txt")
-    images = open_images("folder", tmp_path)
-    assert images.classes == ("cat", "dog")
-    assert dict(zip(names(images, tmp_path), images.labels.tolist(), strict=True)) == {
-        "cat/1.png": 0,
-        "cat/deep/er/2.png": 0,
-        "dog/1.png": 1,
-    }
-
-
-def test_one_folder_of_images_is_no_class(tmp_path):
-    images = open_images("folder", put(tmp_path, "photos/1.png", "photos/2.png"))
-    assert len(images) == 2 and images.labels is None and images.classes == ()
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_the_first_of_several_levels_names_the_class(tmp_path, kind):
+    files, expected = FOLDERS[kind]
+    images = open_images("folder", put(tmp_path, *files))
+    classes = [images.classes[label] for label in images.labels] if images.classes else [None] * len(images)
+    assert dict(zip(names(images, tmp_path), classes, strict=True)) == expected
+    assert (images.labels is None) == (images.classes == ())
+    assert open_images("folder", tmp_path, "test") is None
 
 
 @pytest.mark.parametrize("held_out", ["val", "test"])
 def test_train_and_held_out_folders_share_their_classes(tmp_path, held_out):
     put(tmp_path, "train/a/1.png", "train/b/1.png", f"{held_out}/b/9.png", "stray.png")
     train, test = open_images("folder", tmp_path), open_images("folder", tmp_path, "test")
-    assert names(train, tmp_path) == ["train/a/1.png", "train/b/1.png"] and train.classes == test.classes == (
-        "a",
-        "b",
-    )
-    assert test.labels.tolist() == [1]
+    assert names(train, tmp_path) == ["train/a/1.png", "train/b/1.png"]
+    assert train.classes == test.classes == ("a", "b") and test.labels.tolist() == [1]
+
+
+def test_held_out_images_of_unlabelled_training_have_no_labels(tmp_path):
+    put(tmp_path, "train/1.png", "train/2.png", "val/a/1.png", "val/b/1.png")
+    assert open_images("folder", tmp_path, "test").labels is None
 
 
 def test_a_held_out_class_that_was_not_trained_on_is_refused(tmp_path):
     put(tmp_path, "train/a/1.png", "train/b/1.png", "val/c/1.png")
     with pytest.raises(DataError, match="folders c name classes that the training images do not have"):
         open_images("folder", tmp_path, "test")
-
-
-def test_held_out_images_of_unlabelled_training_have_no_labels(tmp_path):
-    put(tmp_path, "train/1.png", "train/2.png", "val/a/1.png", "val/b/1.png")
-    assert open_images("folder", tmp_path, "test").labels is None
 
 
 def test_loose_images_beside_class_folders_give_no_labels_and_a_warning(tmp_path):
@@ -96,12 +101,6 @@ def test_links_are_followed_and_a_loop_ends(tmp_path):
     os.symlink(root, root / "y" / "loop")
     images = open_images("folder", root)
     assert names(images, root) == ["x/1.png", "y/1.png"] and images.classes == ("x", "y")
-
-
-def test_unicode_and_spaces_in_names_are_kept(tmp_path):
-    put(tmp_path, "käfer/größe 1.png", "蝶/写真.JPG")
-    images = open_images("folder", tmp_path)
-    assert images.classes == ("käfer", "蝶") and all(path.is_file() for path in images.paths)
 
 
 def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastgessl.pipelines import DataError, open_images
+from fastgessl.pipelines import DataError, build, open_images, view_preset
+from fastgessl.pipelines.prepare import prepare_folder
 
 
 def write_shard(path, members):
@@ -19,38 +20,11 @@ def write_shard(path, members):
             archive.addfile(member, io.BytesIO(content))
 
 
-def shards_of(folder_images, root, per_shard=5):
-    """The files of `folder_images`, in their order."""
-    for start in range(0, len(folder_images), per_shard):
-        members = {}
-        for image in range(start, min(start + per_shard, len(folder_images))):
-            members[f"{image:06d}{folder_images.paths[image].suffix}"] = folder_images.read(image).tobytes()
-            members[f"{image:06d}.cls"] = str(folder_images.labels[image]).encode()
-        write_shard(root / f"train-{start:06d}.tar", members)
-    (root / "classes.txt").write_text("\n".join(folder_images.classes) + "\n")
-
-
-def test_images_labels_and_classes_are_those_that_were_put_in(photos, tmp_path):
-    files = open_images("folder", photos)
-    shards_of(files, tmp_path / "shards")
-    images = open_images("shards", tmp_path / "shards")
-    assert len(images) == 14 and len(images.shards) == 3 and images.classes == files.classes
-    assert (images.labels == files.labels).all() and open_images(
-        "shards", tmp_path / "shards", "test"
-    ) is None
-    for image in range(14):
-        assert (images.read(image) == files.read(image)).all()
-    assert images.name(6) == f"{tmp_path}/shards/train-000005.tar:000006{files.paths[6].suffix}"
-
-
 @pytest.mark.parametrize("engine", ["dali", "torchvision"])
 def test_shards_show_what_files_show_and_resume_in_mid_epoch(photos, tmp_path, engine):
     pytest.importorskip({"dali": "nvidia.dali", "torchvision": "torchvision"}[engine])
-    from fastgessl.pipelines import build, view_preset
-
-    files = open_images("folder", photos)
-    shards_of(files, tmp_path / "shards")
-    images = open_images("shards", tmp_path / "shards")
+    prepare_folder(photos, tmp_path / "shards", size=0, per_shard=5)
+    files, images = open_images("folder", photos), open_images("shards", tmp_path / "shards")
     views = view_preset("byol", 16, mean=(0.5,) * 3, std=(0.5,) * 3, local_views=1)
     options = {"engine": engine, "batch_size": 4, "seed": 1, "workers": 1}
     of_files = build(files, views, **options)

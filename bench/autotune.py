@@ -7,8 +7,6 @@ results differ from chunked PyTorch's, or that does not run, is never chosen. Th
 kernel, so that a cut run leaves what it found; a later run keeps the entries that it does not measure.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -5,8 +5,6 @@ file asks a few questions; each case writes its row to bench/results/<machine>/<
 `--tiny` tries everything out in seconds.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time

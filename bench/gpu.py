@@ -7,8 +7,6 @@ leaves what was found until then. What it says is in <date>-gpu-<stage>.log, how
 `--tiny` tries all of it out, on a CPU if need be.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -1,7 +1,5 @@
 """Measure the memory that a computation takes: as the device gave it, or as its live tensors held it."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 import weakref

@@ -7,8 +7,6 @@ passed round a ring, beside the gather that OpenCLIP users write around a dense 
 spans the ranks beside one that does not. The first process writes the slowest rank's medians to FILE.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The newest file of each name and machine is shown, with the commit, versions and
 plotted beside the page. A number that is not in a file is not on the page.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ Features of 50,000 + 10,000 images, 512 wide, in Gaussian clusters that overlap,
 to do. Accuracies stand beside the seconds: contenders must find the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """What does a GeSSL step cost, and how near do the cheaper hypergradients come to the exact one?"""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections import defaultdict

@@ -5,8 +5,6 @@ computing needs, with the table stored for nothing: a matmul unit is 2·M·N·D 
 is the larger of its operations and its exponentials at the rates measured in the same run.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

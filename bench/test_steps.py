@@ -4,8 +4,6 @@ Every contender of a case has a backbone of one kind, one batch size, the reside
 images, one precision and SGD. On a GPU: bfloat16, channels_last, compiled and not.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy

@@ -4,8 +4,6 @@ Engines take turns over whole epochs; the resident engine on arrays, DALI and to
 FOLDER`) too. Differences are between first batches of the same draws, in gray levels of 255.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 from collections.abc import Callable

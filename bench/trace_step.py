@@ -4,8 +4,6 @@
 step, and the third step. A change of file is a call into another file than the call before it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

@@ -5,8 +5,6 @@ that the message tells how to mend; 130 / 138 / 143 stopped by Ctrl-C / SIGUSR1 
 written. Nothing heavy is imported before it is known that there is work to do.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import os

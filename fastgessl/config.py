@@ -6,8 +6,6 @@ One frozen model a concern. `Config` holds them all; a recipe is a partial `Conf
 field is its `--help` text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -288,7 +286,7 @@ class GesslConfig(Section):
     """Weight of sigma, the mean KL divergence from the student to the target."""
 
     @model_validator(mode="after")
-    def _something_to_descend(self) -> GesslConfig:
+    def _something_to_descend(self) -> "GesslConfig":
         if self.w_ssl == 0 and self.w_sigma == 0:
             raise ValueError(
                 "w_ssl and w_sigma are both 0, so there is nothing to train. Set one of them above 0."
@@ -518,7 +516,7 @@ class Config(Section):
         return flat(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Config:
+    def _batches_divide(self) -> "Config":
         if self.train.batch_size % self.train.accumulate:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} does not divide into train.accumulate "

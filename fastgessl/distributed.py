@@ -5,8 +5,6 @@ The convention of the whole project: each rank backpropagates the loss of its ow
 averaged over ranks (DDP).
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What changes over a run, as arrays indexed by optimiser step: resuming and plotting come for free."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Which implementation computes a loss: the dense reference, row-chunked PyTorch, or Triton."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

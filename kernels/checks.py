@@ -6,8 +6,6 @@ in compiled code. On a CUDA device value checks are asynchronous assertions, so 
 on 256 rows they would still be most of the launches, so what the library makes itself is not checked.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ ranks' losses. DDP's averaging of local means then gives the gradient of the glo
 gather is a reduce-scatter (sum), and that of a sum is a sum. Forward mode raises.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -26,8 +26,6 @@ ValueError; third derivatives and forward mode raise
 RuntimeError.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

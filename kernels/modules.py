@@ -8,8 +8,6 @@ The originals of DINO, SwAV and DISSL take a table of outputs (rows × prototype
 and the last layer's weight, and stream over it: no table is stored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -2,8 +2,6 @@
 SwAV's balanced assignment, and the mean assignment that DISSL keeps spread out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

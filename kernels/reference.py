@@ -5,8 +5,6 @@ Arguments are those of the public functions, already checked, with `temperature`
 `positives` (M,) and `exclude` (M, 1 or 2) int64 or None, -1 = none.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize

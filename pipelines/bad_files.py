@@ -2,8 +2,6 @@
 and it is listed.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

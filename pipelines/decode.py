@@ -1,7 +1,5 @@
 """What an encoded image says of itself before it is decoded, and its picture by Pillow."""
 
-from __future__ import annotations
-
 import io
 import struct
 

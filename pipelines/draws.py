@@ -7,8 +7,6 @@ engines can be shown the same draw. The numbers come from Philox4x32-10: Salmon 
 Numbers: As Easy as 1, 2, 3", SC 2011.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ any number of ranks: a global batch is `batch_size` consecutive places in the ep
 the r-th of its `world_size` equal parts.
 """
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import weakref

@@ -4,8 +4,6 @@ HEIC, TIFF and whatever else Pillow opens but DALI does not are converted on the
 in the report.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

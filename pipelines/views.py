@@ -4,8 +4,6 @@
 and `view_preset` takes it whole.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,7 +136,7 @@ class _Preset:
     local: dict[str, Any]
     local_views: int = 0
 
-    def cropped(self, scale: Range, local_views: int) -> _Preset:
+    def cropped(self, scale: Range, local_views: int) -> "_Preset":
         """The same with global views of another `scale`, and with local views."""
         return _Preset(tuple(view | {"crop_scale": scale} for view in self.full), self.local, local_views)
 

@@ -1,7 +1,5 @@
 """The command in this process, and a run that is trained once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command in this process, and a tiny run trained by it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Several gloo processes on this machine, for what only ranks can show."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """A training with steps of milliseconds, for every registered method."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What follows from a configuration: what a recipe leaves open, and the plan of a run."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -2,8 +2,6 @@
 presets, and regulated.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

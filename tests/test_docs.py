@@ -1,7 +1,5 @@
 """Every example runs and every command parses: docstrings, README and docs."""
 
-from __future__ import annotations
-
 import argparse
 import doctest
 import importlib

@@ -2,8 +2,6 @@
 file makes an evaluation task; three places make a view parameter.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ say in its commit why. `python tests/test_golden.py FILE` writes FILE, or compar
 is there: the proof, on one machine, that a change alters nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The wheel holds everything, and the versions that were tested are pinned."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The smallest run that is still a run, and how to read what it wrote."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

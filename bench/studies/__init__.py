@@ -4,8 +4,6 @@ that was cut continues.
 Choices (alpha, w_sigma) are made on a validation split of the training images, never on test images.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

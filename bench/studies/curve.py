@@ -3,8 +3,6 @@
 python -m bench.studies.curve [--preset fast] [--seeds 5] [--steps 120]
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat

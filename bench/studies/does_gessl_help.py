@@ -10,8 +10,6 @@ under --work: a call that is cut by --minutes continues where it stopped. Differ
 with 95 % intervals.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@
 One seed each: they show what is printed, and studies over seeds say what a method is worth.
 """
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys

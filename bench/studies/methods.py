@@ -9,8 +9,6 @@ Every row and seed is a run of the real command under --work: a call that is cut
 it stopped. Whatever comes out is printed.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """`fastgessl doctor`: what this machine has, and which engine and kernels a run here will use, and why."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from importlib import metadata

@@ -1,7 +1,5 @@
 """`fastgessl embed`: the features of a folder of images, or of an .npz, as one .npz with the file names."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

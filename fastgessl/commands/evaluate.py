@@ -1,7 +1,5 @@
 """`fastgessl evaluate`: measure what a run, a timm model or a file of weights has learned."""
 
-from __future__ import annotations
-
 from fastgessl.config import Config
 from fastgessl.recipes import leading_word, override
 

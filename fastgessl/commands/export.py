@@ -5,8 +5,6 @@ Every export is a folder with `model.safetensors`, `config.json`, which describe
 which builds it with nothing but timm (or torchvision) and loads the weights.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`fastgessl prepare`: a data set fetched by name, or a folder of photos made into tar shards or one .npz."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.progress import track

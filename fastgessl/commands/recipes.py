@@ -1,7 +1,5 @@
 """`fastgessl recipes`: list the recipes, or show one with the source of each number."""
 
-from __future__ import annotations
-
 import yaml
 from rich.console import Console
 from rich.table import Table

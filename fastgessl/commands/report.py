@@ -1,7 +1,5 @@
 """`fastgessl report`: write one HTML page on a run, or on several with a comparison."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fastgessl.recipes import Parser

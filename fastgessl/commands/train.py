@@ -1,7 +1,5 @@
 """`fastgessl train`: train a recipe, evaluate it and write the run's folder."""
 
-from __future__ import annotations
-
 from fastgessl.config import Config
 from fastgessl.recipes import leading_word, load, override
 

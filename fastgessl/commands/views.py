@@ -2,8 +2,6 @@
 one below the other.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -6,8 +6,6 @@ image>.safetensors` parts of at most `PART_IMAGES` images. A part is complete or
 extraction continues with the first part that is missing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

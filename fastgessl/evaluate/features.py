@@ -1,7 +1,5 @@
 """Frozen features: every image of a loader through an encoder once, on one process or on many."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,7 +42,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.features)
 
-    def subset(self, rows: Tensor) -> Features:
+    def subset(self, rows: Tensor) -> "Features":
         """The given rows, (M,) int64."""
         labels = None if self.labels is None else self.labels[rows]
         return Features(self.features[rows], labels, self.index[rows])
@@ -59,7 +57,7 @@ class Features:
                 "training diverge? Take an earlier checkpoint, or train with a smaller optim.base_lr."
             )
 
-    def hold_out(self, held: Tensor) -> tuple[Features, Features]:
+    def hold_out(self, held: Tensor) -> "tuple[Features, Features]":
         """(kept, held out), where there is no test split; `held` (H,) are numbers of images, not of rows."""
         judged = torch.isin(self.index, held)
         return self.subset((~judged).nonzero().squeeze(1)), self.subset(judged.nonzero().squeeze(1))

@@ -1,7 +1,5 @@
 """Several encoders on the same images: every task of frozen features that the data allows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -60,7 +58,7 @@ class Evaluation:
     """Name of the data set, for the title; empty names none."""
 
     @staticmethod
-    def from_json(found: Mapping[str, Any], data: str = "") -> Evaluation:
+    def from_json(found: Mapping[str, Any], data: str = "") -> "Evaluation":
         """As `to_json` wrote it; options of another version are passed over."""
         known = EvaluateConfig.model_fields.keys() & found["settings"].keys()
         settings = EvaluateConfig(**{key: found["settings"][key] for key in known})

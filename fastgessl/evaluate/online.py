@@ -2,8 +2,6 @@
 representation, at no cost to it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -2,8 +2,6 @@
 `fastgessl evaluate`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -2,8 +2,6 @@
 from training labels alone.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace

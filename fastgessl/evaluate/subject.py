@@ -1,7 +1,5 @@
 """What is evaluated: a run of ours, a timm model, or a file of weights."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A table, told once: the terminal and the HTML report show the same one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The three properties that characterise an ideal representation: Dubois et al., "
 Learning by Characterizing Idealized Representations", NeurIPS 2022, section 4.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup

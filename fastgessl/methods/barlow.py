@@ -3,8 +3,6 @@
 Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", ICML 2021, eq. (1) and (2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

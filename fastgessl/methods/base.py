@@ -7,8 +7,6 @@ loop and write nothing except batch-norm statistics in `forward` and `targets`; 
 after the optimiser step and is the only writer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -59,7 +57,7 @@ class Outputs:
     predicted_prototypes: Tensor | None = None
     """(K, D), the same over `predictions`."""
 
-    def detached(self) -> Outputs:
+    def detached(self) -> "Outputs":
         """The same numbers without a past."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value.detach() for name, value in given.items() if value is not None})

@@ -3,8 +3,6 @@
 Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, eq. (2) and (3), section 3.2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized R
 section 5.2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

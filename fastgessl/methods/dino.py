@@ -4,8 +4,6 @@ Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV
 code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized R
 eq. (10).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -6,8 +6,6 @@ public code does otherwise than its paper (the pairs of the two mixed blocks, a 
 labels) is not repeated; docs/methods.md lists it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,7 +100,7 @@ class DSA(Method):
     def check_views(self, views: Sequence[Tensor], labels: Tensor | None = None) -> None:
         self.method.check_views(views, labels)
 
-    def train(self, mode: bool = True) -> DSA:
+    def train(self, mode: bool = True) -> "DSA":
         """A helper network of its own stays as it came; a slow copy of the encoder makes batch statistics as
         BYOL's does.
         """

@@ -5,8 +5,6 @@ al., "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297; 
 as in solo-learn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ Chen, Xie and He, "An Empirical Study of Training Self-Supervised Vision Transfo
 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

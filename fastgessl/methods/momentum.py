@@ -2,8 +2,6 @@
 them slowly and sees the two views of full size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any, TypeVar

@@ -4,8 +4,6 @@ The first layer is linear, so W(x_i - y_j) = u_i - v_j: what remains is element-
 done a block of rows at a time and done again in the backward. Twice differentiable.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A queue of embeddings of earlier batches, alike on every rank."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Methods by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from difflib import get_close_matches
 

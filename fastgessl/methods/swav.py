@@ -4,8 +4,6 @@ Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster A
 (1) to (3), and its code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

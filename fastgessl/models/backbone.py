@@ -1,7 +1,5 @@
 """Backbones by timm's name, with what small images need, and the weights that training starts from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path

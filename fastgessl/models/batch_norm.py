@@ -3,8 +3,6 @@
 Ioffe and Szegedy, "Batch Normalization", ICML 2015, algorithm 1, with the mini-batch spread over ranks.
 """
 
-from __future__ import annotations
-
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn

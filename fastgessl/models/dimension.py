@@ -4,8 +4,6 @@ Dubois et al., "Improving Self-Supervised Learning by Characterizing Idealized R
 section 5.1: more dimensions let a linear probe tell more labelings apart.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

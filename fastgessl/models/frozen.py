@@ -1,7 +1,5 @@
 """A further network of timm's that looks at the views and is never trained."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from difflib import get_close_matches

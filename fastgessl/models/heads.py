@@ -4,8 +4,6 @@ Heads are trained with the backbone and thrown away after it. A linear layer in 
 bias: the norm would subtract it again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 

@@ -4,8 +4,6 @@ self-motivated target, KL between them.
 Equations in docs/gessl.md, after arXiv 2405.01053v4.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

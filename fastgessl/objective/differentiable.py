@@ -8,8 +8,6 @@ second derivative. Not found: an operation that hides its dependence on the weig
 `.detach()` or NumPy in a forward), which gives a wrong first gradient too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 

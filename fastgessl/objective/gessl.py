@@ -6,8 +6,6 @@ would make.
 through them are options of ours: see docs/gessl.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

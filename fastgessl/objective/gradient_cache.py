@@ -6,8 +6,6 @@ Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited S
 graph can be made anew when its turn comes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Gradient descent on a task, and what its outer gradient is made of."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +26,7 @@ class Iterate:
     weights: Weights
     velocity: Weights = field(default_factory=dict)
 
-    def cut_off(self) -> Iterate:
+    def cut_off(self) -> "Iterate":
         """The same numbers without a past; the weights are leaves."""
         return Iterate(as_leaves(self.weights), {name: v.detach() for name, v in self.velocity.items()})
 
@@ -109,7 +107,7 @@ def attach_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequen
 
 
 def carried_back(
-    task: Task, sgd: Sgd, trajectory: Sequence[Iterate], slope: Weights, product: HessianProduct
+    task: Task, sgd: Sgd, trajectory: Sequence[Iterate], slope: Weights, product: "HessianProduct"
 ) -> Weights:
     """∂σ/∂θ_K -> ∂σ/∂θ_0 through the inner steps, one Hessian-vector product a step, k = K-1 ... 0.
 

@@ -1,7 +1,5 @@
 """σ-measurement: how far the model specialised to a task is from the model at hand, as seen on the task."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

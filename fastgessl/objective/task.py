@@ -2,8 +2,6 @@
 side effect left behind.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +31,7 @@ class Noise:
     states: tuple[Tensor, ...]
 
     @classmethod
-    def now(cls, device: torch.device) -> Noise:
+    def now(cls, device: torch.device) -> "Noise":
         on_gpu = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
         return cls(device, (torch.get_rng_state(), *on_gpu))
 
@@ -88,14 +86,14 @@ class Task:
         return {} if self.features is None else {"features": self.features}
 
     @torch.no_grad()
-    def settled(self, out: Outputs) -> Task:
+    def settled(self, out: Outputs) -> "Task":
         """The task with all its targets, those included that `out`, its outputs at the present weights,
         determine.
         """
         with rank_local(), full_precision(self.views[0].device.type):
             return replace(self, aux=self.method.settle(out.detached(), self.aux))
 
-    def cut_off(self, *, requires_grad: bool = False) -> Task:
+    def cut_off(self, *, requires_grad: bool = False) -> "Task":
         """The same task with features that have no past."""
         return (
             self

@@ -9,8 +9,6 @@ data with this backbone, length, regulator, preset. A length, `-300ep`, sets the
 was published for it or the next shorter. Twins are never stored.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The options of the command line: one for each field of the configuration, checked by pydantic."""
 
-from __future__ import annotations
-
 import argparse
 import types
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin

@@ -1,7 +1,5 @@
 """YAML from anyone: it runs no code, and a small file stays small once it is read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -2,8 +2,6 @@
 script.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from html import escape

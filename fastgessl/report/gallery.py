@@ -2,8 +2,6 @@
 are taken for which.
 """
 
-from __future__ import annotations
-
 import base64
 import importlib.util
 import io
@@ -168,7 +166,7 @@ class Gallery:
         drawn = heat_table(counts, names) if len(names) <= MOST_CLASSES else worst_pairs(counts, names).html()
         return f"<p>{about}</p>{drawn}"
 
-    def _view_sheet(self) -> tuple[Sheet, int]:
+    def _view_sheet(self) -> "tuple[Sheet, int]":
         """A few images with their views, and how many pictures are a row."""
         images = self._source.train
         spread = np.linspace(0, len(images) - 1, min(VIEW_IMAGES, len(images))).round().astype(np.int64)
@@ -180,7 +178,7 @@ class Gallery:
         rows = torch.stack([F.interpolate(view.float().cpu(), (size, size)) for view in views], dim=1)
         return self._sheet("view", rows.flatten(0, 1)), len(views)
 
-    def _sheet(self, name: str, views: Tensor) -> Sheet:
+    def _sheet(self, name: str, views: Tensor) -> "Sheet":
         return sheet(name, views, self._config.views.mean, self._config.views.std)
 
     def _label(self, number: int) -> str:

@@ -2,8 +2,6 @@
 fetched.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from html import escape

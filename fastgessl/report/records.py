@@ -2,8 +2,6 @@
 first kind of run paired over the seeds that both have.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -1,7 +1,5 @@
 """Where the time of a training step goes: making views, forward, backward, optimizer."""
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

@@ -5,8 +5,6 @@ is written under a temporary name, flushed to disk and renamed, so a kill at any
 untouched.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import zipfile

@@ -12,8 +12,6 @@ encoder.safetensors    the backbone's weights, by timm's names
 evaluation.json        every measured number;  summary.json  the outcome on one page
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

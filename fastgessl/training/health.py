@@ -1,7 +1,5 @@
 """Numbers going bad: skips a step that is not finite, and warns of a model that has collapsed."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 the device.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time
@@ -56,7 +54,7 @@ class MetricsLog:
         )
         self._task = self._bar.add_task("training", total=total, completed=first, metrics="")
 
-    def __enter__(self) -> MetricsLog:
+    def __enter__(self) -> "MetricsLog":
         self._bar.start()
         return self
 

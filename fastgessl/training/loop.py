@@ -2,8 +2,6 @@
 in a step.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Builds the outer optimizer by name, with the parameter groups that self-supervised recipes mean."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

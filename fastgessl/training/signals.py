@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and SIGUSR1 as a request that the loop answers between two steps."""
 
-from __future__ import annotations
-
 import signal
 from types import FrameType
 
@@ -26,7 +24,7 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 

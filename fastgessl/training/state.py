@@ -6,8 +6,6 @@ VLDB 2023). A checkpoint holds whole tensors under the names of the unsharded mo
 on another number of ranks, sharded or not.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy

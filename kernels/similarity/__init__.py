@@ -1,7 +1,5 @@
 """Tables of similarities in blocks: their losses and derivatives, never stored whole."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup

@@ -11,8 +11,6 @@ Registered autograd serves torch.compile only: under func.grad it fails, and und
 derivative and forward mode raise.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 The mathematics and its notation are in `similarity.problem`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -18,8 +18,6 @@ and along a direction (B, B_t) of the logits these change by
     H_t = w_cross·P_t∘[(B_t − e)(R − x + a) − (B − b_t) − c]                    b_t = E_{P_t}[B],  c = E_{P_t}[B_t(R − x)]
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor
@@ -81,7 +79,7 @@ class Moments(NamedTuple):
     covariance: Tensor
     """c = E_{P_t}[B_t(R − x)]."""
 
-    def corrected(self, saved: RowStatistics, rows: slice = slice(None)) -> Moments:
+    def corrected(self, saved: "RowStatistics", rows: slice = slice(None)) -> "Moments":
         """Means over P of means over exp(S − lse)."""
         student, teacher = saved.correction[rows], saved.teacher_correction[rows]
         means = (part * teacher if len(part) else part for part in self[2:])

@@ -7,8 +7,6 @@ shards, a second one the gradients. No rank ever holds more than two shards of k
 while this one is computed on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

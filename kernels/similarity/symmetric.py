@@ -10,8 +10,6 @@ for weights w of the row statistics, v of the column statistics, p of the diagon
 terms, rows and columns, through `similarity.autograd.Curvature`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

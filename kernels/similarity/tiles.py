@@ -10,8 +10,6 @@ FASTGESSL_TILES says, else in the user's cache folder, under the names of device
 or compiler never reads it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -11,8 +11,6 @@ Prefixes: p_ pointer, o_ offsets, m_ mask, b_ block in registers, i_ program ind
 gradient goes to the teacher's side).
 """
 
-from __future__ import annotations
-
 import os
 
 import triton

@@ -10,8 +10,6 @@ The teacher's own tangents are left to `similarity.chunked`. Conventions and fla
 `similarity.triton_first`; BIAS includes ggbias.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """What is drawn for each view of a batch, and what its views share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -61,11 +59,11 @@ class ViewParameters:
     def __len__(self) -> int:
         return len(self.flip)
 
-    def __getitem__(self, rows: slice | Tensor) -> ViewParameters:
+    def __getitem__(self, rows: slice | Tensor) -> "ViewParameters":
         return ViewParameters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     @classmethod
-    def unchanged(cls, count: int, height: int, width: int) -> ViewParameters:
+    def unchanged(cls, count: int, height: int, width: int) -> "ViewParameters":
         """Parameters that only resize: the whole image, no colour operation."""
         whole = torch.tensor([[0.0, 0.0, height, width]], dtype=torch.float32).repeat(count, 1)
         never = torch.zeros(count, dtype=torch.bool)

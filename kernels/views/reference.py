@@ -4,8 +4,6 @@ The operations are those of torchvision's transforms on float images: crop and a
 widens with the reduction, as in Pillow), ColorJitter, grayscale, GaussianBlur, solarize, Normalize.
 """
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ each axis: two small matrices a sample, so a batch of them is four batched matri
 `views.reference` holds the definition, one image at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -8,8 +8,6 @@ it and no others. Parameters come as one row of floats a sample. Nothing is adde
 are deterministic.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from functools import cache

@@ -2,8 +2,6 @@
 what was drawn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol

@@ -5,8 +5,6 @@ The graph is told what was drawn, sample by sample, so that it shows the same vi
 GPU the decoder is nvJPEG ("mixed") and everything after it runs there.
 """
 
-from __future__ import annotations
-
 import io
 from collections import deque
 from collections.abc import Callable, Generator, Iterator

@@ -1,7 +1,5 @@
 """The resident engine: the whole data set as bytes on the training device, views made there in batch."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator
 
 import numpy as np

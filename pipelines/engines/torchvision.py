@@ -4,8 +4,6 @@ does not install.
 It is shown the same draws as the other engines, so that it is also what they are compared with.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Images from a folder, nested (the first level names the class) or flat (no labels), or from a list."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from pathlib import Path

@@ -2,8 +2,6 @@
 or in tar shards.
 """
 
-from __future__ import annotations
-
 import stat
 from dataclasses import dataclass
 from pathlib import Path

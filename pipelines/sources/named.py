@@ -2,8 +2,6 @@
 they are handed out, and what torchvision reads; and how those that may be fetched are.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Images from one .npz file: arrays train_x, and if there are any train_y, test_x, test_y, classes."""
 
-from __future__ import annotations
-
 import tokenize
 import zipfile
 import zlib

@@ -5,8 +5,6 @@ The shards are read at random places, not streamed, so that the order of an epoc
 its resumption are the same as for files.
 """
 
-from __future__ import annotations
-
 import tarfile
 from pathlib import Path
 

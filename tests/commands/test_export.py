@@ -1,7 +1,5 @@
 """Exports load with the other library alone, in a process that never heard of us, with the same features."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Small labelled data, and loaders of the shape that the pipelines yield."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

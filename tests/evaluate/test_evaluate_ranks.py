@@ -1,7 +1,5 @@
 """Three gloo processes, each with its own shard, against one process with all of it."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

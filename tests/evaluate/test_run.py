@@ -1,7 +1,5 @@
 """`fastgessl evaluate` on a run, on timm's models and on files of weights; nothing is downloaded."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

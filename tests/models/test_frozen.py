@@ -2,8 +2,6 @@
 are written.
 """
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """Gradient caching: the step of the whole batch, to rounding, in the memory of a chunk."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,8 +2,6 @@
 rank saw.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 

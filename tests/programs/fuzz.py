@@ -6,8 +6,6 @@ process or writes a file, and whatever takes longer than ten seconds is a findin
 folder fastgessl-fuzz of the temporary files.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

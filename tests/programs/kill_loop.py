@@ -5,8 +5,6 @@ Runs are forks of this process, so that a kill finds them training, saving or lo
 libraries.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -2,8 +2,6 @@
 as a browser shows it.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Files from anyone: they run no code, write nothing elsewhere, do not swell, and are refused in one line."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

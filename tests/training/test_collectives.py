@@ -2,8 +2,6 @@
 as docs/scaling.md says. What this process sends is written down and goes nowhere, by torch's own fake group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

@@ -2,8 +2,6 @@
 overwritten, one line says it.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -2,8 +2,6 @@
 collapse is pointed out.
 """
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The real command from end to end: what a run writes, repeats, resumes and refuses."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -2,8 +2,6 @@
 says is done or refused.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -2,8 +2,6 @@
 their number of ranks.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from programs.training_ranks import MODES, PLAIN, report

@@ -2,8 +2,6 @@
 log, for every method.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import replace

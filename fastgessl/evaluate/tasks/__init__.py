@@ -2,8 +2,6 @@
 file is enough.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from importlib import import_module

@@ -1,7 +1,5 @@
 """What an evaluation task is. A file in this folder that registers one is all that a new task takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,6 @@ dimensions) and linearly predictable (a linear probe tells which class a view be
 with fewer classes needs fewer dimensions, C_labels − 1; an MLP probe needs fewer still.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ features, and an image goes to the nearest mean. Features are on the unit sphere
 "SimpleShot", arXiv 1911.04623 (L2N). Nothing is trained.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

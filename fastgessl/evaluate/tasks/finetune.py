@@ -1,7 +1,5 @@
 """Fine-tuning: the encoder itself continues to learn from 1 % or 10 % of the labels."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from contextlib import closing
 from copy import deepcopy

@@ -4,8 +4,6 @@ fills the sphere.
 All but the crowding ratio need no labels. Sums are float64.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -6,8 +6,6 @@ little more than one large product. This is the protocol of published "linear ev
 `linear.py` has the exact optimum of the same model.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,8 +5,6 @@ CVPR 2018, §3.4. Majority by Euclidean distance: Ermolov et al., "Whitening for
 Learning", ICML 2021.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 

@@ -6,8 +6,6 @@ mini-batches, the same ones with the same views at every checkpoint. α is const
 a decaying rate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any

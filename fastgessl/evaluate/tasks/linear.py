@@ -6,8 +6,6 @@ decay, is the only choice to make. With all labels it is made on a fifth of the 
 labels it is a constant. Labels of test images are read by `Probe.accuracy` alone, once everything is fixed.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +42,7 @@ SECONDS_PER_SEARCH = 8e-8
 SECONDS_PER_FIT = 2e-8
 
 
-def shared_probe(features: RowFeatures, seed: int) -> Probe:
+def shared_probe(features: RowFeatures, seed: int) -> "Probe":
     """The probe on all labels of this row, fitted once for every task that looks at it."""
     key = f"linear probe of seed {seed}"
     if key not in features.shared:

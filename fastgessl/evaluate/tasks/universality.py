@@ -7,8 +7,6 @@ of the training classes), generalisation (unseen images of these classes), and t
 sets). docs/universality.md maps the definitions to these functions.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ learns a task from one view of each class and is judged on other views: where th
 task is solved, and breaking one condition alone breaks some.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

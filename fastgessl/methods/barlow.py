@@ -7,22 +7,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
-from fastgessl.distributed import world_group
 from fastgessl.kernels.collectives import all_reduce_mean
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
 from fastgessl.methods.registry import register
-from fastgessl.models import Projector, apply_head, encode, feature_width
+from fastgessl.models import Projector, feature_width
 
 # Inside batch norm's, which is how the paper's code standardises.
 EPSILON = 1e-5
 
 
 @register("barlow")
-class BarlowTwins(Method):
+class BarlowTwins(ProjectedMethod):
     """Two views and one projector, whose outputs are standardised over the images of all ranks. Keeps no
     state.
 
@@ -44,20 +42,10 @@ class BarlowTwins(Method):
     views_per_sample = 2
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
-        self.backbone = backbone
-        width = feature_width(backbone)
-        self.projector = Projector(
-            width, config.projector_hidden, config.projector_out, layers=config.barlow.projector_layers
-        )
+        super().__init__(config, backbone, facts)
+        width, layers = feature_width(backbone), config.barlow.projector_layers
+        self.projector = Projector(width, config.projector_hidden, config.projector_out, layers=layers)
         self.redundancy_weight, self.loss_scale = config.barlow.redundancy_weight, config.barlow.loss_scale
-        self.temperature = config.temperature
-        self.gathers = facts.negatives != "local"
-
-    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Two views (N, 3, S, S), or their features (2, N, F) -> projections (2, N, D)."""
-        features = encode(self.backbone, views, features)
-        return Outputs(features, apply_head(self.projector, features))
 
     def loss(self, out: Outputs, aux: None = None) -> Tensor:
         """scale · (Σ_i (1 - C_ii)² + λ Σ_{i≠j} C_ij²), C the cross-correlation (D, D). Returns (), the same
@@ -82,19 +70,16 @@ class BarlowTwins(Method):
 
     def _correlation(self, out: Outputs) -> Tensor:
         first, second = self._standardised(out)
-        return all_reduce_mean(first.T @ second / len(first), self._group())
+        return all_reduce_mean(first.T @ second / len(first), self.group)
 
     def _standardised(self, out: Outputs) -> Tensor:
         """(2, N, D) with mean 0 and variance 1 over the images of all ranks, each view and each output for
         itself.
         """
-        group, rows = self._group(), out.projections
+        group, rows = self.group, out.projections
         centred = rows - all_reduce_mean(rows.mean(1, keepdim=True), group)
         variance = all_reduce_mean(centred.square().mean(1, keepdim=True), group)
         return centred * (variance + EPSILON).rsqrt()
-
-    def _group(self) -> ProcessGroup | None:
-        return world_group() if self.gathers else None
 
 
 def _terms(correlation: Tensor) -> tuple[Tensor, Tensor]:

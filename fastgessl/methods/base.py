@@ -12,8 +12,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from fastgessl.config import UsageError
+from fastgessl.config import MethodConfig, UsageError
+from fastgessl.distributed import world_group
+from fastgessl.models import apply_head, encode
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ class Method(nn.Module):
     """How the keys of all ranks meet this rank's queries: a copy of all of them here, or one rank's after the
     other, passed around."""
 
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks that `loss` exchanges rows with; None for this one alone."""
+        return world_group() if self.gathers else None
+
     def check_views(self, views: Sequence[Tensor], labels: Tensor | None = None) -> None:
         """Raise UsageError unless these are as many views as the method takes, of the same samples, with
         labels if it needs them.
@@ -164,3 +172,27 @@ class Method(nn.Module):
         """Advance momentum encoder, queue, centre, once after optimiser step `step`; `passes`: its
         micro-batches' outputs and targets.
         """
+
+
+class ProjectedMethod(Method):
+    """Base of a method whose loss sees projections of the backbone's features, and predictions of them if it
+    has a `predictor`. A subclass makes its heads in `__init__`, after this one's.
+    """
+
+    compares_images = True
+    """Whether the loss compares images, or averages over them, so that other ranks' matter to it."""
+    projector: nn.Module
+
+    def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
+        super().__init__()
+        self.backbone = backbone
+        self.temperature = config.temperature
+        self.gathers = self.compares_images and facts.negatives != "local"
+
+    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
+        """Views, or their features (V, N, F) -> projections (V, N, D), and predictions (V, N, D) of them."""
+        features = encode(self.backbone, views, features)
+        projections = apply_head(self.projector, features)
+        predictor = getattr(self, "predictor", None)
+        predictions = None if predictor is None else apply_head(predictor, projections)
+        return Outputs(features, projections, predictions)

@@ -15,7 +15,7 @@ from fastgessl.kernels.prototypes import other_views
 from fastgessl.methods.base import Outputs, RunFacts, Similarity
 from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.registry import register
-from fastgessl.models import Projector, apply_head, encode, feature_width
+from fastgessl.models import Projector, feature_width
 
 
 @register("byol")
@@ -35,19 +35,11 @@ class BYOL(MomentumMethod):
     """
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(config, backbone, facts)
         outputs = config.projector_out
         self.projector = Projector(feature_width(backbone), config.projector_hidden, outputs)
         self.predictor = Projector(outputs, config.predictor_hidden, outputs)
         self.copy_parts(config, facts)
-        self.temperature = config.temperature
-
-    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Views, or their features (V, N, F) -> projections and predictions (V, N, D)."""
-        features = encode(self.backbone, views, features)
-        projections = apply_head(self.projector, features)
-        return Outputs(features, projections, apply_head(self.predictor, projections))
 
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:

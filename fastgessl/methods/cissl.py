@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
-from fastgessl.distributed import world_group
 from fastgessl.kernels import similarity_logsumexp
 from fastgessl.methods.assignments import assignment_measures
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
 from fastgessl.methods.registry import register
 from fastgessl.models import Projector, apply_head, encode, feature_width
 
 
 @register("cissl")
-class CISSL(Method):
+class CISSL(ProjectedMethod):
     """Two views, a linear student head and an MLP teacher head, both with a batch norm at the end. No
     stop-gradient, no state.
 
@@ -42,13 +41,10 @@ class CISSL(Method):
     rings = True
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(config, backbone, facts)
         width, outputs = feature_width(backbone), config.projector_out
         self.teacher = Projector(width, config.projector_hidden, outputs, output_norm=True)
         self.student = Projector(width, width, outputs, layers=1, output_norm=True)
-        self.temperature = config.temperature
-        self.gathers = facts.negatives != "local"
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """Two views (N, 3, S, S), or their features (2, N, F) -> the teacher's projections and the student's
@@ -63,9 +59,8 @@ class CISSL(Method):
 
         Returns (), the mean over this rank's rows."""
         student, teacher = _unit_rows(out)
-        group = world_group() if self.gathers else None
         lse = similarity_logsumexp(
-            student, teacher, temperature=self.temperature, group=group, mode=self.exchange
+            student, teacher, temperature=self.temperature, group=self.group, mode=self.exchange
         )
         both_views = (teacher + teacher.roll(len(teacher) // 2, dims=0)) / 2
         return (lse - (student * both_views).sum(1) / self.temperature).mean()

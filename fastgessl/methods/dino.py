@@ -65,9 +65,8 @@ class DINO(MomentumMethod):
     teacher_temperature: Tensor
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
+        super().__init__(config, backbone, facts)
         check_prototypes("method.dino.prototypes", config.dino.prototypes, facts)
-        self.backbone = backbone
         self.projector = BottleneckHead(
             feature_width(backbone), config.projector_hidden, config.projector_out, norm=config.dino.head_norm
         )
@@ -83,7 +82,7 @@ class DINO(MomentumMethod):
         ).tolist()
         self.register_buffer("center", torch.zeros(config.dino.prototypes))
         self.register_buffer("teacher_temperature", torch.tensor(self.temperatures[0]))
-        self.temperature, self.center_momentum = config.temperature, config.dino.center_momentum
+        self.center_momentum = config.dino.center_momentum
         self.frozen_steps = round(config.dino.freeze_epochs * facts.steps_per_epoch)
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fastgessl.config import MethodConfig
-from fastgessl.distributed import world_group
 from fastgessl.kernels import dissl_loss
 from fastgessl.methods.assignments import assignment_measures
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
 from fastgessl.methods.registry import check_prototypes, register
 from fastgessl.models import Projector, apply_head, encode, feature_width
 
 
 @register("dissl")
-class DISSL(Method):
+class DISSL(ProjectedMethod):
     """Two views and, if asked for, smaller ones; a linear student over the representation itself, an MLP
     teacher. No stop-gradient, no momentum encoder, no state: the entropy of the mean assignment, over the
     images of all ranks, keeps it from collapsing.
@@ -43,22 +42,15 @@ class DISSL(Method):
     multi_crop = True
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
+        super().__init__(config, backbone, facts)
         check_prototypes("method.dissl.prototypes", config.dissl.prototypes, facts)
-        self.backbone = backbone
         width = feature_width(backbone)
         self.teacher = Projector(width, config.projector_hidden, config.projector_out)
         self.teacher_prototypes = nn.Linear(config.projector_out, config.dissl.prototypes, bias=False)
         self.student_prototypes = nn.Linear(width, config.dissl.prototypes, bias=False)
-        self.temperature, self.assignment_temperature = (
-            config.temperature,
-            config.dissl.assignment_temperature,
-        )
-        self.entropy_weight, self.invariance_weight = (
-            config.dissl.entropy_weight,
-            config.dissl.invariance_weight,
-        )
-        self.gathers = facts.negatives != "local"
+        self.assignment_temperature = config.dissl.assignment_temperature
+        self.entropy_weight = config.dissl.entropy_weight
+        self.invariance_weight = config.dissl.invariance_weight
 
     def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
         """V views, the first two of full size, or their features (V, N, F) -> the teacher's projections of
@@ -93,7 +85,7 @@ class DISSL(Method):
             teacher_temperature=self.assignment_temperature,
             entropy_weight=self.entropy_weight,
             invariance_weight=self.invariance_weight,
-            group=world_group() if self.gathers else None,
+            group=self.group,
         )
 
     def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
@@ -104,7 +96,6 @@ class DISSL(Method):
     def measures(self, out: Outputs, aux: None = None) -> dict[str, Tensor]:
         """maximality, determinism and invariance of the teacher's assignment p: `assignment_measures`."""
         assert out.prototypes is not None
-        group = world_group() if self.gathers else None
         return assignment_measures(
-            out.projections[0], out.projections[1], out.prototypes, self.assignment_temperature, group
+            out.projections[0], out.projections[1], out.prototypes, self.assignment_temperature, self.group
         )

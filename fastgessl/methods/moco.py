@@ -26,7 +26,6 @@ from fastgessl.methods.registry import register
 from fastgessl.models import (
     PlainProjector,
     apply_head,
-    encode,
     feature_width,
 )
 
@@ -66,19 +65,17 @@ class MoCo(MomentumMethod):
     queue: Tensor
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
+        super().__init__(config, backbone, facts)
         if config.moco.queue_length == 0:
             raise UsageError(
                 "method.moco.queue_length is 0, and MoCo's negatives come from the queue. Set it above 0, or "
                 "take mocov3."
             )
         check_queue("method.moco.queue_length", config.moco.queue_length, facts)
-        self.backbone = backbone
         self.projector = PlainProjector(
             feature_width(backbone), config.projector_hidden, config.projector_out
         )
         self.copy_parts(config, facts)
-        self.temperature = config.temperature
         self.symmetric, self.shuffles = config.moco.symmetric, config.moco.shuffle_batch_norm
         queues = 2 if self.symmetric else 1
         self.register_buffer(
@@ -91,8 +88,7 @@ class MoCo(MomentumMethod):
         """
         if views is not None and not self.symmetric:
             views = [views[0], *views[2:]]
-        features = encode(self.backbone, views, features)
-        return Outputs(features, apply_head(self.projector, features))
+        return super().forward(views, features=features)
 
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Keys:

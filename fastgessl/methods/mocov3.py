@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
-from fastgessl.distributed import world_group
 from fastgessl.kernels import info_nce
 from fastgessl.kernels.collectives import rank_and_size
 from fastgessl.kernels.prototypes import other_views
 from fastgessl.methods.base import Outputs, RunFacts, Similarity
 from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.registry import register
-from fastgessl.models import MoCoV3Head, apply_head, encode, feature_width
+from fastgessl.models import MoCoV3Head, feature_width
 
 
 @register("mocov3")
@@ -41,14 +40,14 @@ class MoCoV3(MomentumMethod):
     ((2, 5, 4), (2, 5, 4), ())
     """
 
+    compares_images = True
     rings = True
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
+        super().__init__(config, backbone, facts)
         transformer = isinstance(backbone, VisionTransformer)
         if isinstance(backbone, VisionTransformer):
             backbone.patch_embed.requires_grad_(False)
-        self.backbone = backbone
         outputs = config.projector_out
         self.projector = MoCoV3Head(
             feature_width(backbone),
@@ -61,14 +60,6 @@ class MoCoV3(MomentumMethod):
             outputs, config.predictor_hidden, outputs, layers=2, output_norm=transformer
         )
         self.copy_parts(config, facts)
-        self.temperature = config.temperature
-        self.gathers = facts.negatives != "local"
-
-    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Views, or their features (V, N, F) -> projections and predictions (V, N, D)."""
-        features = encode(self.backbone, views, features)
-        projections = apply_head(self.projector, features)
-        return Outputs(features, projections, apply_head(self.predictor, projections))
 
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
@@ -79,8 +70,7 @@ class MoCoV3(MomentumMethod):
         """2τ · InfoNCE of predictions over the keys of all ranks, summed over the two keyed views, averaged
         over the others. Returns ().
         """
-        group = world_group() if self.gathers else None
-        rank, _ = rank_and_size(group)
+        rank, _ = rank_and_size(self.group)
         terms = []
         for keyed, queries in self._queries(out):
             own = rank * queries.shape[1] + torch.arange(queries.shape[1], device=queries.device).repeat(
@@ -92,7 +82,7 @@ class MoCoV3(MomentumMethod):
                     aux[keyed],
                     temperature=self.temperature,
                     positives=own,
-                    group=group,
+                    group=self.group,
                     mode=self.exchange,
                 )
             )

@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from fastgessl.config import MethodConfig
-from fastgessl.methods.base import Method, Outputs, RunFacts
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts
 from fastgessl.models import apply_head, encode
 from fastgessl.schedules import half_cosine
 
@@ -51,7 +51,7 @@ def follow(copies: Iterable[nn.Module], online: Iterable[nn.Module], momentum: f
     )
 
 
-class MomentumMethod(Method):
+class MomentumMethod(ProjectedMethod):
     """Base of a method with a momentum encoder: slow copies `momentum_<part>` of the parts in `followed`.
 
     A subclass builds its parts, then calls `copy_parts`. What it overrides of `update_state` ends with
@@ -60,6 +60,7 @@ class MomentumMethod(Method):
 
     views_per_sample = 2
     multi_crop = True
+    compares_images = False
     followed: tuple[str, ...] = ("backbone", "projector")
     momentum_backbone: nn.Module
     momentum_projector: nn.Module

@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
-from fastgessl.distributed import world_group
 from fastgessl.kernels import nt_xent
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
 from fastgessl.methods.registry import register
-from fastgessl.models import Projector, apply_head, encode, feature_width
+from fastgessl.models import Projector, feature_width
 
 
 @register("simclr")
-class SimCLR(Method):
+class SimCLR(ProjectedMethod):
     """Two views, one projector, NT-Xent. Keeps no state.
 
     >>> import torch
@@ -33,26 +32,17 @@ class SimCLR(Method):
     rings = True
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(config, backbone, facts)
         self.projector = Projector(
             feature_width(backbone), config.projector_hidden, config.projector_out, output_norm=True
         )
-        self.temperature = config.temperature
-        self.gathers = facts.negatives != "local"
-
-    def forward(self, views: Sequence[Tensor] | None = None, *, features: Tensor | None = None) -> Outputs:
-        """Two views (N, 3, S, S), or their features (2, N, F) -> projections (2, N, D)."""
-        features = encode(self.backbone, views, features)
-        return Outputs(features, apply_head(self.projector, features))
 
     def loss(self, out: Outputs, aux: None = None) -> Tensor:
         """NT-Xent over the 2N rows of both views; `out.projections` is (2, N, D). Returns (), the mean over
         this rank's rows.
         """
         first, second = out.projections
-        group = world_group() if self.gathers else None
-        return nt_xent(first, second, temperature=self.temperature, group=group, mode=self.exchange)
+        return nt_xent(first, second, temperature=self.temperature, group=self.group, mode=self.exchange)
 
     def similarity(self, out: Outputs, aux: None = None) -> Sequence[Similarity]:
         """π of the task: rows whose softmax over the other view's embeddings says which image this is, in

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
-from fastgessl.distributed import world_group, world_size
+from fastgessl.distributed import world_size
 from fastgessl.kernels import sinkhorn_potentials, swapped_cross_entropy
 from fastgessl.kernels.collectives import rank_and_size
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
 from fastgessl.methods.queue import check_queue, enqueued
 from fastgessl.methods.registry import check_prototypes, register
 from fastgessl.models import Projector, apply_head, encode, feature_width
@@ -37,7 +37,7 @@ class Codes:
 
 
 @register("swav")
-class SwAV(Method):
+class SwAV(ProjectedMethod):
     """Two views and, if asked for, smaller ones; a projector, and prototypes of unit length. State: a queue
     of projections, one a view.
 
@@ -63,20 +63,14 @@ class SwAV(Method):
     queue: Tensor | None
 
     def __init__(self, config: MethodConfig, backbone: nn.Module, facts: RunFacts):
-        super().__init__()
+        super().__init__(config, backbone, facts)
         check_prototypes("method.swav.prototypes", config.swav.prototypes, facts)
         check_queue("method.swav.queue_length", config.swav.queue_length, facts)
-        self.backbone = backbone
         self.projector = Projector(feature_width(backbone), config.projector_hidden, config.projector_out)
         self.prototypes = nn.Parameter(
             normalize(torch.randn(config.swav.prototypes, config.projector_out), dim=-1)
         )
-        self.temperature, self.epsilon, self.iterations = (
-            config.temperature,
-            config.swav.sinkhorn_epsilon,
-            config.swav.sinkhorn_iterations,
-        )
-        self.gathers = facts.negatives != "local"
+        self.epsilon, self.iterations = config.swav.sinkhorn_epsilon, config.swav.sinkhorn_iterations
         self.frozen_steps = round(config.swav.freeze_epochs * facts.steps_per_epoch)
         self.queue_start = round(config.swav.queue_start_epoch * facts.steps_per_epoch)
         self.queue_length = config.swav.queue_length
@@ -117,11 +111,10 @@ class SwAV(Method):
             return aux
         assert out.prototypes is not None
         rows, prototypes = out.projections[: self.views_per_sample].detach(), out.prototypes.detach()
-        group = world_group() if self.gathers else None
-        rank, size = rank_and_size(group)
+        rank, size = rank_and_size(self.group)
         # Every rank has the whole queue and brings its share of it, so that no row counts twice.
         balanced = rows if aux is None else torch.cat([rows, aux[:, rank::size].to(rows)], dim=1)
-        how: dict[str, Any] = {"epsilon": self.epsilon, "iterations": self.iterations, "group": group}
+        how: dict[str, Any] = {"epsilon": self.epsilon, "iterations": self.iterations, "group": self.group}
         return Codes(
             rows, prototypes, torch.stack([sinkhorn_potentials(view, prototypes, **how) for view in balanced])
         )

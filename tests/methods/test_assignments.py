@@ -3,7 +3,7 @@
 import torch
 
 from fastgessl.kernels import softmax_marginal
-from fastgessl.methods.assignments import entropy_of_mean
+from fastgessl.kernels.prototypes import entropy_of_mean
 
 
 def test_the_entropy_of_the_mean_has_finite_gradients_where_nobody_takes_a_prototype():

@@ -6,8 +6,8 @@ from torch import nn
 from toys import toy_method
 
 from fastgessl.config import GesslConfig, UsageError
+from fastgessl.kernels.prototypes import other_views
 from fastgessl.methods import METHODS, RunFacts
-from fastgessl.methods.base import other_views
 from fastgessl.objective import GeSSL
 
 OPTIONS = {

@@ -7,7 +7,6 @@ eq. (10).
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fastgessl.config import MethodConfig
@@ -15,7 +14,7 @@ from fastgessl.kernels import dissl_loss
 from fastgessl.methods.assignments import assignment_measures
 from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
 from fastgessl.methods.registry import check_prototypes, register
-from fastgessl.models import Projector, apply_head, encode, feature_width
+from fastgessl.models import Projector, apply_head, at_least_float32, encode, feature_width
 
 
 @register("dissl")
@@ -59,7 +58,7 @@ class DISSL(ProjectedMethod):
         The student's predictions are the features (V, N, F): its only layer is `predicted_prototypes`.
         """
         features = encode(self.backbone, views, features)
-        student = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+        student = at_least_float32(features)
         projections = apply_head(self.teacher, features[: self.views_per_sample])
         return Outputs(
             features, projections, student, self.teacher_prototypes.weight, self.student_prototypes.weight

@@ -21,7 +21,7 @@ from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, rank
 from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
 from fastgessl.methods.momentum import follow, momentum_copy
 from fastgessl.methods.pairwise import mean_absolute_difference, pairwise_scores
-from fastgessl.models import encode
+from fastgessl.models import at_least_float32, encode
 from fastgessl.models.frozen import frozen_network
 
 # Pairs of views whose images are compared: within the first, within the second, and across, in both orders.
@@ -124,11 +124,7 @@ class DSA(Method):
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> RegulatedTargets:
         """The method's targets, and the helper's features of the two views."""
-        seen = (
-            encode(self.helper, views[:2]).float()
-            if views[0].dtype != torch.float64
-            else encode(self.helper, views[:2])
-        )
+        seen = at_least_float32(encode(self.helper, views[:2]))
         return RegulatedTargets(self.method.targets(views, labels), normalize(seen, dim=-1))
 
     def settle(self, out: Outputs, aux: Any = None) -> RegulatedTargets:

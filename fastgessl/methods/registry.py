@@ -45,11 +45,7 @@ def build_method(config: MethodConfig, backbone: nn.Module, facts: RunFacts) -> 
         raise UsageError(
             f"method.name '{config.name}' is no method that is known. Perhaps you meant {' or '.join(near)}?"
         )
-    _check_views(config.name, METHODS[config.name], facts)
-    return METHODS[config.name](config, backbone, facts)
-
-
-def _check_views(name: str, method: type[Method], facts: RunFacts) -> None:
+    name, method = config.name, METHODS[config.name]
     wanted = method.views_per_sample
     if wanted is not None and facts.global_views != wanted:
         raise UsageError(
@@ -62,6 +58,7 @@ def _check_views(name: str, method: type[Method], facts: RunFacts) -> None:
             f"method '{name}' has no use for smaller views and the views section makes {facts.local_views}. "
             "Set --views.local_views 0, or take a multi-crop method such as swav or dino."
         )
+    return method(config, backbone, facts)
 
 
 def check_prototypes(option: str, count: int, facts: RunFacts) -> None:

@@ -5,14 +5,13 @@ methods are measured against.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastgessl.config import MethodConfig, UsageError
 from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
 from fastgessl.methods.registry import register
-from fastgessl.models import encode, feature_width
+from fastgessl.models import at_least_float32, encode, feature_width
 
 
 @register("supervised")
@@ -47,8 +46,7 @@ class Supervised(Method):
         (C, F) as prototypes.
         """
         features = encode(self.backbone, views, features)
-        projections = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
-        return Outputs(features, projections, prototypes=self.classifier.weight)
+        return Outputs(features, at_least_float32(features), prototypes=self.classifier.weight)
 
     def targets(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Tensor | None:
         """The labels (N,)."""

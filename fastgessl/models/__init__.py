@@ -10,6 +10,7 @@ from fastgessl.models.heads import (
     PlainProjector,
     Projector,
     apply_head,
+    at_least_float32,
     encode,
     feature_width,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Projector",
     "SynchronisedBatchNorm",
     "apply_head",
+    "at_least_float32",
     "build_backbone",
     "encode",
     "feature_width",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastgessl.config import UsageError
 from fastgessl.distributed import world_group, world_size
 from fastgessl.kernels.collectives import all_reduce_mean
+from fastgessl.models.heads import at_least_float32
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -35,7 +36,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        rows = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        rows = at_least_float32(input)
         mean, variance, count = _statistics_of_all_ranks(rows)
         if self.track_running_stats:
             self._advance(mean, variance * (count / (count - 1)))

@@ -41,8 +41,16 @@ def apply_head(head: nn.Module, rows: Tensor) -> Tensor:
     >>> apply_head(torch.nn.Linear(12, 5), torch.zeros(2, 4, 12)).shape
     torch.Size([2, 4, 5])
     """
-    out = head(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
-    return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+    return at_least_float32(head(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]))
+
+
+def at_least_float32(rows: Tensor) -> Tensor:
+    """The same numbers in float32, or in float64 if they are.
+
+    >>> at_least_float32(torch.zeros(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
 
 
 def feature_width(backbone: nn.Module) -> int:

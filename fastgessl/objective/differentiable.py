@@ -53,7 +53,8 @@ def check_modules(method: Method, settings: GesslConfig) -> None:
                 "tasks in the inner steps. Convert the method with fastgessl.models.synchronise_batch_norm."
             )
         inner = settings.scope == "all" or module not in backbone
-        if second_order(settings) and inner and _is_compiled(module):
+        compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+        if second_order(settings) and inner and compiled:
             raise UsageError(
                 f"the method's module '{name}' is compiled, and a compiled graph has no second derivative. "
                 f"{WAYS_OUT}."
@@ -116,10 +117,6 @@ def check_graph(loss: Tensor, inputs: Iterable[Tensor] = ()) -> None:
                 "(torch.autograd.gradgradcheck tells)."
             )
         pending.extend(following for following, _ in node.next_functions)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
 def _is_foreign(node: torch.autograd.graph.Node) -> bool:

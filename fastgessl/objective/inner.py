@@ -137,7 +137,11 @@ def exact_product(task: Task, weights: Weights, direction: Weights) -> Weights:
 
 def difference_product(task: Task, weights: Weights, direction: Weights) -> Weights:
     """The same by a central difference of two gradients."""
-    radius = _radius(weights, direction)
+    length, size = (
+        torch.stack(torch._foreach_norm(list(tensors.values()))).norm() for tensors in (direction, weights)
+    )
+    share = RADII.get(size.dtype, RADII[torch.float32])
+    radius = share * size / length.clamp_min(torch.finfo(length.dtype).tiny)
     ahead, behind = (
         _slopes(task, {name: weight + sign * radius * direction[name] for name, weight in weights.items()})
         for sign in (1, -1)
@@ -162,12 +166,3 @@ def _slopes(task: Task, weights: Weights) -> Weights:
 # below first order's at no α and K measured (bench/test_gessl.py).
 RADII = {torch.float32: 2e-3, torch.float64: 4e-10}
 """Radius of the central difference in norms of the weights."""
-
-
-def _radius(weights: Weights, direction: Weights) -> Tensor:
-    length, size = (
-        torch.stack(torch._foreach_norm(list(tensors.values()))).norm() for tensors in (direction, weights)
-    )
-    return (
-        RADII.get(size.dtype, RADII[torch.float32]) * size / length.clamp_min(torch.finfo(length.dtype).tiny)
-    )

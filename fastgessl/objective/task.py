@@ -129,11 +129,13 @@ def gradient_of(
     loss: Tensor, weights: Weights, *, create_graph: bool = False, retain_graph: bool = False
 ) -> Weights:
     """∇ of `loss` (): a dictionary like `weights`; zeros where the loss does not depend on a weight."""
-    scale = HALF_PRECISION_SCALE if _autocasts_to_half(loss.device.type) else 1.0
+    kind = loss.device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    scale = HALF_PRECISION_SCALE if half else 1.0
     retain_graph = retain_graph or create_graph
     # Autocast would also cast the matrix products of a backward that runs inside it, those of the float32
     # loss included.
-    with full_precision(loss.device.type):
+    with full_precision(kind):
         gradients = torch.autograd.grad(
             loss * scale,
             list(weights.values()),
@@ -185,7 +187,3 @@ def _uncached_autocast(device_type: str) -> Iterator[None]:
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False):
         yield
-
-
-def _autocasts_to_half(device_type: str) -> bool:
-    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16

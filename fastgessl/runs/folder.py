@@ -13,6 +13,7 @@ evaluation.json        every measured number;  summary.json  the outcome on one 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -83,11 +84,8 @@ def _file_name(recipe: str) -> str:
 
 def _unused(path: Path) -> Path:
     """`path`, or path-2, path-3 ... if that is taken, as by two runs that start within one second."""
-    candidate, count = path, 1
-    while candidate.exists():
-        count += 1
-        candidate = path.with_name(f"{path.name}-{count}")
-    return candidate
+    further = (path.with_name(f"{path.name}-{count}") for count in itertools.count(2))
+    return next(folder for folder in itertools.chain([path], further) if not folder.exists())
 
 
 def create(folder: Path, config: Config, facts: Mapping[str, Any], continued: str = "") -> None:
@@ -182,12 +180,6 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -196,8 +188,20 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "versions": versions,
+        "versions": {name: version for name in PACKAGES if (version := version_of(name))},
     }
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package; empty if it is absent.
+
+    >>> version_of("no such package")
+    ''
+    """
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ class Health:
             self._generators = training.generators
         self._skipped_in_a_row += 1
         training.skipped += 1
-        training.forget_forward()
+        training.statistics.restore()
         if training.accelerator.scaler is not None:
             training.optimizer.step()  # GradScaler takes no such step either, but lowers its scale
         if self._skipped_in_a_row == training.config.train.nonfinite_limit:

@@ -95,7 +95,7 @@ class Training:
             objective = objective.to(memory_format=torch.channels_last)
             optimizer = build_optimizer(objective, config.optim, plan.peak_learning_rate)
             self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self._statistics = _BatchStatistics(self.method)
+        self.statistics = _BatchStatistics(self.method)
         # Weights are drawn alike on every rank; what is random during training (dropout) is not.
         set_seed(config.train.seed, device_specific=True)
         if resumed is not None:
@@ -109,14 +109,8 @@ class Training:
             group["lr"] = float(self.learning_rates[self.step])
             if group["weight_decay"] > 0:
                 group["weight_decay"] = float(self.weight_decays[self.step])
-        self._statistics.remember()
+        self.statistics.remember()
         self.generators = _generators(self.accelerator.device)
-
-    def forget_forward(self) -> None:
-        """Restore batch-norm statistics as they were at `begin_step`: a forward with bad numbers leaves no
-        trace.
-        """
-        self._statistics.restore()
 
     def gradient_norm(self) -> Tensor:
         """Norm over all gradients of the step, unscaled, () float32 on the device, the same on all ranks."""
@@ -204,7 +198,7 @@ class Training:
         if self.plan.world_size == 1:
             return {}
         own = {}
-        for name, buffer in self._statistics.others():
+        for name, buffer in self.statistics.others():
             first = buffer.clone()
             torch.distributed.broadcast(first, src=0)
             if not torch.equal(first, buffer):
@@ -226,7 +220,7 @@ class Training:
                 rank = state["ranks"][self.accelerator.process_index]
                 _restore_generators(rank, self.accelerator.device)
                 with torch.no_grad():
-                    for name, buffer in self._statistics.others():
+                    for name, buffer in self.statistics.others():
                         buffer.copy_(rank["buffers"].get(name, buffer))
             if any(type(value) is not int or value < 0 for value in state["loader"].values()):
                 raise ValueError("its place in the data is no place")
@@ -265,7 +259,7 @@ def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _BatchStatistics:
-    """The batch-norm statistics of a model, and a copy of them."""
+    """The batch-norm statistics of a model, and a copy of them from before the step."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -288,6 +282,7 @@ class _BatchStatistics:
             torch._foreach_copy_(copies, own)
 
     def restore(self) -> None:
+        """A forward with bad numbers leaves no trace."""
         for own, copies in self._lists:
             torch._foreach_copy_(own, copies)
 

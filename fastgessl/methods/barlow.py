@@ -11,8 +11,7 @@ from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
 from fastgessl.kernels.collectives import all_reduce_mean
-from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
-from fastgessl.methods.registry import register
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity, register
 from fastgessl.models import Projector, feature_width
 
 # Inside batch norm's, which is how the paper's code standardises.

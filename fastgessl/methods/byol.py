@@ -12,9 +12,8 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from fastgessl.config import MethodConfig
 from fastgessl.kernels.prototypes import other_views
-from fastgessl.methods.base import Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, RunFacts, Similarity, register
 from fastgessl.methods.momentum import MomentumMethod
-from fastgessl.methods.registry import register
 from fastgessl.models import Projector, feature_width
 
 

@@ -13,8 +13,7 @@ from torch.nn.functional import normalize
 from fastgessl.config import MethodConfig
 from fastgessl.kernels import similarity_logsumexp
 from fastgessl.methods.assignments import assignment_measures
-from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
-from fastgessl.methods.registry import register
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity, register
 from fastgessl.models import Projector, apply_head, encode, feature_width
 
 

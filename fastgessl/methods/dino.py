@@ -16,9 +16,8 @@ from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_group
 from fastgessl.kernels import swapped_cross_entropy
 from fastgessl.kernels.collectives import all_reduce_mean
-from fastgessl.methods.base import Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, RunFacts, Similarity, check_prototypes, register
 from fastgessl.methods.momentum import MomentumMethod
-from fastgessl.methods.registry import check_prototypes, register
 from fastgessl.models import BottleneckHead, apply_head, encode, feature_width
 from fastgessl.schedules import linear_warmup
 

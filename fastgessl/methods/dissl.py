@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from fastgessl.config import MethodConfig
 from fastgessl.kernels import dissl_loss
 from fastgessl.methods.assignments import assignment_measures
-from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
-from fastgessl.methods.registry import check_prototypes, register
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity, check_prototypes, register
 from fastgessl.models import Projector, apply_head, at_least_float32, encode, feature_width
 
 

@@ -62,7 +62,7 @@ class DSA(Method):
     (`inlier_weights`). State: that of the method and, if it is the helper, a slow copy of the encoder.
 
     >>> from fastgessl.config import MethodConfig
-    >>> from fastgessl.methods.registry import build_method
+    >>> from fastgessl.methods.base import build_method
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> simclr = build_method(MethodConfig(projector_hidden=16, projector_out=4), backbone, RunFacts())

@@ -19,10 +19,9 @@ from fastgessl.distributed import world_group
 from fastgessl.kernels import similarity_logsumexp
 from fastgessl.kernels.collectives import all_gather_rows, rank_and_size
 from fastgessl.kernels.prototypes import other_views
-from fastgessl.methods.base import Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, RunFacts, Similarity, register
 from fastgessl.methods.momentum import MomentumMethod
 from fastgessl.methods.queue import check_queue, enqueued
-from fastgessl.methods.registry import register
 from fastgessl.models import (
     PlainProjector,
     apply_head,

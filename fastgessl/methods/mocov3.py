@@ -17,9 +17,8 @@ from fastgessl.config import MethodConfig
 from fastgessl.kernels import info_nce
 from fastgessl.kernels.collectives import rank_and_size
 from fastgessl.kernels.prototypes import other_views
-from fastgessl.methods.base import Outputs, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, RunFacts, Similarity, register
 from fastgessl.methods.momentum import MomentumMethod
-from fastgessl.methods.registry import register
 from fastgessl.models import MoCoV3Head, feature_width
 
 

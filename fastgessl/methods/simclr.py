@@ -10,8 +10,7 @@ from torch.nn.functional import normalize
 
 from fastgessl.config import MethodConfig
 from fastgessl.kernels import nt_xent
-from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
-from fastgessl.methods.registry import register
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity, register
 from fastgessl.models import Projector, feature_width
 
 

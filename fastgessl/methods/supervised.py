@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastgessl.config import MethodConfig, UsageError
-from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity
-from fastgessl.methods.registry import register
+from fastgessl.methods.base import Method, Outputs, RunFacts, Similarity, register
 from fastgessl.models import at_least_float32, encode, feature_width
 
 

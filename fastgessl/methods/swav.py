@@ -16,9 +16,8 @@ from fastgessl.config import MethodConfig
 from fastgessl.distributed import world_size
 from fastgessl.kernels import sinkhorn_potentials, swapped_cross_entropy
 from fastgessl.kernels.collectives import rank_and_size
-from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity
+from fastgessl.methods.base import Outputs, ProjectedMethod, RunFacts, Similarity, check_prototypes, register
 from fastgessl.methods.queue import check_queue, enqueued
-from fastgessl.methods.registry import check_prototypes, register
 from fastgessl.models import Projector, apply_head, encode, feature_width
 
 

@@ -100,14 +100,11 @@ def complete(run: Path) -> list[Path]:
 
 
 def find(run: Path, resume: str) -> Path | None:
-    """What --train.resume means: None for never, the newest of `run` for auto and if_any, else the named
-    folder.
+    """The checkpoint that --train.resume names: the newest of `run` for auto and if_any, else a folder.
 
     UsageError if there is none, except for if_any, which then gives None; and if `run` has a newer one than
     the named: a run is never written backwards.
     """
-    if resume == "never":
-        return None
     found = complete(run)
     newest = found[-1] if found else None
     if resume == "auto" and newest is None:

@@ -26,7 +26,7 @@ def train(config: Config) -> int:
     checkpoint written.
     """
     run = runs.run_folder(config)
-    resumed = checkpoint.find(run, config.train.resume)
+    resumed = None if config.train.resume == "never" else checkpoint.find(run, config.train.resume)
     accelerator = build_accelerator(config, run)
     # Ranks that start in different seconds would name different folders.
     run, resumed = broadcast_object_list([run, resumed])

@@ -57,10 +57,6 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path, resume):
         checkpoint.find(tmp_path, resume)
 
 
-def test_never_looks_for_nothing(tmp_path):
-    assert checkpoint.find(tmp_path, "never") is None
-
-
 @pytest.mark.parametrize("kept", [1500, 5, 0])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, kept):
     saved = checkpoint.save(tmp_path, 5, STATE | {"objective": {"weights": torch.zeros(1000)}}, keep=1)

@@ -443,14 +443,14 @@ def gessl_loss(
     student, ring = _with_all_keys(student, how, name, "student_key")
     teacher, _ = _with_all_keys(teacher, how, name, "teacher_key")
     if name == "reference":
-        operands = (
+        contrastive = dense(
+            reference.info_nce,
             *student[:2],
             student.scale.reciprocal(),
             columns.positives,
             columns.exclude,
             student.bias,
         )
-        contrastive = dense(reference.info_nce, *operands)
         return contrastive, _dense_divergence(reference.sigma_kl, student, teacher, columns.exclude)
     lse, positive, cross_term = similarity_statistics(
         student, teacher, columns.positives, columns.exclude, True, name, ring

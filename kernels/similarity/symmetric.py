@@ -147,53 +147,6 @@ def _fake_gradients(
     return empty_where_needed((image, text, scale), needs)
 
 
-def _bent(
-    function: Callable[..., tuple[Tensor, ...]],
-    tangents: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-    at: Sequence[Tensor],
-    implementation: str,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Derivatives of ⟨tangents, gradients⟩ to the three weights, and to image, text and scale: those of the rows' term and
-    of the columns' term, by `function` (curvature).
-    """
-    image, text, scale, (saved, _) = at
-    to_image, to_text, to_scale = tangents
-    # The columns' lse again, from the product as this pass takes it, keys by queries: the other way round it is rounded
-    # otherwise, which made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6 (float32).
-    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, implementation)[3].detach()
-    # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1 would meet only
-    # after rounding.
-    weight_row, weight_column, half = weights[0], weights[1], weights[2] / 2
-    pairs = torch.arange(len(image), device=image.device)
-    needs = (True, True, True, *(False,) * (OPERANDS - DIFFERENTIABLE))
-    rest = (False, implementation, needs)
-    rows = function(
-        to_image,
-        to_text,
-        to_scale,
-        *NONE,
-        weight_row,
-        half,
-        None,
-        image,
-        text,
-        scale,
-        *NONE,
-        pairs,
-        None,
-        saved,
-        *rest,
-    )
-    columns = function(
-        to_text, to_image, to_scale, *NONE, weight_column, half, None, text, image, scale, *NONE, pairs, None, column_saved, *rest
-    )  # fmt: skip
-    of_image, of_text, of_scale = rows[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
-    text_again, image_again, scale_again = columns[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
-    operands = [of_image + image_again, of_text + text_again, of_scale + scale_again]
-    return [rows[0], columns[0], rows[1]], operands
-
-
 def _statistics_backward(
     ctx: Any, weights: Sequence[Tensor | None], apply: Callable[..., tuple[Tensor, ...]]
 ) -> tuple[Any, ...]:
@@ -206,13 +159,32 @@ def _statistics_backward(
 
 
 def _gradients_backward(
-    ctx: Any, tangents: Sequence[Any], function: Callable[..., tuple[Tensor, ...]]
+    ctx: Any, tangents: Sequence[Tensor | None], function: Callable[..., tuple[Tensor, ...]]
 ) -> tuple[Any, ...]:
-    weights, at = ctx.saved_tensors[:WEIGHTS], ctx.saved_tensors[WEIGHTS:]
-    implementation, needs = ctx.settings
-    asked = [tangent if need else None for tangent, need in zip(tangents, needs, strict=True)]
-    rows, operands = _bent(function, asked, weights, at, implementation)
-    return (*rows, *operands, *(None,) * 3)
+    """Derivatives of ⟨tangents, gradients⟩ to the three weights, and to image, text and scale: those of the rows' term and
+    of the columns' term, by `function` (curvature).
+    """
+    weight_row, weight_column, weight_diagonal, image, text, scale, (saved, _) = ctx.saved_tensors
+    implementation, asked = ctx.settings
+    to_image, to_text, to_scale = (
+        tangent if need else None for tangent, need in zip(tangents, asked, strict=True)
+    )
+    # The columns' lse again, from the product as this pass takes it, keys by queries: the other way round it is rounded
+    # otherwise, which made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6 (float32).
+    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, implementation)[3].detach()
+    # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1 would meet only
+    # after rounding.
+    half = weight_diagonal / 2
+    pairs = torch.arange(len(image), device=image.device)
+    rest = (False, implementation, (*(True,) * DIFFERENTIABLE, *(False,) * (OPERANDS - DIFFERENTIABLE)))
+    row_term = (weight_row, half, None, image, text, scale, *NONE, pairs, None, saved)
+    column_term = (weight_column, half, None, text, image, scale, *NONE, pairs, None, column_saved)
+    rows = function(to_image, to_text, to_scale, *NONE, *row_term, *rest)
+    columns = function(to_text, to_image, to_scale, *NONE, *column_term, *rest)
+    of_image, of_text, of_scale = rows[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
+    text_again, image_again, scale_again = columns[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
+    operands = (of_image + image_again, of_text + text_again, of_scale + scale_again)
+    return (rows[0], columns[0], rows[1], *operands, *(None,) * 3)
 
 
 gradients, SymmetricGradients = nested(

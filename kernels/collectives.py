@@ -5,6 +5,7 @@ ranks' losses. DDP's averaging of local means then gives the gradient of the glo
 gather is a reduce-scatter (sum), and that of a sum is a sum. Forward mode raises.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,12 +36,46 @@ def check_equal_rows(tensor: Tensor, group: dist.ProcessGroup, name: str) -> Non
         raise ValueError(f"{message}; found {found.tolist()}.")
 
 
+def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    rows = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(rows, tensor.contiguous(), group=group)
+    return rows
+
+
+def _summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _reduce_scattered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    rank, size = rank_and_size(group)
+    if dist.get_backend(group) == "gloo":
+        # gloo sums in the tensor's own dtype and, before torch 2.8, has no reduce-scatter.
+        return _summed(tensor, group).chunk(size)[rank].clone()
+    rows = tensor.new_empty(len(tensor) // size, *tensor.shape[1:])
+    dist.reduce_scatter_tensor(rows, tensor.contiguous(), group=group)
+    return rows
+
+
+TRANSPOSED = {_gathered: _reduce_scattered, _reduce_scattered: _gathered, _summed: _summed}
+"""What each collective's backward does with the gradient."""
+
+
 class _Collective(torch.autograd.Function):
-    """What the collectives share: they take a tensor and a group, and refuse forward mode."""
+    """A collective of a tensor over a group, differentiable to any order; refuses forward mode."""
+
+    @staticmethod
+    def forward(tensor: Tensor, group: dist.ProcessGroup, collective: Callable[..., Tensor]) -> Tensor:
+        return collective(tensor, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
+        _, ctx.group, ctx.collective = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Collective.apply(gradient, ctx.group, TRANSPOSED[ctx.collective]), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -48,48 +83,6 @@ class _Collective(torch.autograd.Function):
             "fastgessl.kernels: forward mode (jvp, jacfwd, forward_ad) is not implemented across ranks. "
             "Take derivatives in reverse: torch.func.jacrev, or grad of grad for the second order."
         )
-
-
-class _Gather(_Collective):
-    @staticmethod
-    def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        rows = tensor.new_empty(dist.get_world_size(group) * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(rows, tensor.contiguous(), group=group)
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _ReduceScatter.apply(gradient, ctx.group), None
-
-
-class _ReduceScatter(_Collective):
-    @staticmethod
-    def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        if dist.get_backend(group) == "gloo":
-            # gloo sums in the tensor's own dtype and, before torch 2.8, has no reduce-scatter.
-            total = tensor.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(total, group=group)
-            return total.chunk(size)[rank].clone()
-        rows = tensor.new_empty(len(tensor) // size, *tensor.shape[1:])
-        dist.reduce_scatter_tensor(rows, tensor.contiguous(), group=group)
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Gather.apply(gradient, ctx.group), None
-
-
-class _Sum(_Collective):
-    @staticmethod
-    def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(gradient, ctx.group), None
 
 
 def all_gather_rows(tensor: Tensor, group: dist.ProcessGroup | None, name: str = "key") -> Tensor:
@@ -101,12 +94,14 @@ def all_gather_rows(tensor: Tensor, group: dist.ProcessGroup | None, name: str =
     if group is None:
         return tensor
     check_equal_rows(tensor, group, name)
-    return _Gather.apply(tensor, group)
+    return _Collective.apply(tensor, group, _gathered)
 
 
 def all_reduce_mean(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Mean over the ranks, the same on all. Without a group, the tensor itself. Differentiable to any order."""
-    return tensor if group is None else _Sum.apply(tensor, group) / dist.get_world_size(group)
+    if group is None:
+        return tensor
+    return _Collective.apply(tensor, group, _summed) / dist.get_world_size(group)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

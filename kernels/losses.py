@@ -314,6 +314,7 @@ def _divergence_rows(
     definition: Callable[..., Tensor], student: Side, teacher: Side, exclude: Tensor | None, how: How
 ) -> Tensor:
     """`sigma_kl` or `soft_cross_entropy` of each row; `definition` is the dense one, which says which of them."""
+    exclude = exclude_of(exclude, student.query, len(student.key) * rank_and_size(how.group)[1])
     name = _chosen(student, exclude, how)
     student, ring = _with_all_keys(student, how, name, "student_key")
     teacher, _ = _with_all_keys(teacher, how, name, "teacher_key")
@@ -357,14 +358,13 @@ def sigma_kl(
     tensor(0.4621)
     """
     check_choices(reduction, mode)
-    student, teacher = _student_and_teacher(
+    sides = _student_and_teacher(
         (student_query, student_key, teacher_query, teacher_key),
         (temperature, teacher_temperature),
         (student_bias, teacher_bias),
     )
-    excluded = exclude_of(exclude, student.query, len(student.key) * rank_and_size(group)[1])
     how = How(group, mode, implementation)
-    return _reduced(_divergence_rows(reference.sigma_kl, student, teacher, excluded, how), reduction)
+    return _reduced(_divergence_rows(reference.sigma_kl, *sides, exclude, how), reduction)
 
 
 def soft_cross_entropy(
@@ -396,16 +396,13 @@ def soft_cross_entropy(
     tensor(0.5515)
     """
     check_choices(reduction, mode)
-    student, teacher = _student_and_teacher(
+    sides = _student_and_teacher(
         (student_query, student_key, teacher_query, teacher_key),
         (temperature, teacher_temperature),
         (student_bias, teacher_bias),
     )
-    excluded = exclude_of(exclude, student.query, len(student.key) * rank_and_size(group)[1])
     how = How(group, mode, implementation)
-    return _reduced(
-        _divergence_rows(reference.soft_cross_entropy, student, teacher, excluded, how), reduction
-    )
+    return _reduced(_divergence_rows(reference.soft_cross_entropy, *sides, exclude, how), reduction)
 
 
 def gessl_loss(
@@ -446,14 +443,14 @@ def gessl_loss(
     student, ring = _with_all_keys(student, how, name, "student_key")
     teacher, _ = _with_all_keys(teacher, how, name, "teacher_key")
     if name == "reference":
-        operands = (
+        contrastive = dense(
+            reference.info_nce,
             *student[:2],
             student.scale.reciprocal(),
             columns.positives,
             columns.exclude,
             student.bias,
         )
-        contrastive = dense(reference.info_nce, *operands)
         return contrastive, _dense_divergence(reference.sigma_kl, student, teacher, columns.exclude)
     lse, positive, cross_term = similarity_statistics(
         student, teacher, columns.positives, columns.exclude, True, name, ring

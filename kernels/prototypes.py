@@ -2,13 +2,12 @@
 SwAV's balanced assignment, and the mean assignment that DISSL keeps spread out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.library import custom_op
 
 from fastgessl.kernels import reference
 from fastgessl.kernels.backend import dense, implementation_for
@@ -17,14 +16,14 @@ from fastgessl.kernels.collectives import all_gather_rows, all_reduce_mean, chec
 from fastgessl.kernels.losses import How, Temperature, logsumexp_rows, soft_cross_entropy
 from fastgessl.kernels.similarity.autograd import (
     Gradients,
-    ReverseFunction,
     Statistics,
-    body_or_operator,
     compiled,
     gradients,
     gradients_body,
+    nested,
     statistics,
     statistics_body,
+    statistics_context,
 )
 from fastgessl.kernels.similarity.chunked import NOTHING
 from fastgessl.kernels.similarity.problem import Side
@@ -46,11 +45,7 @@ def marginal_body(
     return found[3], saved
 
 
-marginal = custom_op("fastgessl::softmax_marginal", marginal_body, mutates_args=())
-
-
-@marginal.register_fake
-def _(query, key, scale, bias, implementation):
+def _fake_marginal(query, key, scale, bias, implementation):
     return torch.empty_like(bias), bias.new_empty(2, query.shape[0])
 
 
@@ -63,12 +58,13 @@ def nan_for_infinity(bias: Tensor) -> Tensor:
 
 def _marginal_backward(
     ctx: Any,
-    cotangent: Tensor,
+    cotangents: Sequence[Tensor | None],
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Any, ...]:
-    teacher, implementation = ctx.saved_tensors[:4], ctx.implementation
-    query, key, scale, _ = teacher
+    teacher = ctx.saved_tensors[:4]
+    query, key, scale, bias = teacher
+    cotangent = torch.zeros_like(bias) if cotangents[0] is None else cotangents[0]
     # Σ_j u_j p_j = mean_i E_P[u] as a loss: the cross-entropy statistic of a student whose logits are the column bias -u,
     # in every row.
     student = (
@@ -78,39 +74,21 @@ def _marginal_backward(
         nan_for_infinity(-cotangent),
     )
     operands = (*student, *teacher)
-    saved = forward(*operands, None, None, False, implementation)[3].detach()
+    saved = forward(*operands, None, None, False, *ctx.settings)[3].detach()
     weight = torch.full_like(saved[0], 1 / len(query))
     weights = (torch.zeros_like(weight), None, weight)
     needs = (*NOTHING, *ctx.needs_input_grad[:4])
-    found = backward(*weights, *operands, None, None, saved, False, implementation, needs)
+    found = backward(*weights, *operands, None, None, saved, False, *ctx.settings, needs)
     return (*(grad if need else None for grad, need in zip(found[4:], needs[4:], strict=True)), None)
 
 
-class Marginal(ReverseFunction):
-    """The mean softmax, twice differentiable; the second output is for the later passes only."""
-
-    @staticmethod
-    def forward(*inputs):
-        return body_or_operator(marginal_body, marginal, inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _marginal_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx, cotangent, _):
-        return _marginal_backward(ctx, cotangent, Statistics.apply, Gradients.apply)
-
-
-def _marginal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.implementation = inputs[4]
-    ctx.save_for_backward(*inputs[:4], output[1])
-
-
-marginal.register_autograd(
-    lambda ctx, cotangent, _: _marginal_backward(ctx, cotangent, statistics, gradients),
-    setup_context=_marginal_context,
+marginal, Marginal = nested(
+    "softmax_marginal",
+    marginal_body,
+    _fake_marginal,
+    statistics_context,
+    _marginal_backward,
+    [(statistics, Statistics), (gradients, Gradients)],
 )
 
 

@@ -12,9 +12,14 @@ from torch.nn.functional import cross_entropy, normalize
 Temperature = float | Tensor
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything narrower accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def logits(query: Tensor, key: Tensor, temperature: Temperature, bias: Tensor | None = None) -> Tensor:
     """(M, D), (N, D) -> (M, N), in float32 or float64."""
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(query.dtype)
     table = (query.to(wide) / temperature) @ key.to(wide).T
     return table if bias is None else table + bias.to(wide)
 

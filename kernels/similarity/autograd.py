@@ -90,11 +90,7 @@ def statistics_body(
     return *found[:3], packed(found)
 
 
-statistics = custom_op("fastgessl::similarity_statistics", statistics_body, mutates_args=())
-
-
-@statistics.register_fake
-def _(
+def _fake_statistics(
     query, key, scale, bias, teacher_query, teacher_key, teacher_scale, teacher_bias, positives, exclude, *_
 ):
     M, dtype = query.shape[0], chunked.accumulation_dtype(query.dtype)
@@ -121,20 +117,14 @@ def gradients_body(
     return present((*student, *teacher), query)  # type: ignore[return-value]
 
 
-def _fake_gradients(operands, needs):
-    like = operands[0]
-    return tuple(
-        torch.empty_like(part) if need else like.new_empty(0)
-        for part, need in zip(operands, needs, strict=True)
-    )
+def empty_where_needed(operands: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What a fake gives for gradients: the operand's shape, or an empty tensor."""
+    parts = (torch.empty_like(part) if need else None for part, need in zip(operands, needs, strict=True))
+    return present(tuple(parts), operands[0])
 
 
-gradients = custom_op("fastgessl::similarity_gradients", gradients_body, mutates_args=())
-
-
-@gradients.register_fake
-def _(*args):
-    return _fake_gradients(args[WEIGHTS : WEIGHTS + OPERANDS], args[-1])
+def _fake_gradients(*inputs):
+    return empty_where_needed(inputs[WEIGHTS : WEIGHTS + OPERANDS], inputs[-1])
 
 
 def curvature_body(
@@ -173,31 +163,23 @@ def curvature_body(
     return (*rows, *present((*student, *teacher), query))  # type: ignore[return-value]
 
 
-curvature = custom_op("fastgessl::similarity_curvature", curvature_body, mutates_args=())
+def _fake_curvature(*inputs):
+    weights, saved = inputs[OPERANDS : OPERANDS + WEIGHTS], inputs[2 * OPERANDS + WEIGHTS + 2]
+    rows = (saved.new_empty(0 if weight is None else saved.shape[1]) for weight in weights)
+    return (*rows, *_fake_gradients(*inputs[OPERANDS:]))
 
 
-@curvature.register_fake
-def _(*args):
-    weights, operands = args[OPERANDS : OPERANDS + WEIGHTS], args[OPERANDS + WEIGHTS : 2 * OPERANDS + WEIGHTS]
-    saved = args[2 * OPERANDS + WEIGHTS + 2]
-    rows = tuple(saved.new_empty(saved.shape[1] if weight is not None else 0) for weight in weights)
-    return (*rows, *_fake_gradients(operands, args[-1]))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], *outputs: Tensor) -> None:
-    """Keep tensors as saved tensors, and the rest as it is."""
-    tensors = [part for part in inputs if part is None or isinstance(part, Tensor)]
+def gradients_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep the inputs: tensors as saved tensors, and the rest as it is."""
     ctx.settings = tuple(part for part in inputs if part is not None and not isinstance(part, Tensor))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *outputs)
+    ctx.save_for_backward(*(part for part in inputs if part is None or isinstance(part, Tensor)))
 
 
 def statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output[3])
-
-
-def gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs)
+    """Keep the inputs and the last output, which is for the later passes only and carries no gradient."""
+    gradients_context(ctx, (*inputs, output[-1]), output)
+    ctx.mark_non_differentiable(output[-1])
 
 
 def statistics_backward(
@@ -231,28 +213,23 @@ def gradients_backward(
     return (*rows, *grads, *(None,) * (len(ctx.needs_input_grad) - WEIGHTS - len(operands)))
 
 
-def _third_order(ctx: Any, *cotangents: Tensor) -> None:
-    raise RuntimeError(THIRD_ORDER)
-
-
-statistics.register_autograd(
-    lambda ctx, *cotangents: statistics_backward(ctx, cotangents, gradients), setup_context=statistics_context
-)
-gradients.register_autograd(
-    lambda ctx, *tangents: gradients_backward(ctx, tangents, curvature), setup_context=gradients_context
-)
-curvature.register_autograd(_third_order)
-
-
 class ReverseFunction(torch.autograd.Function):
-    """What the functions here share: forward mode raises, and vmap makes one call an example, because the kernels fill a
-    device with one problem already.
+    """What the functions here share: forward mode raises, and so does a derivative that no subclass has; vmap makes one
+    call an example, because the kernels fill a device with one problem already.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # torch asks `inspect` for the signature at every call otherwise, 30 of its 45 us.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise RuntimeError(THIRD_ORDER)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -276,59 +253,61 @@ class ReverseFunction(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
 
-def body_or_operator(body: Callable[..., Any], operator: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-    """What the operator gives. For ordinary tensors its body is called as it is, which saves 80 us of dispatch a call."""
-    ordinary = all(type(part) in (Tensor, torch.nn.Parameter) for part in inputs if isinstance(part, Tensor))
-    return (body if ordinary else operator)(*inputs)
+def nested(
+    name: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    context: Callable[..., None] = ReverseFunction.setup_context,
+    backward: Callable[..., Any] = ReverseFunction.backward,
+    derivatives: Sequence[tuple[Any, Any]] = (),
+) -> tuple[Any, Any]:
+    """The operator `name`, for torch.compile, and a function of the same body, for eager code: functorch levels unwrap it.
 
+    `backward(ctx, cotangents, *calls)` computes with `derivatives`, pairs that this function gave, as operators or as
+    functions. Without it a derivative raises.
+    """
+    operator = custom_op(f"fastgessl::{name}", body, mutates_args=())
+    operators = [derivative for derivative, _ in derivatives]
+    calls = [function.apply for _, function in derivatives]
 
-class Curvature(ReverseFunction):
-    """Double backward. A function, not the bare operator, so that functorch levels unwrap; its own derivative raises."""
-
-    @staticmethod
     def forward(*inputs):
-        return body_or_operator(curvature_body, curvature, inputs)
+        # For ordinary tensors the body is called as it is, which saves 80 us of dispatch a call.
+        kinds = (type(part) for part in inputs if isinstance(part, Tensor))
+        ordinary = all(kind in (Tensor, torch.nn.Parameter) for kind in kinds)
+        return (body if ordinary else operator)(*inputs)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
+    def through_operators(ctx, *cotangents):
+        return backward(ctx, cotangents, *operators)
 
-    @staticmethod
-    def backward(ctx, *cotangents):
-        raise RuntimeError(THIRD_ORDER)
+    def through_functions(ctx, *cotangents):
+        return backward(ctx, cotangents, *calls)
 
-
-class Gradients(ReverseFunction):
-    """Backward, itself differentiable once."""
-
-    @staticmethod
-    def forward(*inputs):
-        return body_or_operator(gradients_body, gradients, inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        gradients_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx, *tangents):
-        return gradients_backward(ctx, tangents, Curvature.apply)
+    operator.register_fake(fake)
+    operator.register_autograd(through_operators, setup_context=context)
+    methods = {"forward": forward, "setup_context": context, "backward": through_functions}
+    title = name.title().replace("_", "")
+    return operator, type(
+        title, (ReverseFunction,), {key: staticmethod(method) for key, method in methods.items()}
+    )
 
 
-class Statistics(ReverseFunction):
-    """Forward. The last output is for the later passes and carries no gradient."""
-
-    @staticmethod
-    def forward(*inputs):
-        return body_or_operator(statistics_body, statistics, inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        statistics_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[3])
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        return statistics_backward(ctx, cotangents, Gradients.apply)
+curvature, Curvature = nested("similarity_curvature", curvature_body, _fake_curvature)
+gradients, Gradients = nested(
+    "similarity_gradients",
+    gradients_body,
+    _fake_gradients,
+    gradients_context,
+    gradients_backward,
+    [(curvature, Curvature)],
+)
+statistics, Statistics = nested(
+    "similarity_statistics",
+    statistics_body,
+    _fake_statistics,
+    statistics_context,
+    statistics_backward,
+    [(gradients, Gradients)],
+)
 
 
 def compiled(*operands: Tensor | None) -> bool:

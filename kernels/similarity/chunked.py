@@ -4,11 +4,12 @@ The mathematics and its notation are in `similarity.problem`.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgessl.kernels.reference import accumulation_dtype
 from fastgessl.kernels.similarity.problem import LOG2_E, Moments, RowStatistics, RowWeights, Side, SideValues
 
 # Logits of one block, 1 MiB of float32, stay in the cache of a core; blocks of fewer rows starve the matmuls
@@ -37,24 +38,10 @@ def row_blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything narrower accumulates in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _wide_side(side: Side) -> Side:
-    """The same operands in the dtype in which sums are taken."""
-    dtype = accumulation_dtype(side.query.dtype)
-    return Side(
-        side.query.to(dtype),
-        side.key.to(dtype),
-        side.scale.to(dtype),
-        None if side.bias is None else side.bias.to(dtype),
-    )
-
-
-def _wide_parts(parts: SideValues, dtype: torch.dtype) -> SideValues:
-    return SideValues(*(None if part is None else part.to(dtype) for part in parts))
+def _wide(side: Any, dtype: torch.dtype) -> Any:
+    """The same side, or tangents of one, in the dtype in which sums are taken; None stays None."""
+    wide = accumulation_dtype(dtype)
+    return None if side is None else type(side)(*(None if part is None else part.to(wide) for part in side))
 
 
 def _logits(side: Side, rows: slice) -> Tensor:
@@ -121,7 +108,7 @@ def statistics(
     student: Side, teacher: Side | None, positives: Tensor | None, exclude: Tensor | None, entropy: bool
 ) -> RowStatistics:
     """Row statistics of both softmaxes. `entropy` is a: True for KL, False for cross-entropy."""
-    wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
+    wide, wide_teacher = (_wide(side, student.query.dtype) for side in (student, teacher))
     M, has_teacher = len(wide.query), teacher is not None
     # Written into, not collected: small results kept between blocks split the heap's holes, 2.2 GiB at 32,768
     # rows instead of 0.1.
@@ -154,21 +141,15 @@ def statistics(
 
 
 class _Tile(NamedTuple):
-    """The softmaxes of one block of rows and the gradient of the weighted statistics to their logits, (B, N)
-    each.
+    """One softmax of a block of rows and the gradient of the weighted statistics to its logits, (B, N) each.
+
+    A teacher's last two are empty unless it moves or is asked for; a student has no ratio.
     """
 
     probability: Tensor
     gradient: Tensor
-
-
-class _TeacherTile(NamedTuple):
-    """The last two are empty unless the teacher moves or is asked for."""
-
-    probability: Tensor
-    gradient: Tensor
-    ratio: Tensor
-    """R − x."""
+    ratio: Any = None
+    """R − x, (B, N)."""
 
 
 def _tiles(
@@ -181,7 +162,7 @@ def _tiles(
     saved: RowStatistics,
     entropy: bool,
     of_teacher: bool,
-) -> tuple[_Tile, _TeacherTile | None]:
+) -> tuple[_Tile, _Tile | None]:
     excluded = _part(exclude, rows)
     logits = _logits(student, rows)
     probability = _softmax(logits, saved.lse[rows], excluded)
@@ -197,11 +178,11 @@ def _tiles(
     if not of_teacher:
         none = gradient.new_empty(0)
         gradient.addcmul_(teacher_probability, weights.cross_term[rows, None], value=-1)
-        return _Tile(probability, gradient), _TeacherTile(teacher_probability, none, none)
+        return _Tile(probability, gradient), _Tile(teacher_probability, none, none)
     weighted = teacher_probability * weights.cross_term[rows, None]
     gradient -= weighted
     ratio = (teacher_logits - logits if entropy else -logits) - saved.teacher_mean[rows, None]
-    return _Tile(probability, gradient), _TeacherTile(teacher_probability, weighted.mul_(ratio), ratio)
+    return _Tile(probability, gradient), _Tile(teacher_probability, weighted.mul_(ratio), ratio)
 
 
 def _zeros(side: Side, needs: tuple[bool, ...]) -> SideValues:
@@ -265,7 +246,7 @@ def gradients(
         return tied_gradients(
             weights, student.query, student.scale, positives, exclude, saved, needs
         ), SideValues()
-    wide, wide_teacher = _wide_side(student), None if teacher is None else _wide_side(teacher)
+    wide, wide_teacher = (_wide(side, student.query.dtype) for side in (student, teacher))
     needs, weights = (needs[0], needs[0], *needs[2:]) if tied else needs, saved.correct(weights)
     out, teacher_out = (
         _zeros(wide, needs),
@@ -397,7 +378,7 @@ def _second_pull_back(
 
 def _row_moments(
     tile: _Tile,
-    teacher: _TeacherTile | None,
+    teacher: _Tile | None,
     direction: Tensor,
     teacher_direction: Tensor | None,
     positives: Tensor | None,
@@ -417,7 +398,7 @@ def _changes(
     rows: slice,
     weights: RowWeights,
     tile: _Tile,
-    teacher: _TeacherTile | None,
+    teacher: _Tile | None,
     moments: Moments,
     direction: Tensor,
     teacher_direction: Tensor | None,
@@ -460,12 +441,10 @@ def curvature(
     needs, tangent = (
         ((needs[0], needs[0], *needs[2:]), tangent._replace(key=tangent.query)) if tied else (needs, tangent)
     )
-    wide, wide_teacher, weights = (
-        _wide_side(student),
-        None if teacher is None else _wide_side(teacher),
-        saved.correct(weights),
+    wide, wide_teacher, tangent, teacher_tangent = (
+        _wide(side, student.query.dtype) for side in (student, teacher, tangent, teacher_tangent)
     )
-    tangent, teacher_tangent = (_wide_parts(part, wide.query.dtype) for part in (tangent, teacher_tangent))
+    weights = saved.correct(weights)
     out, teacher_out = (
         _zeros(wide, needs),
         SideValues() if wide_teacher is None else _zeros(wide_teacher, teacher_needs),

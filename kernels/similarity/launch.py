@@ -35,9 +35,6 @@ class Operands(NamedTuple):
     positives: Tensor | None
     exclude: Tensor | None
 
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        return (*self.student, *(self.teacher or (None,) * 4), self.positives, self.exclude)
-
     def flags(self) -> dict[str, Any]:
         student, teacher = self.student, self.teacher
         return {
@@ -92,11 +89,11 @@ def _launch(
     tile = tile_for(name, operands.student.query, features, settings["TEACHER"])
     chunk, teacher_chunk = tile.chunk(settings["D"]), tile.chunk(settings["E"])
     outputs = -(-width // (teacher_chunk if flags.get("OF_TEACHER") else chunk)) if width else 1
-    sizes = (len(operands.student.query), len(operands.student.key))
-    device = operands.student.query.device
-    with _on(device):
+    query, key = operands.student[:2]
+    pointers = (*operands.student, *(operands.teacher or (None,) * 4), *operands[2:])
+    with _on(query.device):
         kernel[(blocks(tile), outputs)](
-            *operands.pointers(), *arguments, *sizes, **settings, CHUNK=chunk, TEACHER_CHUNK=teacher_chunk, BLOCK_M=tile.rows,
+            *pointers, *arguments, len(query), len(key), **settings, CHUNK=chunk, TEACHER_CHUNK=teacher_chunk, BLOCK_M=tile.rows,
             BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
 

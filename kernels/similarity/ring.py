@@ -17,7 +17,6 @@ from torch import Tensor
 from fastgessl.kernels.collectives import check_equal_rows, rank_and_size
 from fastgessl.kernels.similarity.autograd import (
     OPERANDS,
-    THIRD_ORDER,
     WEIGHTS,
     ReverseFunction,
     contiguous,
@@ -161,10 +160,7 @@ class RingStatistics(ReverseFunction):
             total = shard if owner == rank else _merged(total, shard, entropy)
         return *total[:3], packed(total)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        statistics_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[3])
+    setup_context = staticmethod(statistics_context)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -191,9 +187,7 @@ class RingGradients(ReverseFunction):
             sums = _collect((*student, *teacher), sums, home)
         return _assembled(sums, home, operands, needs)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        gradients_context(ctx, inputs, output)
+    setup_context = staticmethod(gradients_context)
 
     @staticmethod
     def backward(ctx, *tangents):
@@ -272,11 +266,3 @@ class RingCurvature(ReverseFunction):
             )  # fmt: skip
             sums = _collect((*student, *teacher), sums, home)
         return (*row_derivatives(moments), *_assembled(sums, home, operands, needs))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        raise RuntimeError(THIRD_ORDER)

@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from fastgessl.kernels.similarity.autograd import (
     OPERANDS,
     WEIGHTS,
     Curvature,
-    ReverseFunction,
     Statistics,
-    body_or_operator,
     compiled,
     contiguous,
     curvature,
+    empty_where_needed,
+    gradients_context,
     implementation_module,
+    nested,
     present,
+    statistics_context,
 )
 from fastgessl.kernels.similarity.chunked import accumulation_dtype, exp_, rounded_logsumexp, row_blocks
 from fastgessl.kernels.similarity.problem import PairWeights, SideValues
@@ -132,12 +133,7 @@ def gradients_body(
     return present(found[:DIFFERENTIABLE], image)  # type: ignore[return-value]
 
 
-statistics = custom_op("fastgessl::symmetric_statistics", statistics_body, mutates_args=())
-gradients = custom_op("fastgessl::symmetric_gradients", gradients_body, mutates_args=())
-
-
-@statistics.register_fake
-def _(image, text, scale, implementation):
+def _fake_statistics(image, text, scale, implementation):
     N = len(image)
     return tuple(
         image.new_empty(shape, dtype=accumulation_dtype(image.dtype))
@@ -145,71 +141,10 @@ def _(image, text, scale, implementation):
     )
 
 
-@gradients.register_fake
-def _(weight_row, weight_column, weight_diagonal, image, text, scale, saved, implementation, needs):
-    return tuple(
-        torch.empty_like(part) if need else image.new_empty(0)
-        for part, need in zip((image, text, scale), needs, strict=True)
-    )
-
-
-def _bent(
-    function: Callable[..., tuple[Tensor, ...]],
-    tangents: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-    at: Sequence[Tensor],
-    implementation: str,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Derivatives of ⟨tangents, gradients⟩ to the three weights, and to image, text and scale: those of the rows' term and
-    of the columns' term, by `function` (curvature).
-    """
-    image, text, scale, (saved, _) = at
-    to_image, to_text, to_scale = tangents
-    # The columns' lse again, from the product as this pass takes it, keys by queries: the other way round it is rounded
-    # otherwise, which made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6 (float32).
-    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, implementation)[3].detach()
-    # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1 would meet only
-    # after rounding.
-    weight_row, weight_column, half = weights[0], weights[1], weights[2] / 2
-    pairs = torch.arange(len(image), device=image.device)
-    needs = (True, True, True, *(False,) * (OPERANDS - DIFFERENTIABLE))
-    rest = (False, implementation, needs)
-    rows = function(
-        to_image,
-        to_text,
-        to_scale,
-        *NONE,
-        weight_row,
-        half,
-        None,
-        image,
-        text,
-        scale,
-        *NONE,
-        pairs,
-        None,
-        saved,
-        *rest,
-    )
-    columns = function(
-        to_text, to_image, to_scale, *NONE, weight_column, half, None, text, image, scale, *NONE, pairs, None, column_saved, *rest
-    )  # fmt: skip
-    of_image, of_text, of_scale = rows[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
-    text_again, image_again, scale_again = columns[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
-    operands = [of_image + image_again, of_text + text_again, of_scale + scale_again]
-    return [rows[0], columns[0], rows[1]], operands
-
-
-def _statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.implementation = inputs[3]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], output[3])
-
-
-def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.implementation, ctx.needs = inputs[7:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
+def _fake_gradients(
+    weight_row, weight_column, weight_diagonal, image, text, scale, saved, implementation, needs
+):
+    return empty_where_needed((image, text, scale), needs)
 
 
 def _statistics_backward(
@@ -219,57 +154,54 @@ def _statistics_backward(
     needs = tuple(ctx.needs_input_grad[:DIFFERENTIABLE])
     weights = [torch.zeros_like(saved[0, 0]) if weight is None else weight for weight in weights[:WEIGHTS]]
     # Both lse enter as constants, as in `similarity.autograd.statistics_backward`.
-    found = apply(*weights, image, text, scale, saved.detach(), ctx.implementation, needs)
+    found = apply(*weights, image, text, scale, saved.detach(), *ctx.settings, needs)
     return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), None)
 
 
 def _gradients_backward(
-    ctx: Any, tangents: Sequence[Any], function: Callable[..., tuple[Tensor, ...]]
+    ctx: Any, tangents: Sequence[Tensor | None], function: Callable[..., tuple[Tensor, ...]]
 ) -> tuple[Any, ...]:
-    weights, at = ctx.saved_tensors[:WEIGHTS], ctx.saved_tensors[WEIGHTS:]
-    asked = [tangent if need else None for tangent, need in zip(tangents, ctx.needs, strict=True)]
-    rows, operands = _bent(function, asked, weights, at, ctx.implementation)
-    return (*rows, *operands, *(None,) * 3)
+    """Derivatives of ⟨tangents, gradients⟩ to the three weights, and to image, text and scale: those of the rows' term and
+    of the columns' term, by `function` (curvature).
+    """
+    weight_row, weight_column, weight_diagonal, image, text, scale, (saved, _) = ctx.saved_tensors
+    implementation, asked = ctx.settings
+    to_image, to_text, to_scale = (
+        tangent if need else None for tangent, need in zip(tangents, asked, strict=True)
+    )
+    # The columns' lse again, from the product as this pass takes it, keys by queries: the other way round it is rounded
+    # otherwise, which made second derivatives at τ = 0.01 wrong by 5.4e-5 instead of 2.2e-6 (float32).
+    column_saved = Statistics.apply(text, image, scale, *NONE, None, None, False, implementation)[3].detach()
+    # Half of the diagonal goes to each term: with all of it in one, terms that cancel where P is nearly 1 would meet only
+    # after rounding.
+    half = weight_diagonal / 2
+    pairs = torch.arange(len(image), device=image.device)
+    rest = (False, implementation, (*(True,) * DIFFERENTIABLE, *(False,) * (OPERANDS - DIFFERENTIABLE)))
+    row_term = (weight_row, half, None, image, text, scale, *NONE, pairs, None, saved)
+    column_term = (weight_column, half, None, text, image, scale, *NONE, pairs, None, column_saved)
+    rows = function(to_image, to_text, to_scale, *NONE, *row_term, *rest)
+    columns = function(to_text, to_image, to_scale, *NONE, *column_term, *rest)
+    of_image, of_text, of_scale = rows[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
+    text_again, image_again, scale_again = columns[WEIGHTS : WEIGHTS + DIFFERENTIABLE]
+    operands = (of_image + image_again, of_text + text_again, of_scale + scale_again)
+    return (rows[0], columns[0], rows[1], *operands, *(None,) * 3)
 
 
-class SymmetricGradients(ReverseFunction):
-    """Backward, itself differentiable once."""
-
-    @staticmethod
-    def forward(*inputs):
-        return body_or_operator(gradients_body, gradients, inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _gradients_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx, *tangents):
-        return _gradients_backward(ctx, tangents, Curvature.apply)
-
-
-class SymmetricStatistics(ReverseFunction):
-    """Forward, twice differentiable."""
-
-    @staticmethod
-    def forward(*inputs):
-        return body_or_operator(statistics_body, statistics, inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _statistics_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[3])
-
-    @staticmethod
-    def backward(ctx, *weights):
-        return _statistics_backward(ctx, weights, SymmetricGradients.apply)
-
-
-statistics.register_autograd(
-    lambda ctx, *weights: _statistics_backward(ctx, weights, gradients), setup_context=_statistics_context
+gradients, SymmetricGradients = nested(
+    "symmetric_gradients",
+    gradients_body,
+    _fake_gradients,
+    gradients_context,
+    _gradients_backward,
+    [(curvature, Curvature)],
 )
-gradients.register_autograd(
-    lambda ctx, *tangents: _gradients_backward(ctx, tangents, curvature), setup_context=_gradients_context
+statistics, SymmetricStatistics = nested(
+    "symmetric_statistics",
+    statistics_body,
+    _fake_statistics,
+    statistics_context,
+    _statistics_backward,
+    [(gradients, SymmetricGradients)],
 )
 
 

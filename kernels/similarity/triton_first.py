@@ -52,6 +52,16 @@ def store_matrix(p_matrix, b_values, o_rows, rows, first, WIDTH: tl.constexpr, C
 
 
 @triton.jit
+def store_gradient(
+    p_out, b_out, p_sums, b_sums, p_factor, o_rows, rows, i_chunk, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The program's chunk of factor·out, and, once, the sums of the rows."""
+    store_matrix(p_out, b_out * tl.load(p_factor), o_rows, rows, i_chunk * CHUNK, WIDTH, CHUNK)
+    if i_chunk == 0:
+        tl.store(p_sums + o_rows, b_sums, mask=o_rows < rows)
+
+
+@triton.jit
 def products(
     b_left, p_left, o_left, lefts, b_right, p_right, o_right, rights, b_sum,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -329,13 +339,10 @@ def gradient_rows_kernel(
             if CHUNK < D:
                 b_key = load_matrix(p_key, o_n, N, i_chunk * CHUNK, D, CHUNK)
             b_out = dot(b_gradient.to(b_key.dtype), b_key, b_out, PRECISION)
-    b_out *= tl.load(p_factor)
     if OF_TEACHER:
-        store_matrix(p_out, b_out, o_m, M, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK)
+        store_gradient(p_out, b_out, p_out_scale, b_out_scale, p_factor, o_m, M, i_chunk, E, TEACHER_CHUNK)
     else:
-        store_matrix(p_out, b_out, o_m, M, i_chunk * CHUNK, D, CHUNK)
-    if i_chunk == 0:
-        tl.store(p_out_scale + o_m, b_out_scale, mask=o_m < M)
+        store_gradient(p_out, b_out, p_out_scale, b_out_scale, p_factor, o_m, M, i_chunk, D, CHUNK)
 
 
 @triton.jit
@@ -397,10 +404,7 @@ def gradient_columns_kernel(
             if CHUNK < D:
                 b_query = load_matrix(p_query, o_m, M, i_chunk * CHUNK, D, CHUNK)
             b_out = dot(b_gradient.to(b_query.dtype), b_query, b_out, PRECISION)
-    b_out *= tl.load(p_factor)
     if OF_TEACHER:
-        store_matrix(p_out, b_out, o_n, N, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK)
+        store_gradient(p_out, b_out, p_out_bias, b_out_bias, p_factor, o_n, N, i_chunk, E, TEACHER_CHUNK)
     else:
-        store_matrix(p_out, b_out, o_n, N, i_chunk * CHUNK, D, CHUNK)
-    if i_chunk == 0:
-        tl.store(p_out_bias + o_n, b_out_bias, mask=o_n < N)
+        store_gradient(p_out, b_out, p_out_bias, b_out_bias, p_factor, o_n, N, i_chunk, D, CHUNK)

@@ -23,7 +23,7 @@ from fastgessl.kernels.similarity.triton_first import (
     load_weights,
     products,
     softmax_tile,
-    store_matrix,
+    store_gradient,
 )
 
 
@@ -195,13 +195,10 @@ def curvature_rows_kernel(
                 (scale * b_bend + tangent_scale * b_gradient).to(b_key.dtype), b_key, b_out, PRECISION
             )
             b_out = dot((scale * b_gradient).to(b_key.dtype), b_tangent, b_out, PRECISION)
-    b_out *= tl.load(p_factor)
     if OF_TEACHER:
-        store_matrix(p_out, b_out, o_m, M, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK)
+        store_gradient(p_out, b_out, p_out_scale, b_out_scale, p_factor, o_m, M, i_chunk, E, TEACHER_CHUNK)
     else:
-        store_matrix(p_out, b_out, o_m, M, i_chunk * CHUNK, D, CHUNK)
-    if i_chunk == 0:
-        tl.store(p_out_scale + o_m, b_out_scale, mask=o_m < M)
+        store_gradient(p_out, b_out, p_out_scale, b_out_scale, p_factor, o_m, M, i_chunk, D, CHUNK)
 
 
 @triton.jit
@@ -283,10 +280,7 @@ def curvature_columns_kernel(
             )
             b_out = dot((scale * b_gradient).to(b_query.dtype), b_moved, b_out, PRECISION)
         b_out_bias += tl.sum(b_bend, 1)
-    b_out *= tl.load(p_factor)
     if OF_TEACHER:
-        store_matrix(p_out, b_out, o_n, N, i_chunk * TEACHER_CHUNK, E, TEACHER_CHUNK)
+        store_gradient(p_out, b_out, p_out_bias, b_out_bias, p_factor, o_n, N, i_chunk, E, TEACHER_CHUNK)
     else:
-        store_matrix(p_out, b_out, o_n, N, i_chunk * CHUNK, D, CHUNK)
-    if i_chunk == 0:
-        tl.store(p_out_bias + o_n, b_out_bias, mask=o_n < N)
+        store_gradient(p_out, b_out, p_out_bias, b_out_bias, p_factor, o_n, N, i_chunk, D, CHUNK)

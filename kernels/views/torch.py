@@ -92,9 +92,17 @@ def _views(images: Tensor, parameters: ViewParameters, look: Look, implementatio
         for rows in _chunks(images, max(look.size**2, images.shape[1] * images.shape[2])):
             whole = rows.stop - rows.start == len(images)
             drawn = parameters if whole else parameters[rows]
-            pixels = _crop_resize_flip(images[rows], drawn, look) if look.resize else _planes(images[rows])
+            if look.resize:
+                pixels = _crop_resize_flip(images[rows], drawn, look)
+            else:
+                pixels = (
+                    images[rows].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+                )
+                pixels.mul_(1 / 255)
             _color(pixels, drawn, look)
-            _normalize(pixels, look, out[rows])
+            scale = 1 / pixels.new_tensor(look.std)[:, None, None]
+            shift = -pixels.new_tensor(look.mean)[:, None, None] * scale
+            torch.addcmul(shift, pixels, scale, out=out[rows])
     return out
 
 
@@ -182,12 +190,6 @@ def _chunks(images: Tensor, pixels: int) -> list[slice]:
     count = len(images)
     step = count if images.device.type != "cpu" else max(1, CPU_CHUNK_PIXELS // pixels)
     return [slice(start, min(start + step, count)) for start in range(0, count, max(step, 1))]
-
-
-def _planes(images: Tensor) -> Tensor:
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [0, 1], contiguous."""
-    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return planes.mul_(1 / 255)
 
 
 def _crop_resize_flip(images: Tensor, drawn: ViewParameters, look: Look) -> Tensor:
@@ -325,8 +327,3 @@ def _blur_matrix(sigma: Tensor, kernel: int, size: int) -> Tensor:
     return matrix.scatter_add_(
         2, source.expand(len(sigma), size, kernel), weight[:, None].expand(len(sigma), size, kernel)
     )
-
-
-def _normalize(pixels: Tensor, look: Look, out: Tensor) -> None:
-    scale = 1 / pixels.new_tensor(look.std)[:, None, None]
-    torch.addcmul(-pixels.new_tensor(look.mean)[:, None, None] * scale, pixels, scale, out=out)

@@ -10,7 +10,6 @@ from fastgessl import pipelines, runs
 from fastgessl.config import UsageError
 from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate.extraction import Extractor
-from fastgessl.evaluate.features import extract_features
 from fastgessl.evaluate.subject import Subject, base_config, open_subject
 from fastgessl.pipelines.sources.images import Images
 from fastgessl.recipes import Parser, override
@@ -47,10 +46,11 @@ def embed(subject: Subject, path: Path, out: Path) -> int:
     encoder = subject.encoder.to(accelerator.device)
     features, files, labels = [], [], []
     classes: tuple[str, ...] = ()
-    for split, images in _splits(path):
-        loader = extractor.loader(images, [extractor.still])
-        found = extract_features(encoder, loader, accelerator.device, progress=True)
-        loader.close()
+    for split in ("train", "test"):
+        images = pipelines.open_images("npz" if path.suffix == ".npz" else "folder", path, split)
+        if images is None:
+            continue
+        (found,) = extractor.features("this run", encoder, split, images, [extractor.still])
         found.require_finite(str(path))
         features.append(found.features.numpy())
         names = _names(images, path, split)
@@ -67,13 +67,6 @@ def embed(subject: Subject, path: Path, out: Path) -> int:
     np.savez(packed, **arrays)  # type: ignore[arg-type]
     runs.write_bytes(out, packed.getvalue())
     return len(files)
-
-
-def _splits(path: Path) -> list[tuple[str, Images]]:
-    """The images under `path`, by split."""
-    name = "npz" if path.suffix == ".npz" else "folder"
-    found = [(split, pipelines.open_images(name, path, split)) for split in ("train", "test")]
-    return [(split, images) for split, images in found if images is not None]
 
 
 def _names(images: Images, path: Path, split: str) -> list[str]:

@@ -1,11 +1,12 @@
 """Several encoders on the same images: every task of frozen features that the data allows."""
 
-import math
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 from rich.console import Group
 from torch import nn
 
@@ -24,7 +25,7 @@ from fastgessl.evaluate.sources import held_out_test, unusable_labels
 from fastgessl.evaluate.tables import Column, Table
 from fastgessl.evaluate.tasks import TASKS, DataFacts, plan_tasks, wanted_tasks
 from fastgessl.evaluate.tasks.geometry import effective_rank
-from fastgessl.evaluate.tasks.knn import knn_classify, too_few_neighbours
+from fastgessl.evaluate.tasks.knn import knn_classify
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def evaluate(
         return RowFeatures(train, test, views, held_out=data.test is None, device=device)
 
     extracted = {name: extract(encoder) for name, encoder in rows.items()}
-    return measure(extracted, settings, seed, progress=progress)
+    return on_first_rank(lambda: measure(extracted, settings, seed, progress=progress))
 
 
 def monitor(
@@ -192,8 +193,8 @@ def monitor(
     measured = {"effective_rank": effective_rank(features.train.features)}
     if unusable_labels(features.train.labels, features.test.labels):
         return measured
-    k, temperature = settings.knn_k, settings.knn_temperature
-    if not too_few_neighbours(len(features.train), k):
+    if settings.knn_k <= len(features.train):
+        k, temperature = settings.knn_k, settings.knn_temperature
         measured["knn"] = knn_classify(features.train, features.test, k, temperature)
     if probe is not None:
         measured["online_probe"] = probe.accuracy(features.test)
@@ -208,17 +209,11 @@ def measure(
     transfer: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """The tasks on features that were extracted before, rank 0 at work and the same result on every rank.
+    """The tasks on features that were extracted before.
 
     Tasks that need more than features are left out. On a `transfer` set those tasks are measured that say
     something of transfer. Raises UsageError as `evaluate` does.
     """
-    return on_first_rank(lambda: _measure(rows, settings, seed, transfer, progress))
-
-
-def _measure(
-    rows: Mapping[str, RowFeatures], settings: EvaluateConfig, seed: int, transfer: bool, progress: bool
-) -> Evaluation:
     for name, features in rows.items():
         for part in (features.train, features.test, *(features.views or ())):
             part.require_finite(f"Row '{name}'")
@@ -254,10 +249,4 @@ def plain(value: Any) -> Any:
     >>> plain({1: (0.5, float("inf"))})
     {'1': [0.5, None]}
     """
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.loads(TypeAdapter(Any).dump_json(value))

@@ -15,7 +15,12 @@ from fastgessl.runs import PACKAGES
 def main(words: list[str]) -> None:
     """Run the command."""
     Parser(program="doctor", description=__doc__).parse_args(words)
-    print_findings()
+    table = Table(title="fastgessl doctor", title_justify="left")
+    for column in ("what", "found", "so"):
+        table.add_column(column, overflow="fold")
+    for row in findings():
+        table.add_row(*row)
+    Console().print(table)
 
 
 def findings() -> list[tuple[str, str, str]]:
@@ -35,15 +40,6 @@ def findings() -> list[tuple[str, str, str]]:
         _nccl(),
         _packages(),
     ]
-
-
-def print_findings() -> None:
-    table = Table(title="fastgessl doctor", title_justify="left")
-    for column in ("what", "found", "so"):
-        table.add_column(column, overflow="fold")
-    for row in findings():
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _gpus() -> list[tuple[str, str, str]]:

@@ -43,9 +43,14 @@ class Features:
         return len(self.features)
 
     def subset(self, rows: Tensor) -> "Features":
-        """The given rows, (M,) int64."""
+        """The given rows, (M,) int64, or (N,) bool."""
         labels = None if self.labels is None else self.labels[rows]
         return Features(self.features[rows], labels, self.index[rows])
+
+    def accuracy_of(self, predicted: Tensor) -> float:
+        """Share of labelled images whose label is the predicted one, (N,) int64."""
+        assert self.labels is not None
+        return predicted.eq(self.labels).double().mean().item()
 
     def require_finite(self, owner: str) -> None:
         """Raises UsageError, naming `owner` and the first such image, if a feature is NaN or infinite."""
@@ -60,7 +65,7 @@ class Features:
     def hold_out(self, held: Tensor) -> "tuple[Features, Features]":
         """(kept, held out), where there is no test split; `held` (H,) are numbers of images, not of rows."""
         judged = torch.isin(self.index, held)
-        return self.subset((~judged).nonzero().squeeze(1)), self.subset(judged.nonzero().squeeze(1))
+        return self.subset(~judged), self.subset(judged)
 
 
 @dataclass(frozen=True)
@@ -198,18 +203,16 @@ def on_first_rank(measure: Callable[[], Found]) -> Found:
     """Measure on rank 0; every rank waits for what it found, as long as the process group's timeout allows,
     and returns it or raises its error.
     """
-    if world_group() is None:
-        return measure()
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
+    outcome: Any = None
+    if is_first_rank():
         try:
-            outcome = [measure()]
+            outcome = measure()
         except Exception as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+            outcome = error
+    outcome, *_ = gathered(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _forward(encoder: nn.Module, view: Tensor, device: torch.device | str) -> Tensor:

@@ -68,8 +68,7 @@ class RunEvaluation:
         """Effective rank, and with labels k-NN accuracy and the online probe's. Every rank calls it."""
         _adopt_first_ranks_statistics(backbone)
         # Training's own bar is up.
-        extractor = replace(self._extractor, quiet=True)
-        features = extractor.row("", backbone, self._own, with_views=False)
+        features = replace(self._extractor, quiet=True).row("", backbone, self._own, with_views=False)
         return on_first_rank(lambda: monitor(features, self._config.evaluate, self.probe))
 
     def finish(

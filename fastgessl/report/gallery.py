@@ -152,13 +152,12 @@ class Gallery:
         assert test.labels is not None
         probe = fit_probe(train, self._config.train.seed)
         counts = confusion_matrix(test.labels, probe.predict(test.features), labels=probe.classes)
-        about = (
-            f"A linear probe on all training labels, {100 * probe.accuracy(test):.1f} % right on {len(test)} "
-            "test images."
-        )
         names = [self._class_name(label) for label in probe.classes.tolist()]
         drawn = heat_table(counts, names) if len(names) <= MOST_CLASSES else worst_pairs(counts, names).html()
-        return f"<p>{about}</p>{drawn}"
+        return (
+            f"<p>A linear probe on all training labels, {100 * probe.accuracy(test):.1f} % right on "
+            f"{len(test)} test images.</p>{drawn}"
+        )
 
     def _drawn_views(self) -> Tensor:
         """A few images, each with its views as training draws them: (M, 1 + V, 3, S, S)."""

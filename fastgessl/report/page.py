@@ -155,8 +155,10 @@ def configuration(config: Config) -> str:
         for key, value in flat(values).items():
             mark = "" if value == defaults[key] else " class=changed"
             rows += f'<tr{mark}><th scope="row">{escape(key)}</th><td>{escape(str(value))}</td></tr>'
-        table = f"<div class=scroll><table><tbody>{rows}</tbody></table></div>"
-        parts += f"<details><summary>{escape(section)}</summary>{table}</details>"
+        parts += (
+            f"<details><summary>{escape(section)}</summary><div class=scroll><table><tbody>{rows}</tbody>"
+            "</table></div></details>"
+        )
     return (
         f"<p>Recipe <b>{escape(config.recipe)}</b>. Marked values differ from the default.</p>"
         f'<div class="options">{parts}</div>'

@@ -101,12 +101,6 @@ def logits_of(classifier: nn.Module, images: Images, extractor: Extractor) -> Fe
         return extract_features(classifier, loader, extractor.accelerator.device)
 
 
-def accuracy_of(logits: Features) -> float:
-    """Share of images whose largest logit is that of their label."""
-    assert logits.labels is not None
-    return (logits.features.argmax(dim=1) == logits.labels).double().mean().item()
-
-
 def finetune(
     encoder: nn.Module,
     splits: tuple[Images, Images],
@@ -136,7 +130,8 @@ def finetune(
         torch.manual_seed(seed)
         classifier = build_classifier(deepcopy(encoder), len(classes))
         train_classifier(classifier, seen, extractor, lr=lr, **trained)
-        return accuracy_of(logits_of(classifier, judged, extractor))
+        logits = logits_of(classifier, judged, extractor)
+        return logits.accuracy_of(logits.features.argmax(dim=1))
 
     validation = {}
     if len(settings.finetune_lrs) > 1 and len(held):

@@ -75,7 +75,7 @@ def knn_protocols(
 def _accuracies(
     task: str, train: Features, test: Features, protocols: tuple[Neighbours, ...]
 ) -> dict[Neighbours, float]:
-    labels, test_labels = require_labels(task, train.labels, test.labels)
+    labels, _ = require_labels(task, train.labels, test.labels)
     train.require_finite("training images")
     test.require_finite("test images")
     obstacle = too_few_neighbours(task, len(train), protocols)
@@ -87,7 +87,7 @@ def _accuracies(
         same = [protocol for protocol in protocols if protocol.metric == metric]
         votes = _votes_of(train.features, columns, test.features, same, len(classes))
         found |= {
-            each: (classes[vote.argmax(dim=1)] == test_labels).double().mean().item()
+            each: test.accuracy_of(classes[vote.argmax(dim=1)])
             for each, vote in zip(same, votes, strict=True)
         }
     return {protocol: found[protocol] for protocol in protocols}

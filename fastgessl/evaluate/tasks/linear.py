@@ -76,8 +76,7 @@ class Probe:
 
     def accuracy(self, images: Features) -> float:
         """Share of labelled images whose most probable class is their label."""
-        assert images.labels is not None
-        return self.predict(images.features).eq(images.labels).double().mean().item()
+        return images.accuracy_of(self.predict(images.features))
 
     def cross_entropy(self, images: Features) -> float:
         """Mean cross-entropy of labelled images, nats."""
@@ -153,8 +152,10 @@ def label_fraction_probe(
     labels, _ = require_labels("label_fractions", train.labels, test.labels)
     generator = torch.Generator().manual_seed(seed)
     parts = [train.subset(draw_fraction(labels, fraction, generator)) for _ in range(draws)]
-    found = over_draws([linear_probe(part, test, seed)["accuracy"] for part in parts])
-    return found | {"fraction": fraction, "labelled": len(parts[0])}
+    return over_draws([linear_probe(part, test, seed)["accuracy"] for part in parts]) | {
+        "fraction": fraction,
+        "labelled": len(parts[0]),
+    }
 
 
 def over_draws(accuracies: list[float]) -> dict[str, Any]:

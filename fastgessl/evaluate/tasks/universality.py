@@ -24,7 +24,7 @@ from fastgessl.evaluate.sources import Source, hold_out, labels_of, numbered, re
 from fastgessl.evaluate.subject import untrained_encoder
 from fastgessl.evaluate.tables import Table
 from fastgessl.evaluate.tasks.base import EvaluationTask, Work, register
-from fastgessl.evaluate.tasks.finetune import accuracy_of, build_classifier, logits_of, train_classifier
+from fastgessl.evaluate.tasks.finetune import build_classifier, logits_of, train_classifier
 from fastgessl.evaluate.tasks.gradient_probes import SgdProtocol, fit_gradient_probe
 from fastgessl.evaluate.tasks.linear import VALIDATION_FRACTION, Probe, fit_probe
 from fastgessl.pipelines.sources.images import Images
@@ -74,8 +74,15 @@ def task_sigma(
         sigma, name = probe.cross_entropy(images), "labels"
     else:
         sigma, name = kl_divergence(target.double(), probe.log_probabilities(images.features)), "supervised"
-    measured = {"sigma": sigma, "accuracy": probe.accuracy(images), "images": len(images)}
-    return {"task": task, "group": group, "target": name, "probe": kind, **measured}
+    return {
+        "task": task,
+        "group": group,
+        "target": name,
+        "probe": kind,
+        "sigma": sigma,
+        "accuracy": probe.accuracy(images),
+        "images": len(images),
+    }
 
 
 def summed(tasks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def task_model(source: Source, extractor: Extractor, folder: Path) -> tuple[Tens
     _train_or_read(classifier, train, extractor, folder / f"{source.slug}.safetensors")
     seen, unseen = (logits_of(classifier, images, extractor) for images in (train, test))
     own, other = (logits.features.double().log_softmax(dim=1) for logits in (seen, unseen))
-    return own, other, accuracy_of(unseen)
+    return own, other, unseen.accuracy_of(other.argmax(dim=1))
 
 
 def _train_or_read(classifier: nn.Module, train: Images, extractor: Extractor, path: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 
 import fastgessl as package
 from fastgessl.cli import COMMANDS
-from fastgessl.commands.views import Grid
 from fastgessl.config import Config
 from fastgessl.pipelines.prepare import Prepared
 
@@ -81,8 +80,8 @@ def idle(monkeypatch) -> list[str]:
         "commands.export.export_run": "export",
         "commands.prepare.prepare_folder": Prepared(),
         "commands.prepare.fetch": None,
-        "commands.views.write_view_grid": Grid(Path(), 2, (), 0.0, 0.0),
-        "commands.doctor.print_findings": None,
+        "commands.views.write_view_grid": "views.png",
+        "commands.doctor.findings": [],
     }
     for name, result in results.items():
         monkeypatch.setattr(

@@ -15,15 +15,6 @@ from fastgessl.runs import PACKAGES
 def main(words: list[str]) -> None:
     """Run the command."""
     Parser(program="doctor", description=__doc__).parse_args(words)
-    print_findings()
-
-
-def findings() -> list[tuple[str, str, str]]:
-    """(what, found, what follows from it), in the order in which a run depends on them."""
-    return [_torch(), *_gpus(), _triton(), _kernels(), _dali(), _nccl(), *_missing()]
-
-
-def print_findings() -> None:
     table = Table(title="fastgessl doctor", title_justify="left")
     for column in ("what", "found", "so"):
         table.add_column(column, overflow="fold")
@@ -32,12 +23,23 @@ def print_findings() -> None:
     Console().print(table)
 
 
-def _torch() -> tuple[str, str, str]:
-    return (
-        "torch",
-        f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
-        f"{torch.get_num_threads()} threads on {os.cpu_count()} cores",
-    )
+def findings() -> list[tuple[str, str, str]]:
+    """(what, found, what follows from it), in the order in which a run depends on them."""
+    cuda, threads = torch.version.cuda or "none", torch.get_num_threads()
+    triton = _version("triton")
+    return [
+        ("torch", f"{torch.__version__}, CUDA {cuda}", f"{threads} threads on {os.cpu_count()} cores"),
+        *_gpus(),
+        (
+            "triton",
+            triton or "absent",
+            "compiles our kernels on a GPU" if triton else "kernels run as chunked PyTorch",
+        ),
+        _kernels(),
+        _dali(),
+        _nccl(),
+        _packages(),
+    ]
 
 
 def _gpus() -> list[tuple[str, str, str]]:
@@ -54,15 +56,6 @@ def _gpus() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _triton() -> tuple[str, str, str]:
-    version = _version("triton")
-    return (
-        "triton",
-        version or "absent",
-        "compiles our kernels on a GPU" if version else "kernels run as chunked PyTorch",
-    )
-
-
 def _kernels() -> tuple[str, str, str]:
     from fastgessl.kernels import implementation_for
 
@@ -73,7 +66,6 @@ def _kernels() -> tuple[str, str, str]:
 
 
 def _dali() -> tuple[str, str, str]:
-    version = _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120")
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return (
             "DALI",
@@ -81,9 +73,10 @@ def _dali() -> tuple[str, str, str]:
             "image files go through torchvision; pip install 'fastgessl[train]' brings DALI",
         )
     decoder = "mixed (nvJPEG)" if torch.cuda.is_available() else "cpu"
+    version = _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120") or "of unknown version"
     return (
         "DALI",
-        version or "of unknown version",
+        version,
         f"image files are decoded by DALI, decoder {decoder}; arrays are resident",
     )
 
@@ -94,7 +87,7 @@ def _nccl() -> tuple[str, str, str]:
     return "NCCL", "not usable without a GPU", "several processes talk over gloo"
 
 
-def _missing() -> list[tuple[str, str, str]]:
+def _packages() -> tuple[str, str, str]:
     """The packages of `fastgessl[train]` that are absent, so that an ImportError surprises nobody."""
     needed = [name for name in PACKAGES if not name.startswith(("nvidia-dali", "triton"))] + [
         "pydantic",
@@ -102,9 +95,10 @@ def _missing() -> list[tuple[str, str, str]]:
         "safetensors",
         "tensorboard",
     ]
-    absent = [name for name in needed if not _version(name)]
-    found = ", ".join(f"{name} {_version(name)}" for name in needed if _version(name))
-    return [("packages", found, f"absent: {', '.join(absent)}" if absent else "all there")]
+    versions = {name: _version(name) for name in needed}
+    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    absent = ", ".join(name for name, version in versions.items() if not version)
+    return "packages", found, f"absent: {absent}" if absent else "all there"
 
 
 def _version(package: str) -> str:

@@ -10,9 +10,7 @@ from fastgessl import pipelines, runs
 from fastgessl.config import UsageError
 from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate.extraction import Extractor
-from fastgessl.evaluate.features import extract_features
 from fastgessl.evaluate.subject import Subject, base_config, open_subject
-from fastgessl.pipelines.sources.images import Images
 from fastgessl.recipes import Parser, override
 
 
@@ -47,14 +45,16 @@ def embed(subject: Subject, path: Path, out: Path) -> int:
     encoder = subject.encoder.to(accelerator.device)
     features, files, labels = [], [], []
     classes: tuple[str, ...] = ()
-    for split, images in _splits(path):
-        loader = extractor.loader(images, [extractor.still])
-        found = extract_features(encoder, loader, accelerator.device, progress=True)
-        loader.close()
+    for split in ("train", "test"):
+        images = pipelines.open_images("npz" if path.suffix == ".npz" else "folder", path, split)
+        if images is None:
+            continue
+        (found,) = extractor.features("this run", encoder, split, images, [extractor.still])
         found.require_finite(str(path))
         features.append(found.features.numpy())
-        names = _names(images, path, split)
-        files += [names[image] for image in found.index.tolist()]
+        paths = getattr(images, "paths", None)
+        for image in found.index.tolist():
+            files.append(f"{split}/{image}" if paths is None else paths[image].relative_to(path).as_posix())
         labels.append(found.labels)
         classes = images.classes or classes
     arrays: dict[str, NDArray[np.generic]] = {"features": np.concatenate(features), "files": np.array(files)}
@@ -67,18 +67,3 @@ def embed(subject: Subject, path: Path, out: Path) -> int:
     np.savez(packed, **arrays)  # type: ignore[arg-type]
     runs.write_bytes(out, packed.getvalue())
     return len(files)
-
-
-def _splits(path: Path) -> list[tuple[str, Images]]:
-    """The images under `path`, by split."""
-    name = "npz" if path.suffix == ".npz" else "folder"
-    found = [(split, pipelines.open_images(name, path, split)) for split in ("train", "test")]
-    return [(split, images) for split, images in found if images is not None]
-
-
-def _names(images: Images, path: Path, split: str) -> list[str]:
-    """A name for each image: its path below `path`, or split and number in an .npz."""
-    paths = getattr(images, "paths", None)
-    if paths is None:
-        return [f"{split}/{number}" for number in range(len(images))]
-    return [each.relative_to(path).as_posix() for each in paths]

@@ -10,16 +10,15 @@ from typing import Any
 
 import timm
 import torchvision
-from safetensors.torch import load_file
+from safetensors.torch import save
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fastgessl.commands import export_loader
 from fastgessl.config import Config, UsageError
-from fastgessl.evaluate.extraction import save_whole
-from fastgessl.evaluate.subject import description
-from fastgessl.models import build_backbone, dimension
+from fastgessl.evaluate.subject import description, open_subject
+from fastgessl.models import dimension
 from fastgessl.models.dimension import Widening
 from fastgessl.recipes import Parser
 from fastgessl.runs import read_config, write_bytes, write_json
@@ -45,22 +44,12 @@ def export_run(run: str | Path, kind: str, out: Path | None = None) -> Path:
     """
     if kind not in KINDS:
         raise UsageError(f"--to '{kind}' is unknown. Choose {', '.join(KINDS)}.")
-    run = Path(run)
     config = read_config(run)
-    source = run / "encoder.safetensors"
-    if not source.is_file():
-        raise UsageError(
-            f"run '{run}' has no encoder.safetensors, so it has not been trained to its end. There is "
-            "nothing to export."
-        )
-    weights = load_file(source)
-    # What the folder holds must load: the weights are tried on the network before anything is written.
-    backbone = build_backbone(config.model)
-    backbone.load_state_dict(weights)
+    backbone = open_subject(str(run), config).encoder
     described = describe(config, backbone, "torchvision" if kind == "torchvision" else "timm")
-    folder = out or run / f"export-{kind}"
+    folder = out or Path(run) / f"export-{kind}"
     folder.mkdir(parents=True, exist_ok=True)
-    save_whole(weights, folder / "model.safetensors", description(config))
+    write_bytes(folder / "model.safetensors", save(backbone.state_dict(), description(config)))
     write_json(folder / "config.json", described)
     write_bytes(folder / "load.py", Path(export_loader.__file__).read_bytes())
     if described["widening"]:

@@ -13,7 +13,29 @@ from fastgessl.recipes import Parser
 
 def main(words: list[str]) -> None:
     """Run the command. UsageError or DataError for what cannot be done."""
-    options = _parser().parse_args(words)
+    parser = Parser(
+        program="prepare",
+        description="Make a folder of pictures into tar shards or an .npz, or fetch a data set by name.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="FOLDER|NAME",
+        help=f"a folder of pictures, or one of {', '.join(FETCHABLE)} to fetch",
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="an .npz, or a folder for tar shards; for a name, the folder to fetch into",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=0,
+        help=".npz: side to which pictures are resized and cropped, pixels; 0 keeps theirs",
+    )
+    parser.add_argument("--per_shard", type=int, default=1000, help="shards: images in each")
+    options = parser.parse_args(words)
     if options.source in FETCHABLE:
         fetch(options.source, options.out)
         print(
@@ -39,29 +61,3 @@ def main(words: list[str]) -> None:
         f"{prepared.written} images written, {len(prepared.converted)} of them converted, "
         f"{len(prepared.left_out)} left out. Train on them with --data.name {kind} --data.root {out}"
     )
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        program="prepare",
-        description="Make a folder of pictures into tar shards or an .npz, or fetch a data set by name.",
-    )
-    parser.add_argument(
-        "source",
-        metavar="FOLDER|NAME",
-        help=f"a folder of pictures, or one of {', '.join(FETCHABLE)} to fetch",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="an .npz, or a folder for tar shards; for a name, the folder to fetch into",
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=0,
-        help=".npz: side to which pictures are resized and cropped, pixels; 0 keeps theirs",
-    )
-    parser.add_argument("--per_shard", type=int, default=1000, help="shards: images in each")
-    return parser

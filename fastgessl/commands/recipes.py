@@ -46,9 +46,5 @@ def _print_matrix() -> None:
 
 def _print_recipe(recipe: Recipe) -> None:
     for option, value in recipe.config.options().items():
-        source = recipe.sources.get(option, "default")
-        print(f"{f'{option}: {_scalar(value)}':<56} # {source}")
-
-
-def _scalar(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+        scalar = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+        print(f"{f'{option}: {scalar}':<56} # {recipe.sources.get(option, 'default')}")

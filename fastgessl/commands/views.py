@@ -2,7 +2,6 @@
 one below the other.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,33 +36,16 @@ def main(words: list[str]) -> None:
     )
     given, options = parser.parse_known_args(words)
     config = override(load(given.recipe).config, options, f"views {given.recipe}")
-    grid = write_view_grid(config, given.out, count=given.images, against=given.against)
-    print(f"{grid.path}: {grid.views} views per image by {' and '.join(grid.engines)}")
-    if given.against:
-        print(
-            f"they differ by {grid.mean_difference:.2f} of 255 on average, {grid.largest_difference:.1f} at "
-            "most"
-        )
+    print(write_view_grid(config, given.out, count=given.images, against=given.against))
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What was written, and how far two engines are apart."""
-
-    path: Path
-    views: int
-    engines: tuple[str, ...]
-    mean_difference: float
-    """Of all pixels of all views, grey levels of 255; 0 with one engine."""
-    largest_difference: float
-
-
-def write_view_grid(config: Config, out: Path, *, count: int, against: str = "") -> Grid:
+def write_view_grid(config: Config, out: Path, *, count: int, against: str = "") -> str:
     """Draw `count` training images of `config`, one a row: the image itself, its global views, its local
     views.
 
     With `against`, the name of a second engine, each row is followed by the same draw as that engine makes
-    it. UsageError or DataError for whatever does not fit.
+    it. Returns what was written, and how far two engines are apart. UsageError or DataError for whatever does
+    not fit.
     """
     if out.suffix.lower() != ".png":
         raise UsageError(
@@ -84,9 +66,11 @@ def write_view_grid(config: Config, out: Path, *, count: int, against: str = "")
     ]
     engines, shown = tuple(name for name, _ in made), [views for _, views in made]
     _draw(shown, engines).save(out)
-    gaps = [(first - second).abs() for first, second in zip(shown[0], shown[-1], strict=True)]
-    mean = sum(gap.sum().item() for gap in gaps) / sum(gap.numel() for gap in gaps)
-    return Grid(out, len(shown[0]) - 1, engines, mean, max(gap.max().item() for gap in gaps))
+    written = f"{out}: {len(shown[0]) - 1} views per image by {' and '.join(engines)}"
+    if not against:
+        return written
+    gap = torch.cat([(first - second).abs().flatten() for first, second in zip(*shown, strict=True)])
+    return f"{written}\nthey differ by {gap.mean():.2f} of 255 on average, {gap.max():.1f} at most"
 
 
 def _views(config: Config, images: Images, engine: str, count: int) -> tuple[str, list[Tensor]]:

@@ -12,8 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from fastgessl import pipelines
+from fastgessl import pipelines, runs
 from fastgessl.build import view_specs
 from fastgessl.config import Config
 from fastgessl.distributed import world_size
@@ -153,8 +153,8 @@ class Extractor:
     def untrained(self, images: Images) -> nn.Module:
         """The encoder that training started from, with batch-norm statistics of the training images: with the
         initial 0 and 1 it would be a weaker baseline than it is."""
-        backbone = untrained_encoder(self.config).to(self.accelerator.device)
-        backbone = backbone.to(memory_format=torch.channels_last)
+        backbone = untrained_encoder(self.config)
+        backbone.to(self.accelerator.device).to(memory_format=torch.channels_last)
         with closing(self.loader(images, [self.still], sharded=False)) as loader:
             update_bn((batch.views[0] for batch in itertools.islice(loader, CALIBRATION_BATCHES)), backbone)
         return backbone
@@ -179,12 +179,17 @@ def cached(
     ([3, 3], [3])
     """
     starts = range(0, len(images), PART_IMAGES)
-    if is_first_rank():
-        _make_ready(folder, key)
+    mark = folder / "key.json"
+    if is_first_rank() and not (mark.is_file() and mark.read_text() == json.dumps(key)):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        mark.write_text(json.dumps(key))
     parts = []
     for start in with_progress(starts, f"features of {folder.name}", len(starts) > 1 and is_first_rank()):
         path = folder / f"{start:09d}.safetensors"
-        part = _read(path)
+        part: dict[str, Tensor] | None = None
+        with suppress(FileNotFoundError, SafetensorError):
+            part = load_file(path)
         # Ranks extract together, so all of them must have read it.
         if not all(gathered(part is not None)) or part is None:
             chosen = np.arange(start, min(start + PART_IMAGES, len(images)))
@@ -193,7 +198,7 @@ def cached(
             part |= {"index": views[0].index}
             part |= {} if views[0].labels is None else {"labels": views[0].labels}
             if is_first_rank():
-                save_whole(part, path)
+                runs.write_bytes(path, save(part))
         parts.append(part | {"index": part["index"] + start})
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     index, labels = whole.pop("index"), whole.pop("labels", None)
@@ -238,13 +243,6 @@ def digest_of_images(images: Images) -> str:
     return digest.hexdigest()
 
 
-def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors by renaming, so that it is complete or absent."""
-    temporary = path.with_suffix(".part")
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
-
-
 def _state_of(path: Path) -> str:
     """Size and time of change of a file; one that is gone is left out of the features, and found again it
     must change them.
@@ -254,21 +252,3 @@ def _state_of(path: Path) -> str:
     except OSError:
         return "absent"
     return f"{status.st_size}\0{status.st_mtime_ns}"
-
-
-def _make_ready(folder: Path, key: str) -> None:
-    """Make `folder` ready for parts of this key: with those that belong to it, without any that do not."""
-    mark = folder / "key.json"
-    if mark.is_file() and mark.read_text() == json.dumps(key):
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    mark.write_text(json.dumps(key))
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """A part; None if it is absent or damaged."""
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -43,9 +43,14 @@ class Features:
         return len(self.features)
 
     def subset(self, rows: Tensor) -> "Features":
-        """The given rows, (M,) int64."""
+        """The given rows, (M,) int64, or (N,) bool."""
         labels = None if self.labels is None else self.labels[rows]
         return Features(self.features[rows], labels, self.index[rows])
+
+    def accuracy_of(self, predicted: Tensor) -> float:
+        """Share of labelled images whose label is the predicted one, (N,) int64."""
+        assert self.labels is not None
+        return predicted.eq(self.labels).double().mean().item()
 
     def require_finite(self, owner: str) -> None:
         """Raises UsageError, naming `owner` and the first such image, if a feature is NaN or infinite."""
@@ -60,7 +65,7 @@ class Features:
     def hold_out(self, held: Tensor) -> "tuple[Features, Features]":
         """(kept, held out), where there is no test split; `held` (H,) are numbers of images, not of rows."""
         judged = torch.isin(self.index, held)
-        return self.subset((~judged).nonzero().squeeze(1)), self.subset(judged.nonzero().squeeze(1))
+        return self.subset(~judged), self.subset(judged)
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,6 @@ class RowFeatures:
     """Whether the test images were taken from the training images."""
     device: torch.device | str = "cpu"
     """Where a probe that is trained step by step is trained."""
-    shared: dict[str, Any] = field(default_factory=dict)
-    """What one task has made and another needs, by name: see `shared_probe`."""
 
     @property
     def episodes(self) -> Features:
@@ -138,27 +141,22 @@ def extract_views(
     """As `extract_features`, for a loader that yields V views per image: one `Features` per view, their rows
     aligned.
     """
-    rows: list[list[Tensor]] = []
-    index: list[Tensor] = []
-    labels: list[Tensor] = []
+    mine: list[tuple[list[Tensor], Tensor | None, Tensor]] = []
     with _evaluation_mode(encoder), torch.no_grad():
         for batch in with_progress(loader, "features", progress):
-            rows.append([_forward(encoder, view, device) for view in batch.views])
-            index.append(batch.index.to("cpu", torch.int64))
-            if batch.label is not None:
-                labels.append(batch.label.to("cpu", torch.int64))
+            label = None if batch.label is None else batch.label.to("cpu", torch.int64)
+            views = [_forward(encoder, view, device) for view in batch.views]
+            mine.append((views, label, batch.index.to("cpu", torch.int64)))
     # A rank whose shard is empty knows neither the width nor whether there are labels.
-    parts = [part for part in gathered((rows, labels, index)) if part[2]]
-    if not parts:
+    batches = [batch for part in gathered(mine) for batch in part]
+    if not batches:
         raise UsageError("The loader yields no batch: not one image could be read, so there are no features.")
-    all_index = torch.cat([each for _, _, one in parts for each in one])
-    order = all_index.argsort()
-    _require_each_once(all_index[order])
-    all_labels = None
-    if parts[0][1]:
-        all_labels = torch.cat([each for _, one, _ in parts for each in one])[order]
-    views = zip(*(batch for one, _, _ in parts for batch in one), strict=True)
-    return tuple(Features(torch.cat(view)[order], all_labels, all_index[order]) for view in views)
+    index, order = torch.cat([rows for _, _, rows in batches]).sort()
+    _require_each_once(index)
+    known = [label for _, label, _ in batches if label is not None]
+    labels = torch.cat(known)[order] if known else None
+    aligned = zip(*(views for views, _, _ in batches), strict=True)
+    return tuple(Features(torch.cat(view)[order], labels, index) for view in aligned)
 
 
 class Pixels(nn.Module):
@@ -205,18 +203,16 @@ def on_first_rank(measure: Callable[[], Found]) -> Found:
     """Measure on rank 0; every rank waits for what it found, as long as the process group's timeout allows,
     and returns it or raises its error.
     """
-    if world_group() is None:
-        return measure()
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
+    outcome: Any = None
+    if is_first_rank():
         try:
-            outcome = [measure()]
+            outcome = measure()
         except Exception as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+            outcome = error
+    outcome, *_ = gathered(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _forward(encoder: nn.Module, view: Tensor, device: torch.device | str) -> Tensor:

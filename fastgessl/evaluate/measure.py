@@ -1,11 +1,12 @@
 """Several encoders on the same images: every task of frozen features that the data allows."""
 
-import math
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 from rich.console import Group
 from torch import nn
 
@@ -24,7 +25,7 @@ from fastgessl.evaluate.sources import held_out_test, unusable_labels
 from fastgessl.evaluate.tables import Column, Table
 from fastgessl.evaluate.tasks import TASKS, DataFacts, plan_tasks, wanted_tasks
 from fastgessl.evaluate.tasks.geometry import effective_rank
-from fastgessl.evaluate.tasks.knn import knn_classify, too_few_neighbours
+from fastgessl.evaluate.tasks.knn import knn_classify
 
 
 @dataclass(frozen=True)
@@ -54,29 +55,26 @@ class Evaluation:
     """Images in train and test, classes (0 without labels), and under held_out 1 if the test images were
     taken from the training images."""
     settings: EvaluateConfig
-    data: str = ""
-    """Name of the data set, for the title; empty names none."""
 
     @staticmethod
-    def from_json(found: Mapping[str, Any], data: str = "") -> "Evaluation":
+    def from_json(found: Mapping[str, Any]) -> "Evaluation":
         """As `to_json` wrote it; options of another version are passed over."""
         known = EvaluateConfig.model_fields.keys() & found["settings"].keys()
         settings = EvaluateConfig(**{key: found["settings"][key] for key in known})
-        return Evaluation(
-            found["rows"], tuple(found["tasks"]), found["skipped"], found["images"], settings, data
-        )
+        return Evaluation(found["rows"], tuple(found["tasks"]), found["skipped"], found["images"], settings)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain strings, integers, floats and lists; null for what is infinite."""
-        written = {key: value for key, value in vars(self).items() if key != "data"}
-        return plain(written | {"settings": self.settings.model_dump(mode="json")})
+        return plain(vars(self))
 
     def table(self) -> Group:
         """The tables as rich prints them."""
         return Group(*(table.terminal() for table in self.tables()))
 
-    def tables(self) -> list[Table]:
-        """The rows side by side, a column per measurement; a table for each place that tasks have."""
+    def tables(self, data: str = "") -> list[Table]:
+        """The rows side by side, a column per measurement; a table for each place that tasks have. `data` is
+        the data set's name, for the title.
+        """
         groups: dict[int, list[tuple[str, Column]]] = {}
         for task in TASKS.values():
             for column in task.columns(self.settings) if task.name in self.tasks else ():
@@ -93,17 +91,17 @@ class Evaluation:
             ]
             tables.append(Table(["encoder", *(column.heading for _, column in columns)], rows))
         if tables:
-            tables[0] = replace(tables[0], title=self._title())
+            tables[0] = replace(tables[0], title=self._title(data))
             tables[-1] = replace(tables[-1], notes=self._notes())
         return tables
 
-    def _title(self) -> str:
-        data = f", {self.data}" if self.data else ""
+    def _title(self, data: str) -> str:
+        subject = f"Frozen features, {data}" if data else "Frozen features"
         if self.images["classes"] == 0:
-            return f"Frozen features{data}: {self.images['train']} images without labels"
+            return f"{subject}: {self.images['train']} images without labels"
         source = "held out of the training images" if self.images["held_out"] else "test"
         return (
-            f"Frozen features{data}: {self.images['train']} training images, {self.images['test']} {source}, "
+            f"{subject}: {self.images['train']} training images, {self.images['test']} {source}, "
             f"{self.images['classes']} classes"
         )
 
@@ -125,7 +123,7 @@ def tables_of(evaluation: Mapping[str, Any]) -> Iterator[Table]:
     named = [("", evaluation), *evaluation.get("transfer", {}).items()]
     for name, found in named:
         if found.get("rows"):
-            yield from Evaluation.from_json(found, name or evaluation.get("data", "")).tables()
+            yield from Evaluation.from_json(found).tables(name or evaluation.get("data", ""))
     for name, task in TASKS.items():
         if task.tables and evaluation.get(name):
             yield from task.tables(evaluation[name])
@@ -180,7 +178,7 @@ def evaluate(
         return RowFeatures(train, test, views, held_out=data.test is None, device=device)
 
     extracted = {name: extract(encoder) for name, encoder in rows.items()}
-    return measure(extracted, settings, seed, progress=progress)
+    return on_first_rank(lambda: measure(extracted, settings, seed, progress=progress))
 
 
 def monitor(
@@ -192,8 +190,8 @@ def monitor(
     measured = {"effective_rank": effective_rank(features.train.features)}
     if unusable_labels(features.train.labels, features.test.labels):
         return measured
-    k, temperature = settings.knn_k, settings.knn_temperature
-    if not too_few_neighbours(len(features.train), k):
+    if settings.knn_k <= len(features.train):
+        k, temperature = settings.knn_k, settings.knn_temperature
         measured["knn"] = knn_classify(features.train, features.test, k, temperature)
     if probe is not None:
         measured["online_probe"] = probe.accuracy(features.test)
@@ -208,17 +206,11 @@ def measure(
     transfer: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """The tasks on features that were extracted before, rank 0 at work and the same result on every rank.
+    """The tasks on features that were extracted before.
 
     Tasks that need more than features are left out. On a `transfer` set those tasks are measured that say
     something of transfer. Raises UsageError as `evaluate` does.
     """
-    return on_first_rank(lambda: _measure(rows, settings, seed, transfer, progress))
-
-
-def _measure(
-    rows: Mapping[str, RowFeatures], settings: EvaluateConfig, seed: int, transfer: bool, progress: bool
-) -> Evaluation:
     for name, features in rows.items():
         for part in (features.train, features.test, *(features.views or ())):
             part.require_finite(f"Row '{name}'")
@@ -239,13 +231,18 @@ def _measure(
         [(name, task) for name in rows for task in tasks], "measurements", progress
     ):
         found[name][task.name] = task.measure(rows[name], settings, seed)
-    images = {
-        "train": len(sample.train),
-        "test": len(sample.test),
-        "classes": sample.classes,
-        "held_out": int(sample.held_out),
-    }
-    return Evaluation(found, tuple(task.name for task in tasks), skipped, images, settings)
+    return Evaluation(
+        found,
+        tuple(task.name for task in tasks),
+        skipped,
+        images={
+            "train": len(sample.train),
+            "test": len(sample.test),
+            "classes": sample.classes,
+            "held_out": int(sample.held_out),
+        },
+        settings=settings,
+    )
 
 
 def plain(value: Any) -> Any:
@@ -254,10 +251,4 @@ def plain(value: Any) -> Any:
     >>> plain({1: (0.5, float("inf"))})
     {'1': [0.5, None]}
     """
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.loads(TypeAdapter(Any).dump_json(value))

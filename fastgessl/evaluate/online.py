@@ -73,9 +73,7 @@ class OnlineProbe(nn.Module):
     @torch.no_grad()
     def accuracy(self, test: Features) -> float:
         """Accuracy on frozen features with labels."""
-        assert test.labels is not None
-        logits = self(test.features.to(self.weight.device))
-        return (logits.argmax(dim=1).cpu() == test.labels).double().mean().item()
+        return test.accuracy_of(self(test.features.to(self.weight.device)).argmax(dim=1).cpu())
 
     @torch.no_grad()
     def _follow(self, features: Tensor, rows: Tensor, count: Tensor) -> None:

@@ -15,14 +15,14 @@ from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastgessl import pipelines, runs
+from fastgessl import runs
 from fastgessl.config import Config, UsageError
 from fastgessl.distributed import build_accelerator, continues_alone
 from fastgessl.evaluate.extraction import Extractor
 from fastgessl.evaluate.features import Pixels, RowFeatures, on_first_rank
-from fastgessl.evaluate.measure import Evaluation, measure, monitor, plain, tables_of
+from fastgessl.evaluate.measure import measure, monitor, plain, tables_of
 from fastgessl.evaluate.online import OnlineProbe
-from fastgessl.evaluate.sources import Source, labels_of, open_transfer, require_labels
+from fastgessl.evaluate.sources import Source, labels_of, open_source, open_transfer, require_labels
 from fastgessl.evaluate.subject import Subject
 from fastgessl.evaluate.tasks import DataFacts, EvaluationTask, Work, plan_tasks, wanted_tasks
 from fastgessl.methods import METHODS, Outputs
@@ -37,21 +37,19 @@ class RunEvaluation:
     """
 
     def __init__(
-        self, config: Config, images: Images, accelerator: Accelerator, cache: Path | None = None
+        self, config: Config, own: Source, accelerator: Accelerator, cache: Path | None = None
     ) -> None:
         self._config = config
         self._accelerator = accelerator
         self._extractor = Extractor(config, accelerator, cache)
-        test = pipelines.open_images(config.data.name, config.data.root, "test")
-        self._own = own = Source(config.data.name, images, test)
+        self._own = own
         self._sources = [own, *_transfer_sources(config)]
         learned, judged = (labels_of(part) for part in own.splits(config.train.seed))
         self._tasks, _ = plan_tasks(config.evaluate, DataFacts(learned, judged, views=True))
         for source in self._sources[1:]:
-            with _named(source):
-                _require_measurable(source, config, self._tasks)
+            _require_measurable(source, config, self._tasks)
         self.probe: OnlineProbe | None = None
-        labels = labels_of(images)
+        labels = labels_of(own.train)
         if config.evaluate.every_epochs and labels is not None:
             width = feature_width(build_backbone(config.model))
             self.probe = OnlineProbe(width, int(labels.max()) + 1).to(accelerator.device)
@@ -70,8 +68,7 @@ class RunEvaluation:
         """Effective rank, and with labels k-NN accuracy and the online probe's. Every rank calls it."""
         _adopt_first_ranks_statistics(backbone)
         # Training's own bar is up.
-        extractor = replace(self._extractor, quiet=True)
-        features = extractor.row("", backbone, self._own, with_views=False)
+        features = replace(self._extractor, quiet=True).row("", backbone, self._own, with_views=False)
         return on_first_rank(lambda: monitor(features, self._config.evaluate, self.probe))
 
     def finish(
@@ -88,71 +85,66 @@ class RunEvaluation:
             "untrained encoder": self._extractor.untrained(self._own.train),
             name: backbone,
         }
-        features = {
-            source.name: {row: self._features(row, encoder, source) for row, encoder in rows.items()}
-            for source in self._sources
-        }
+        settings, extractor = self._config.evaluate, self._extractor
+        with_views = any(task.needs_views for task in wanted_tasks(settings))
+        features: dict[str, dict[str, RowFeatures]] = {}
+        for source in self._sources:
+            # Of a transfer set no augmented views, and few-shot episodes from all of it where it has no test
+            # split.
+            own = source is self._own
+            features[source.name] = {
+                row: extractor.row(row, encoder, source, with_views=with_views and own, whole_pool=not own)
+                for row, encoder in rows.items()
+            }
         if not continues_alone(self._accelerator):
             return
-        found = {source.name: self._measured(source, features[source.name]) for source in self._sources}
+        found = {}
+        for source in self._sources:
+            with _named(source):
+                found[source.name] = measure(
+                    features[source.name],
+                    settings,
+                    self._config.train.seed,
+                    transfer=source is not self._own,
+                    progress=extractor.progress,
+                )
         measured = found.pop(self._own.name).to_json() | {"data": self._own.name}
         if found:
             measured["transfer"] = {data: each.to_json() for data, each in found.items()}
-        work = Work(rows, features, self._sources, self._extractor, run)
+        work = Work(rows, features, self._sources, extractor, run)
         for task in self._tasks:
-            asked = task.name in self._config.evaluate.tasks or not task.needs_checkpoints
+            asked = task.name in settings.tasks or not task.needs_checkpoints
             if task.tables and (asked or checkpoint.complete(run)):
                 measured[task.name] = plain(task.measure(work))
         console = Console()
         for table in tables_of(measured):
             console.print(table.terminal())
         runs.write_json(run / "evaluation.json", measured)
-        own = {"recipe": self._config.recipe, "run": run.name}
-        runs.write_json(run / "summary.json", {**own, **facts, **own, "evaluation": measured})
+        named = {"recipe": self._config.recipe, "run": run.name}
+        runs.write_json(run / "summary.json", {**named, **facts, **named, "evaluation": measured})
         print(f"run folder: {run}", flush=True)
 
-    def _features(self, row: str, encoder: nn.Module, source: Source) -> RowFeatures:
-        """Of a transfer set no augmented views, and few-shot episodes from all of it where it has no test
-        split.
-        """
-        transfer = source is not self._own
-        wanted = any(task.needs_views for task in wanted_tasks(self._config.evaluate))
-        return self._extractor.row(
-            row, encoder, source, with_views=wanted and not transfer, whole_pool=transfer
-        )
 
-    def _measured(self, source: Source, features: Mapping[str, RowFeatures]) -> Evaluation:
-        """The tasks of frozen features on one data set."""
-        seed, progress = self._config.train.seed, self._extractor.progress
-        transfer = source is not self._own
-        with _named(source):
-            return measure(features, self._config.evaluate, seed, transfer=transfer, progress=progress)
-
-
-def trained_on(config: Config, images: Images) -> Images:
+def trained_on(config: Config, source: Source) -> Images:
     """The images that training may see: all of them, but for a method that reads labels those that the run
     will be judged on.
 
     Where there is a test split, these are all of them too. UsageError for a method that does not exist is
     left to whoever builds it.
     """
-    if not _reads_labels(config):
-        return images
-    test = pipelines.open_images(config.data.name, config.data.root, "test")
-    return Source(config.data.name, images, test).splits(config.train.seed)[0]
+    return source.splits(config.train.seed)[0] if _reads_labels(config) else source.train
 
 
 def evaluate_subject(subject: Subject) -> None:
     """`fastgessl evaluate`: measure an encoder, its features kept in its folder."""
     config = subject.config
     accelerator = build_accelerator(config, subject.folder)
-    images = pipelines.open_images(config.data.name, config.data.root)
-    assert images is not None  # only a test split can be absent
+    source = open_source(config.data.name, config.data.root)
     encoder = subject.encoder.to(accelerator.device).to(memory_format=torch.channels_last)
     # What training wrote beside the evaluation stays.
     summary = subject.folder / "summary.json"
     facts = json.loads(summary.read_text()) if summary.is_file() else {}
-    evaluation = RunEvaluation(config, images, accelerator, subject.cache)
+    evaluation = RunEvaluation(config, source, accelerator, subject.cache)
     evaluation.finish(encoder, subject.folder, facts, subject.name)
 
 
@@ -187,10 +179,11 @@ def _require_measurable(source: Source, config: Config, tasks: Iterable[Evaluati
     """UsageError for a task that a data set to transfer to does not allow."""
     train, test = (labels_of(part) for part in source.splits(config.train.seed))
     pool = labels_of(source.train) if source.test is None else None
-    plan_tasks(config.evaluate, DataFacts(train, test, pool), transfer=True)
-    for task in tasks:
-        if task.tables and task.transfer:
-            require_labels(task.name, train, test)
+    with _named(source):
+        plan_tasks(config.evaluate, DataFacts(train, test, pool), transfer=True)
+        for task in tasks:
+            if task.tables and task.transfer:
+                require_labels(task.name, train, test)
 
 
 def _adopt_first_ranks_statistics(backbone: nn.Module) -> None:

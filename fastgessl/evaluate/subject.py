@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,10 +139,11 @@ def _timm_config(name: str) -> Config:
     model = ModelConfig(name=name)
     build_backbone(model)  # an unknown name is refused here, with the nearest ones
     made_for = timm.get_pretrained_cfg(name)
-    if made_for is None:
-        return Config(recipe=TIMM + name, model=model)
-    views = {"size": made_for.input_size[-1], "mean": made_for.mean, "std": made_for.std}
-    return Config(recipe=TIMM + name, model=model, views=ViewsConfig.model_validate(views))
+    views = ViewsConfig()
+    if made_for is not None:
+        given = {"size": made_for.input_size[-1], "mean": made_for.mean, "std": made_for.std}
+        views = ViewsConfig.model_validate(given)
+    return Config(recipe=TIMM + name, model=model, views=views)
 
 
 def _timm_encoder(target: str, config: Config) -> nn.Module:
@@ -166,13 +168,9 @@ def _described_config(path: Path) -> Config:
     """Model and views as `description` wrote them; the defaults for other files, and for those that turn out
     missing when they are read.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            written = (file.metadata() or {}).get(METADATA)
-    except (OSError, SafetensorError):
-        written = None
-    if written is None:
-        return Config(recipe=path.stem)
+    written = "{}"
+    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        written = (file.metadata() or {}).get(METADATA, written)
     try:
         return Config.model_validate({"recipe": path.stem, **json.loads(written)})
     except (ValidationError, ValueError, TypeError) as error:

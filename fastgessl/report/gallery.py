@@ -6,9 +6,7 @@ import base64
 import importlib.util
 import io
 import math
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -20,11 +18,13 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import confusion_matrix
+from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import minmax_scale
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
+from fastgessl.config import ViewsConfig
 from fastgessl.evaluate.extraction import Extractor
 from fastgessl.evaluate.sources import Source, subset, unusable_labels
 from fastgessl.evaluate.subject import Subject
@@ -49,11 +49,10 @@ class Gallery:
     """Pictures and features of one run, extracted once."""
 
     def __init__(self, subject: Subject, source: Source, accelerator: Accelerator) -> None:
-        config = subject.config
-        self._config, self._source = config, source
+        self._config = config = subject.config
+        self._source = source
         self._extractor = Extractor(config, accelerator, subject.cache)
-        encoder = subject.encoder.to(accelerator.device)
-        encoder = encoder.to(memory_format=torch.channels_last)
+        encoder = subject.encoder.to(accelerator.device).to(memory_format=torch.channels_last)
         # The names and keys of `fastgessl evaluate`, whose features are then used.
         self._features = self._extractor.row(subject.name, encoder, source, with_views=False, whole_pool=True)
         self._shown = source.train if source.test is None else source.test
@@ -64,8 +63,11 @@ class Gallery:
         # A bad file has no row, so that rows are not numbers of images.
         images = subset(self._shown, self._sample.index.numpy())
         with closing(self._extractor.loader(images, [self._extractor.still], sharded=False)) as loader:
-            self._thumbnails = self._sheet("thumb", torch.cat([batch.views[0].cpu() for batch in loader]))
-        self._views, self._view_columns = self._view_sheet()
+            pictures = torch.cat([batch.views[0].cpu() for batch in loader])
+        self._thumbnails = Sheet("thumb", pictures, config.views)
+        views = self._drawn_views()
+        self._view_columns = views.shape[1]
+        self._views = Sheet("view", views.flatten(0, 1), config.views)
 
     def styles(self) -> str:
         """CSS that holds the pictures."""
@@ -73,16 +75,12 @@ class Gallery:
 
     def view_grid(self) -> str:
         """A row per image: itself, then the views that training makes of it."""
-        columns, captions = self._view_columns, ["image", *["view"] * (self._view_columns - 1)]
-        pictures = [
-            self._views.picture(number, captions[number % columns]) for number in range(self._views.count)
-        ]
-        rows = [
-            f"<div>{''.join(pictures[start : start + columns])}</div>"
-            for start in range(0, len(pictures), columns)
-        ]
+        columns, rows = self._view_columns, ""
+        for start in range(0, self._views.count, columns):
+            views = [self._views.picture(start + number, "view") for number in range(1, columns)]
+            rows += f"<div>{self._views.picture(start, 'image')}{''.join(views)}</div>"
         return (
-            f'<div class="views" style="--n:{columns}">{"".join(rows)}</div>'
+            f'<div class="views" style="--n:{columns}">{rows}</div>'
             "<p>Left the image, to its right the views of one epoch.</p>"
         )
 
@@ -90,9 +88,8 @@ class Gallery:
         """Every layout of the features, a dot per image; a pointer shows the picture and its label."""
         labels = self._sample.labels
         names = self._shown.classes
-        maps = {}
-        if len(self._sample) > 3:
-            maps = layouts(self._sample.features, self._config.train.seed)
+        few = len(self._sample) <= 3
+        maps = {} if few else layouts(self._sample.features, self._config.train.seed)
         figures = [
             f'<figure class="chart"><figcaption>{name}</figcaption>'
             f"{scatter(name, points, labels, len(names))}</figure>"
@@ -127,16 +124,14 @@ class Gallery:
 
     def neighbors(self) -> str:
         """A row per query: an image and its nearest neighbors among the others, by cosine."""
-        points = F.normalize(self._sample.features, dim=1)
-        queries = torch.linspace(0, len(points) - 1, min(QUERIES, len(points))).round().long()
-        similarity = points[queries] @ points.T
-        similarity[torch.arange(len(queries)), queries] = -torch.inf
-        nearest = similarity.topk(min(NEIGHBORS, len(points) - 1), dim=1).indices
+        points = self._sample.features
+        search = NearestNeighbors(n_neighbors=min(NEIGHBORS, len(points) - 1), metric="cosine").fit(points)
+        nearest = search.kneighbors(return_distance=False)
         rows = ""
-        for query, found in zip(queries.tolist(), nearest.tolist(), strict=True):
+        for query in torch.linspace(0, len(points) - 1, min(QUERIES, len(points))).round().long().tolist():
             own = self._label(query)
             pictures = [self._thumbnails.picture(query, f"query {own}", "query")]
-            for number in found:
+            for number in nearest[query]:
                 label = self._label(number)
                 pictures.append(self._thumbnails.picture(number, label, "" if label == own else "other"))
             rows += f"<div>{''.join(pictures)}<span>{escape(own)}</span></div>"
@@ -156,18 +151,16 @@ class Gallery:
             return f'<p class="none">Not measured: {escape(obstacle)}</p>'
         assert test.labels is not None
         probe = fit_probe(train, self._config.train.seed)
-        predicted = probe.predict(test.features)
-        counts = confusion_matrix(test.labels.numpy(), predicted.numpy(), labels=probe.classes.numpy())
-        about = (
-            f"A linear probe on all training labels, {100 * probe.accuracy(test):.1f} % right on {len(test)} "
-            "test images."
-        )
+        counts = confusion_matrix(test.labels, probe.predict(test.features), labels=probe.classes)
         names = [self._class_name(label) for label in probe.classes.tolist()]
         drawn = heat_table(counts, names) if len(names) <= MOST_CLASSES else worst_pairs(counts, names).html()
-        return f"<p>{about}</p>{drawn}"
+        return (
+            f"<p>A linear probe on all training labels, {100 * probe.accuracy(test):.1f} % right on "
+            f"{len(test)} test images.</p>{drawn}"
+        )
 
-    def _view_sheet(self) -> "tuple[Sheet, int]":
-        """A few images with their views, and how many pictures are a row."""
+    def _drawn_views(self) -> Tensor:
+        """A few images, each with its views as training draws them: (M, 1 + V, 3, S, S)."""
         images = self._source.train
         spread = np.linspace(0, len(images) - 1, min(VIEW_IMAGES, len(images))).round().astype(np.int64)
         chosen = subset(images, spread)
@@ -175,11 +168,7 @@ class Gallery:
         drawn = self._extractor.training_views(chosen, len(chosen))
         views = [next(iter(still)).views[0], *next(iter(drawn)).views[:MOST_VIEWS]]
         size = self._config.views.size
-        rows = torch.stack([F.interpolate(view.float().cpu(), (size, size)) for view in views], dim=1)
-        return self._sheet("view", rows.flatten(0, 1)), len(views)
-
-    def _sheet(self, name: str, views: Tensor) -> "Sheet":
-        return sheet(name, views, self._config.views.mean, self._config.views.std)
+        return torch.stack([F.interpolate(view.float().cpu(), (size, size)) for view in views], dim=1)
 
     def _label(self, number: int) -> str:
         """The class name of a point of the sample; empty without labels."""
@@ -189,31 +178,37 @@ class Gallery:
         return self._shown.classes[label] if label < len(self._shown.classes) else str(label)
 
 
-@dataclass(frozen=True)
 class Sheet:
-    """Small pictures of one size on a grid, one JPEG, shown piece by piece by a CSS class."""
+    """Small pictures of one size on a grid, one JPEG, shown piece by piece by the CSS class `name`.
 
-    name: str
-    """Of the class."""
-    uri: str
-    count: int
-    columns: int
+    Made of normalized views (N, 3, S, S).
 
-    @property
-    def rows(self) -> int:
-        """Of the grid."""
-        return math.ceil(self.count / self.columns)
+    >>> Sheet("thumb", torch.zeros(3, 3, 8, 8), ViewsConfig()).count
+    3
+    """
+
+    def __init__(self, name: str, views: Tensor, config: ViewsConfig) -> None:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+        # Small images are enlarged without smoothing: their pixels are what the encoder sees.
+        mode = "area" if views.shape[-1] >= PICTURE_SIDE else "nearest"
+        small = F.interpolate(views.float() * std + mean, (PICTURE_SIDE, PICTURE_SIDE), mode=mode)
+        self.name, self.count = name, len(small)
+        self.columns = min(PICTURE_COLUMNS, self.count)
+        self.rows = math.ceil(self.count / self.columns)
+        grid = make_grid(small.clamp(0, 1), nrow=self.columns, padding=0).mul(255).round().byte()
+        self._jpeg = io.BytesIO()
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self._jpeg, "JPEG", quality=85)
 
     def style(self) -> str:
         """The CSS class."""
+        uri = f"data:image/jpeg;base64,{base64.b64encode(self._jpeg.getvalue()).decode()}"
         size = f"{100 * self.columns}% {100 * self.rows}%"
-        return f".{self.name}{{background-image:url({self.uri});background-size:{size}}}"
+        return f".{self.name}{{background-image:url({uri});background-size:{size}}}"
 
     def place(self, number: int) -> str:
         """The CSS position that shows the number-th picture."""
-        across = 100 * (number % self.columns) / max(self.columns - 1, 1)
-        down = 100 * (number // self.columns) / max(self.rows - 1, 1)
-        return f"{across:.3f}% {down:.3f}%"
+        down, across = divmod(number, self.columns)
+        return f"{100 * across / max(self.columns - 1, 1):.3f}% {100 * down / max(self.rows - 1, 1):.3f}%"
 
     def picture(self, number: int, caption: str = "", css: str = "") -> str:
         """An element that shows the number-th picture; `caption` is its description."""
@@ -221,24 +216,6 @@ class Sheet:
             f'<span class="picture {self.name} {css}" style="background-position:{self.place(number)}" '
             f'role="img" aria-label="{escape(caption)}"></span>'
         )
-
-
-def sheet(name: str, views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Sheet:
-    """Normalized views (N, 3, S, S) -> their pictures, 32 pixels wide.
-
-    >>> sheet("thumb", torch.zeros(3, 3, 8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).count
-    3
-    """
-    pixels = views.float() * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)
-    # Small images are enlarged without smoothing: their pixels are what the encoder sees.
-    mode = "area" if views.shape[-1] >= PICTURE_SIDE else "nearest"
-    small = F.interpolate(pixels, (PICTURE_SIDE, PICTURE_SIDE), mode=mode).clamp(0, 1)
-    columns = min(PICTURE_COLUMNS, len(small))
-    grid = make_grid(small, nrow=columns, padding=0).mul(255).round().byte().permute(1, 2, 0)
-    packed = io.BytesIO()
-    Image.fromarray(grid.numpy()).save(packed, "JPEG", quality=85)
-    uri = f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
-    return Sheet(name, uri, len(small), columns)
 
 
 def layouts(features: Tensor, seed: int) -> dict[str, NDArray[np.float64]]:
@@ -251,8 +228,7 @@ def layouts(features: Tensor, seed: int) -> dict[str, NDArray[np.float64]]:
     wide = features.double().numpy()
     principal = PCA(n_components=min(50, *wide.shape), random_state=seed).fit_transform(wide)
     found = {"PCA": principal[:, [0, min(1, principal.shape[1] - 1)]]}
-    neighbors = min(PERPLEXITY, (len(wide) - 1) / 3)
-    tsne = TSNE(perplexity=neighbors, init="random", random_state=seed)
+    tsne = TSNE(perplexity=min(PERPLEXITY, (len(wide) - 1) / 3), init="random", random_state=seed)
     found["t-SNE"] = tsne.fit_transform(principal.astype(np.float32))
     if importlib.util.find_spec("umap") is not None:
         import umap
@@ -272,9 +248,8 @@ def scatter(name: str, points: NDArray[np.float64], labels: Tensor | None, class
     """Coordinates (N, 2) as an SVG with a dot for each image, its number in `data-n`, colored by its label
     (N,).
     """
-    hues = [""] * len(points)
-    if labels is not None:
-        hues = [f' style="{color(label, classes)}"' for label in labels.tolist()]
+    groups = [None] * len(points) if labels is None else labels.tolist()
+    hues = ["" if group is None else f' style="{color(group, classes)}"' for group in groups]
     places = 10 + (MAP_SIZE - 20) * np.stack([points[:, 0], 1 - points[:, 1]], axis=1)
     dots = [
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" data-n="{number}"{hue}/>'
@@ -291,8 +266,7 @@ def heat_table(counts: NDArray[np.int64], names: list[str]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = ""
     for name, row in zip(names, counts, strict=True):
-        total = max(row.sum(), 1)
-        cells = "".join(f'<td style="--s:{count / total:.3f}">{count or ""}</td>' for count in row)
+        cells = "".join(f'<td style="--s:{count / max(sum(row), 1):.3f}">{count or ""}</td>' for count in row)
         body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
     return (
         '<p class="caption">Rows: what it is. Columns: what the probe says.</p><div class="scroll">'

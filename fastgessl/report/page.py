@@ -3,7 +3,6 @@ fetched.
 """
 
 import json
-from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -33,13 +32,8 @@ CURVES = (
 )
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """A part of the page, with a link to it at the top."""
-
-    key: str
-    heading: str
-    html: str
+Chapters = list[tuple[str, str, str]]
+"""(key, heading, HTML) of each part of the page, to which a link at its top leads."""
 
 
 def write_report(folders: list[Path], out: Path | None = None) -> Path:
@@ -51,11 +45,16 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
     """
     records = [read_record(folder) for folder in folders]
     first, kinds = records[0], kinds_of(records)
-    chapters = []
+    chapters: Chapters = [
+        ("curves", "Curves", _curves(kinds)),
+        ("evaluation", "Evaluation", evaluation_tables(first.evaluation)),
+    ]
     if len(records) > 1:
-        chapters.append(Chapter("comparison", "Comparison", _comparison(kinds)))
-    chapters.append(Chapter("curves", "Curves", _curves(kinds)))
-    chapters.append(Chapter("evaluation", "Evaluation", evaluation_tables(first.evaluation)))
+        comparison = (
+            "<p>Mean ± s.d. over seeds. Differences are paired over the seeds that both have; in brackets "
+            f"the 95 % interval (Student's t).</p>{comparison_table(kinds).html()}"
+        )
+        chapters.insert(0, ("comparison", "Comparison", comparison))
     source = open_source(first.config.data.name, first.config.data.root)
     accelerator = build_accelerator(first.config, first.folder)
     styles = ""
@@ -64,34 +63,34 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
         gallery = Gallery(open_subject(str(first.folder), first.config), source, accelerator)
         styles, points = gallery.styles(), gallery.points()
         chapters += [
-            Chapter("views", "Views", gallery.view_grid()),
-            Chapter("map", "Map of the features", gallery.embedding_map()),
-            Chapter("neighbors", "Nearest neighbors", gallery.neighbors()),
-            Chapter("confusion", "Confusions", gallery.confusion()),
+            ("views", "Views", gallery.view_grid()),
+            ("map", "Map of the features", gallery.embedding_map()),
+            ("neighbors", "Nearest neighbors", gallery.neighbors()),
+            ("confusion", "Confusions", gallery.confusion()),
         ]
-    times = bar(step_times(first.config, source.train, accelerator))
-    chapters.append(Chapter("throughput", "Where the time goes", times))
-    chapters.append(Chapter("configuration", "Configuration", configuration(first.config)))
+    chapters += [
+        ("throughput", "Where the time goes", bar(step_times(first.config, source.train, accelerator))),
+        ("configuration", "Configuration", configuration(first.config)),
+    ]
     path = out or folders[0] / "report.html"
     runs.write_bytes(path, _page(records, chapters, styles, points).encode())
     return path
 
 
-def _page(records: list[Record], chapters: list[Chapter], styles: str, points: list[dict[str, Any]]) -> str:
+def _page(records: list[Record], chapters: Chapters, styles: str, points: list[dict[str, Any]]) -> str:
     first = records[0]
     title = escape(first.name if len(records) == 1 else f"{len(records)} runs")
     versions = first.environment.get("versions", {})
     facts = [
         first.config.recipe,
-        f"{first.last_step} steps",
+        f"{max((line['step'] for line in first.metrics), default=0)} steps",
         f"seed {first.config.train.seed}",
         str(first.environment.get("started", "")),
         *(f"{package} {versions[package]}" for package in ("fastgessl", "torch") if package in versions),
     ]
-    links = "".join(f'<a href="#{chapter.key}">{escape(chapter.heading)}</a>' for chapter in chapters)
+    links = "".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in chapters)
     body = "".join(
-        f'<section id="{chapter.key}"><h2>{escape(chapter.heading)}</h2>{chapter.html}</section>'
-        for chapter in chapters
+        f'<section id="{key}"><h2>{escape(heading)}</h2>{html}</section>' for key, heading, html in chapters
     )
     style, script = (
         (resources.files("fastgessl.report") / f"page.{kind}").read_text() for kind in ("css", "js")
@@ -111,13 +110,6 @@ def _page(records: list[Record], chapters: list[Chapter], styles: str, points: l
 """
 
 
-def _comparison(kinds: list[Kind]) -> str:
-    return (
-        "<p>Mean ± s.d. over seeds. Differences are paired over the seeds that both have; in brackets the "
-        f"95 % interval (Student's t).</p>{comparison_table(kinds).html()}"
-    )
-
-
 def _curves(kinds: list[Kind]) -> str:
     """A chart per quantity, a line per run; runs that differ by their seed alone share a color."""
     several = len(kinds) > 1 or len(kinds[0].by_seed) > 1
@@ -134,13 +126,13 @@ def _curves(kinds: list[Kind]) -> str:
         line_chart(title, {name: record.series(key) for name, record in named.items()}, unit, colors)
         for key, title, unit in CURVES
     )
-    hint = (
-        '<p class="lead">Effective rank and k-NN along the way: train with '
+    found = f'<ul class="legend">{legend}</ul><div class="charts">{charts}</div>'
+    if any(record.series("effective_rank")[0] for record in named.values()):
+        return found
+    return (
+        f'{found}<p class="lead">Effective rank and k-NN along the way: train with '
         "<code>--evaluate.every_epochs 5</code>.</p>"
     )
-    if any(record.series("effective_rank")[0] for record in named.values()):
-        hint = ""
-    return f'<ul class="legend">{legend}</ul><div class="charts">{charts}</div>{hint}'
 
 
 def evaluation_tables(evaluation: dict[str, Any]) -> str:
@@ -163,8 +155,10 @@ def configuration(config: Config) -> str:
         for key, value in flat(values).items():
             mark = "" if value == defaults[key] else " class=changed"
             rows += f'<tr{mark}><th scope="row">{escape(key)}</th><td>{escape(str(value))}</td></tr>'
-        table = f"<div class=scroll><table><tbody>{rows}</tbody></table></div>"
-        parts += f"<details><summary>{escape(section)}</summary>{table}</details>"
+        parts += (
+            f"<details><summary>{escape(section)}</summary><div class=scroll><table><tbody>{rows}</tbody>"
+            "</table></div></details>"
+        )
     return (
         f"<p>Recipe <b>{escape(config.recipe)}</b>. Marked values differ from the default.</p>"
         f'<div class="options">{parts}</div>'

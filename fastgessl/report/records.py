@@ -65,11 +65,6 @@ class Record:
                 values.append(float(value))
         return steps, values
 
-    @property
-    def last_step(self) -> int:
-        """The last step that was logged; 0 if none was."""
-        return max((line["step"] for line in self.metrics), default=0)
-
 
 def read_record(folder: Path) -> Record:
     """A run from its folder. UsageError if it is no run, or holds no metrics and no evaluation."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import safetensors.torch
 from accelerate.utils import broadcast_object_list
 
-from fastgessl import pipelines, runs
+from fastgessl import runs
 from fastgessl.build import build_loader, complete, make_plan, needs_fresh_views
 from fastgessl.config import Config
 from fastgessl.distributed import build_accelerator
 from fastgessl.evaluate.run import RunEvaluation, trained_on
+from fastgessl.evaluate.sources import open_source
 from fastgessl.runs import checkpoint
 from fastgessl.training.health import Health, poisoned
 from fastgessl.training.log import MetricsLog, opening_lines
@@ -32,9 +33,8 @@ def train(config: Config) -> int:
     run, resumed = broadcast_object_list([run, resumed])
     accelerator.project_configuration.set_directories(str(run))
 
-    images = pipelines.open_images(config.data.name, config.data.root)
-    assert images is not None  # only a test split can be absent
-    seen = trained_on(config, images)
+    source = open_source(config.data.name, config.data.root)
+    images, seen = source.train, trained_on(config, source)
     earlier = _config_at(resumed)
     config, chosen = complete(config, len(seen), accelerator.num_processes, earlier)
     for line in chosen:
@@ -46,7 +46,7 @@ def train(config: Config) -> int:
         )
     loader = build_loader(config, seen, accelerator)
     plan = make_plan(config, seen, loader, accelerator)
-    evaluation = RunEvaluation(config, images, accelerator)
+    evaluation = RunEvaluation(config, source, accelerator)
     training = Training(config, plan, accelerator, loader, evaluation.probe, resumed)
     if accelerator.is_main_process:
         changes = runs.changes(earlier, config) if earlier else []

@@ -146,10 +146,10 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(run, tmp_path, fast
     assert not (tmp_path / "export").exists()
 
 
-def test_a_run_without_weights_has_nothing_to_export(run, tmp_path, fastgessl):
+def test_a_run_without_weights_is_not_exported(run, tmp_path, fastgessl):
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     (copied / "encoder.safetensors").unlink()
 
     outcome = fastgessl("export", copied, "--to", "timm")
 
-    assert outcome.code == 2 and "nothing to export" in outcome.err
+    assert outcome.code == 2 and "has not been trained to its end" in outcome.err

@@ -396,9 +396,9 @@ def test_a_method_that_reads_labels_does_not_see_the_images_it_will_be_judged_on
 def test_the_online_probe_learns_nothing_from_images_that_are_held_out(noise):
     from accelerate import Accelerator
 
-    from fastgessl import pipelines
     from fastgessl.evaluate import OnlineProbe
     from fastgessl.evaluate.run import RunEvaluation
+    from fastgessl.evaluate.sources import open_source
     from fastgessl.methods import Outputs
     from fastgessl.recipes import load
 
@@ -408,9 +408,9 @@ def test_the_online_probe_learns_nothing_from_images_that_are_held_out(noise):
         config.evaluate.model_copy(update={"every_epochs": 1.0}),
     )
     config = config.model_copy(update={"data": data, "evaluate": evaluate})
-    images = pipelines.open_images("npz", noise)
-    evaluation = RunEvaluation(config, images, Accelerator(cpu=True))
-    width, labels = evaluation.probe.weight.shape[1], torch.from_numpy(images.labels)
+    source = open_source("npz", noise)
+    evaluation = RunEvaluation(config, source, Accelerator(cpu=True))
+    width, labels = evaluation.probe.weight.shape[1], torch.from_numpy(source.train.labels)
     kept, _ = held_out_test(labels, config.train.seed)
     points = torch.randn(320, width, generator=torch.Generator().manual_seed(0))
     index = torch.randperm(320, generator=torch.Generator().manual_seed(1))[:100]

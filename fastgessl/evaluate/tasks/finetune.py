@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
 
@@ -68,8 +68,13 @@ def train_classifier(
     """
     device = extractor.accelerator.device
     classifier.to(device).train()
-    first = replace(extractor.pair[0], jitter_probability=0.0, grayscale_probability=0.0)
-    light = replace(first, blur_probability=0.0, solarize_probability=0.0)
+    light = replace(
+        extractor.pair[0],
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+        solarize_probability=0.0,
+    )
     size = min(LARGEST_BATCH, batch_size(len(images)), len(images))
     loader = extractor.loader(images, [light], sharded=False, batch_size=size, training=True)
     total = epochs * len(loader)
@@ -96,12 +101,6 @@ def logits_of(classifier: nn.Module, images: Images, extractor: Extractor) -> Fe
         return extract_features(classifier, loader, extractor.accelerator.device)
 
 
-def accuracy_of(logits: Features) -> float:
-    """Share of images whose largest logit is that of their label."""
-    assert logits.labels is not None
-    return (logits.features.argmax(dim=1) == logits.labels).double().mean().item()
-
-
 def finetune(
     encoder: nn.Module,
     splits: tuple[Images, Images],
@@ -117,6 +116,7 @@ def finetune(
     labels are read once. Raises UsageError for labels that allow no classifier.
     """
     settings, seed = extractor.config.evaluate, extractor.config.train.seed
+    trained: Any = {"epochs": settings.finetune_epochs, "layer_decay": settings.layer_decay}
     train, test = splits
     labels, _ = require_labels("finetune", labels_of(train), labels_of(test))
     classes = labels.unique()
@@ -129,34 +129,28 @@ def finetune(
         # this one.
         torch.manual_seed(seed)
         classifier = build_classifier(deepcopy(encoder), len(classes))
-        epochs, decay = settings.finetune_epochs, settings.layer_decay
-        train_classifier(classifier, seen, extractor, epochs=epochs, lr=lr, layer_decay=decay)
-        return accuracy_of(logits_of(classifier, judged, extractor))
+        train_classifier(classifier, seen, extractor, lr=lr, **trained)
+        logits = logits_of(classifier, judged, extractor)
+        return logits.accuracy_of(logits.features.argmax(dim=1))
 
     validation = {}
     if len(settings.finetune_lrs) > 1 and len(held):
-        part = subset(labelled, fitted.numpy())
-        rest = subset(labelled, held.numpy())
+        part, rest = (subset(labelled, half.numpy()) for half in (fitted, held))
         validation = {lr: accuracy(part, rest, lr) for lr in settings.finetune_lrs}
     chosen = max(settings.finetune_lrs, key=lambda lr: validation.get(lr, 0.0))
-    found = accuracy(labelled, numbered(test, classes), chosen)
     return {
         "fraction": fraction,
         "labelled": len(rows),
-        "accuracy": found,
+        "accuracy": accuracy(labelled, numbered(test, classes), chosen),
         "lr": chosen,
         "validation": validation,
-        "epochs": settings.finetune_epochs,
-        "layer_decay": settings.layer_decay,
+        **trained,
     }
 
 
 def _parameter_groups(classifier: nn.Module, layer_decay: float) -> list[dict[str, object]]:
     if layer_decay == 1:
-        return [
-            {"params": [p for p in classifier.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in classifier.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        return param_groups_weight_decay(classifier, WEIGHT_DECAY)
     backbone, head = classifier.get_submodule("backbone"), classifier.get_submodule("head")
     if not hasattr(backbone, "group_matcher"):
         raise UsageError(
@@ -173,19 +167,18 @@ def _measure(work: Work) -> dict[str, list[dict[str, Any]]]:
     encoders = {name: encoder for name, encoder in work.rows.items() if not isinstance(encoder, Pixels)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in encoders}
     runs = [(name, share) for name in encoders for share in work.settings.label_fractions]
+    # One bar at a time.
+    quiet = replace(work.extractor, quiet=True)
     for name, share in with_progress(runs, "fine-tuning", work.extractor.progress):
-        # One bar at a time.
-        quiet = replace(work.extractor, quiet=True)
         found[name].append(finetune(encoders[name], splits, share, quiet))
     return found
 
 
 def _tables(measured: dict[str, list[dict[str, Any]]]) -> list[Table]:
     shares = next(iter(measured.values()))
-    first = shares[0]
     title = (
-        f"Fine-tuned, AdamW, {first['epochs']} epochs, layer decay {first['layer_decay']:g}; learning "
-        "rate chosen on a validation split"
+        f"Fine-tuned, AdamW, {shares[0]['epochs']} epochs, layer decay {shares[0]['layer_decay']:g}; "
+        "learning rate chosen on a validation split"
     )
     headings = [f"{100 * each['fraction']:g} % labels\n({each['labelled']} images)\n%" for each in shares]
     rows = [[name, *(f"{100 * each['accuracy']:.1f}" for each in found)] for name, found in measured.items()]

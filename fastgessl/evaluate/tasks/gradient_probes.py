@@ -63,8 +63,12 @@ def gradient_probe(train: Features, test: Features, protocol: SgdProtocol) -> di
     require_labels(protocol.task, train.labels, test.labels)
     test.require_finite("test images")
     probe = fit_gradient_probe(train, protocol)
-    told = {"epochs": protocol.epochs, "hidden": protocol.hidden}
-    return {"accuracy": probe.accuracy(test), **probe.chosen, **told}
+    return {
+        "accuracy": probe.accuracy(test),
+        **probe.chosen,
+        "epochs": protocol.epochs,
+        "hidden": protocol.hidden,
+    }
 
 
 def fit_gradient_probe(train: Features, protocol: SgdProtocol) -> Probe:
@@ -105,9 +109,9 @@ def descend(inputs: Tensor, columns: Tensor, rates: tuple[float, ...], protocol:
     generator = torch.Generator().manual_seed(protocol.seed)
     size = batch_size(len(inputs))
     steps = max(1, len(inputs) // size)
-    layers = _initial(inputs.shape[1], protocol.hidden, int(columns.max()) + 1, len(rates), generator)
+    start = _initial(inputs.shape[1], protocol.hidden, int(columns.max()) + 1, len(rates), generator)
     layers = [
-        (weight.to(device).requires_grad_(), bias.to(device).requires_grad_()) for weight, bias in layers
+        (weight.to(device).requires_grad_(), bias.to(device).requires_grad_()) for weight, bias in start
     ]
     # A learning rate is a factor of the loss: SGD with momentum is linear in the gradient. So that one
     # optimizer at rate 1 trains all rates at once.

@@ -54,7 +54,7 @@ def knn_classify(train: Features, test: Features, k: int, temperature: float) ->
     1.0
     """
     protocol = Neighbours("cosine", k, temperature)
-    return _accuracies("knn", train, test, (protocol,), too_few_neighbours(len(train), k))[protocol]
+    return _accuracies("knn", train, test, (protocol,))[protocol]
 
 
 def knn_protocols(
@@ -69,15 +69,16 @@ def knn_protocols(
     >>> knn_protocols(features, features, (Neighbours("euclidean", 5),))
     {Neighbours(metric='euclidean', k=5, temperature=0.0): 1.0}
     """
-    return _accuracies("knn_protocols", train, test, protocols, too_few_for_protocols(len(train), protocols))
+    return _accuracies("knn_protocols", train, test, protocols)
 
 
 def _accuracies(
-    task: str, train: Features, test: Features, protocols: tuple[Neighbours, ...], obstacle: str
+    task: str, train: Features, test: Features, protocols: tuple[Neighbours, ...]
 ) -> dict[Neighbours, float]:
-    labels, test_labels = require_labels(task, train.labels, test.labels)
+    labels, _ = require_labels(task, train.labels, test.labels)
     train.require_finite("training images")
     test.require_finite("test images")
+    obstacle = too_few_neighbours(task, len(train), protocols)
     if obstacle:
         raise UsageError(obstacle)
     classes, columns = labels.unique(return_inverse=True)
@@ -86,31 +87,21 @@ def _accuracies(
         same = [protocol for protocol in protocols if protocol.metric == metric]
         votes = _votes_of(train.features, columns, test.features, same, len(classes))
         found |= {
-            each: (classes[vote.argmax(dim=1)] == test_labels).double().mean().item()
+            each: test.accuracy_of(classes[vote.argmax(dim=1)])
             for each, vote in zip(same, votes, strict=True)
         }
     return {protocol: found[protocol] for protocol in protocols}
 
 
-def too_few_neighbours(count: int, k: int) -> str:
-    """Why k neighbours cannot be found among `count` training images; empty if they can."""
-    if k <= count:
-        return ""
-    return (
-        f"evaluate.knn_k is {k}, but there are only {count} training images. Choose --evaluate.knn_k {count} "
-        "or less."
-    )
-
-
-def too_few_for_protocols(count: int, protocols: tuple[Neighbours, ...]) -> str:
+def too_few_neighbours(task: str, count: int, protocols: tuple[Neighbours, ...]) -> str:
     """Why some protocol's neighbours cannot be found among `count` training images; empty if they can."""
     most = max(protocol.k for protocol in protocols)
     if most <= count:
         return ""
-    return (
-        f"a protocol takes {most} neighbours, but there are only {count} training images. Leave "
-        "knn_protocols out."
-    )
+    wanted, advice = f"a protocol takes {most} neighbours", "Leave knn_protocols out."
+    if task == "knn":
+        wanted, advice = f"evaluate.knn_k is {most}", f"Choose --evaluate.knn_k {count} or less."
+    return f"{wanted}, but there are only {count} training images. {advice}"
 
 
 def _votes_of(
@@ -148,8 +139,8 @@ def _compared(train: Tensor, test: Tensor, metric: str) -> tuple[Tensor, Tensor,
 
 def _measure_knn(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
     protocol = _configured(settings)
-    accuracy = knn_classify(features.train, features.test, protocol.k, protocol.temperature)
-    return {"accuracy": accuracy, **asdict(protocol)}
+    found = _accuracies("knn", features.train, features.test, (protocol,))
+    return {"accuracy": found[protocol], **asdict(protocol)}
 
 
 def _measure_protocols(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
@@ -158,6 +149,7 @@ def _measure_protocols(features: RowFeatures, settings: EvaluateConfig, seed: in
 
 
 def _configured(settings: EvaluateConfig) -> Neighbours:
+    """The protocol of the task `knn`."""
     return Neighbours("cosine", settings.knn_k, settings.knn_temperature)
 
 
@@ -169,7 +161,9 @@ register(
         place=(0, 2),
         default=True,
         transfer=True,
-        obstacle=lambda facts, settings: too_few_neighbours(len(facts.labels[0]), settings.knn_k),
+        obstacle=lambda facts, settings: too_few_neighbours(
+            "knn", len(facts.labels[0]), (_configured(settings),)
+        ),
         seconds=lambda facts, settings: (
             SECONDS_PER_PRODUCT * len(facts.labels[0]) * len(facts.labels[1]) * facts.width
         ),
@@ -182,6 +176,6 @@ register(
         columns=lambda settings: accuracies([_heading(protocol) for protocol in PUBLISHED], "protocols"),
         place=(1, 2),
         transfer=True,
-        obstacle=lambda facts, settings: too_few_for_protocols(len(facts.labels[0]), PUBLISHED),
+        obstacle=lambda facts, settings: too_few_neighbours("knn_protocols", len(facts.labels[0]), PUBLISHED),
     )
 )

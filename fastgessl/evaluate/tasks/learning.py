@@ -104,15 +104,14 @@ def along_checkpoints(work: Work) -> list[dict[str, Any]]:
             "those of the whole run; a timm model or a file of weights has none."
         )
     config = extractor.config
-    count = min(config.evaluate.learning_checkpoints, len(kept))
-    places = np.linspace(0, len(kept) - 1, count).round().astype(int)
+    places = np.linspace(0, len(kept) - 1, min(config.evaluate.learning_checkpoints, len(kept)))
+    folders = [kept[place] for place in places.round().astype(int)]
     tasks = _held_out_tasks(source, extractor)
     loader = extractor.loader(source.train, [extractor.still], sharded=False)
     plan = make_plan(config, source.train, loader, extractor.accelerator)
     method = build_model(config, plan, filled_later=True).to(extractor.accelerator.device)
     loader.close()
     points = []
-    folders = [kept[place] for place in places]
     for folder in with_progress(folders, "learning universality", extractor.progress):
         state = checkpoint.load(folder)
         weights = {
@@ -130,17 +129,15 @@ def along_checkpoints(work: Work) -> list[dict[str, Any]]:
             adapt(method, config.gessl, views, labels, config.evaluate.converged_steps)
             for views, labels in tasks
         ]
-        values = {
-            key: [each[key] for each in found] for key in ("sigma", "loss_before", "loss_after", "converged")
-        }
+        sigmas = [each["sigma"] for each in found]
         points.append(
             {
                 "step": state["step"],
-                "sigma": float(np.mean(values["sigma"])),
-                "deviation": float(np.std(values["sigma"], ddof=1)) if len(found) > 1 else 0.0,
-                "loss_before": float(np.mean(values["loss_before"])),
-                "loss_after": float(np.mean(values["loss_after"])),
-                "converged": sum(values["converged"]),
+                "sigma": float(np.mean(sigmas)),
+                "deviation": float(np.std(sigmas, ddof=1)) if len(found) > 1 else 0.0,
+                "loss_before": float(np.mean([each["loss_before"] for each in found])),
+                "loss_after": float(np.mean([each["loss_after"] for each in found])),
+                "converged": sum(each["converged"] for each in found),
                 "tasks": len(found),
             }
         )
@@ -166,11 +163,16 @@ def _loss(task: Task, at: Iterate) -> float:
 
 
 def _tables(measured: list[dict[str, Any]]) -> list[Table]:
-    rows = []
-    for point in measured:
-        spread = f"{point['sigma']:.4f}±{point['deviation']:.4f}"
-        losses = f"{point['loss_before']:.3f}", f"{point['loss_after']:.3f}"
-        rows.append([str(point["step"]), spread, *losses, f"{point['converged']} of {point['tasks']}"])
+    rows = [
+        [
+            str(point["step"]),
+            f"{point['sigma']:.4f}±{point['deviation']:.4f}",
+            f"{point['loss_before']:.3f}",
+            f"{point['loss_after']:.3f}",
+            f"{point['converged']} of {point['tasks']}",
+        ]
+        for point in measured
+    ]
     count = measured[0]["tasks"]
     return [
         Table(

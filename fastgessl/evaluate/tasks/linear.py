@@ -8,6 +8,7 @@ labels it is a constant. Labels of test images are read by `Probe.accuracy` alon
 
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,14 +41,6 @@ MAX_ITERATIONS = 500
 # Measured: 20 s for a probe on 50,000 × 512 × 10 with its search, a fit alone a quarter.
 SECONDS_PER_SEARCH = 8e-8
 SECONDS_PER_FIT = 2e-8
-
-
-def shared_probe(features: RowFeatures, seed: int) -> "Probe":
-    """The probe on all labels of this row, fitted once for every task that looks at it."""
-    key = f"linear probe of seed {seed}"
-    if key not in features.shared:
-        features.shared[key] = fit_probe(features.train, seed)
-    return features.shared[key]
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,7 @@ class Probe:
 
     def accuracy(self, images: Features) -> float:
         """Share of labelled images whose most probable class is their label."""
-        assert images.labels is not None
-        return self.predict(images.features).eq(images.labels).double().mean().item()
+        return images.accuracy_of(self.predict(images.features))
 
     def cross_entropy(self, images: Features) -> float:
         """Mean cross-entropy of labelled images, nats."""
@@ -160,8 +152,10 @@ def label_fraction_probe(
     labels, _ = require_labels("label_fractions", train.labels, test.labels)
     generator = torch.Generator().manual_seed(seed)
     parts = [train.subset(draw_fraction(labels, fraction, generator)) for _ in range(draws)]
-    found = over_draws([linear_probe(part, test, seed)["accuracy"] for part in parts])
-    return found | {"fraction": fraction, "labelled": len(parts[0])}
+    return over_draws([linear_probe(part, test, seed)["accuracy"] for part in parts]) | {
+        "fraction": fraction,
+        "labelled": len(parts[0]),
+    }
 
 
 def over_draws(accuracies: list[float]) -> dict[str, Any]:
@@ -205,6 +199,10 @@ def fit_probe(train: Features, seed: int = 0, weight_decay: float | None = None)
     if weight_decay is None:
         weight_decay = choose_weight_decay(inputs, labels, seed)
     return _fit(inputs, labels, weight_decay, mean, scale)
+
+
+# Several tasks look at the probe on all labels of a row, one after the other.
+shared_probe = lru_cache(maxsize=1)(fit_probe)
 
 
 def choose_weight_decay(inputs: Tensor, labels: Tensor, seed: int) -> float:
@@ -298,18 +296,18 @@ def _row_space(inputs: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _measure_few_labels(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
-    count = settings.labels_per_class
-    found = few_label_probe(features.train, features.test, count, seed, settings.few_label_draws)
-    return found | {"labels_per_class": count}
+    each, draws = settings.labels_per_class, settings.few_label_draws
+    return few_label_probe(features.train, features.test, each, seed, draws) | {"labels_per_class": each}
 
 
 def _measure_fractions(features: RowFeatures, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
     drawn = {"draws": settings.fraction_draws, "seed": seed}
-    found = [
-        label_fraction_probe(features.train, features.test, share, **drawn)
-        for share in settings.label_fractions
-    ]
-    return {"fractions": found}
+    return {
+        "fractions": [
+            label_fraction_probe(features.train, features.test, share, **drawn)
+            for share in settings.label_fractions
+        ]
+    }
 
 
 def _search_seconds(facts: DataFacts, settings: EvaluateConfig) -> float:
@@ -327,7 +325,7 @@ register(
     EvaluationTask(
         "linear",
         lambda features, settings, seed: linear_probe(
-            features.train, features.test, probe=shared_probe(features, seed)
+            features.train, features.test, probe=shared_probe(features.train, seed)
         ),
         columns=lambda settings: [percent("linear")],
         place=(0, 0),
@@ -351,7 +349,7 @@ register(
     EvaluationTask(
         "sigma",
         lambda features, settings, seed: sigma_to_labels(
-            features.train, features.test, shared_probe(features, seed)
+            features.train, features.test, shared_probe(features.train, seed)
         ),
         columns=lambda settings: [
             decimals("σ\ntrain", "discriminability", 3),

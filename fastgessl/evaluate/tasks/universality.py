@@ -7,23 +7,24 @@ of the training classes), generalisation (unseen images of these classes), and t
 sets). docs/universality.md maps the definitions to these functions.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fastgessl.config import EvaluateConfig
-from fastgessl.evaluate.extraction import Extractor, digest_of, save_whole
+from fastgessl import runs
+from fastgessl.evaluate.extraction import Extractor, digest_of
 from fastgessl.evaluate.features import Features, with_progress
 from fastgessl.evaluate.sources import Source, hold_out, labels_of, numbered, require_labels
 from fastgessl.evaluate.subject import untrained_encoder
 from fastgessl.evaluate.tables import Table
 from fastgessl.evaluate.tasks.base import EvaluationTask, Work, register
-from fastgessl.evaluate.tasks.finetune import accuracy_of, build_classifier, logits_of, train_classifier
+from fastgessl.evaluate.tasks.finetune import build_classifier, logits_of, train_classifier
 from fastgessl.evaluate.tasks.gradient_probes import SgdProtocol, fit_gradient_probe
 from fastgessl.evaluate.tasks.linear import VALIDATION_FRACTION, Probe, fit_probe
 from fastgessl.pipelines.sources.images import Images
@@ -73,8 +74,15 @@ def task_sigma(
         sigma, name = probe.cross_entropy(images), "labels"
     else:
         sigma, name = kl_divergence(target.double(), probe.log_probabilities(images.features)), "supervised"
-    measured = {"sigma": sigma, "accuracy": probe.accuracy(images), "images": len(images)}
-    return {"task": task, "group": group, "target": name, "probe": kind, **measured}
+    return {
+        "task": task,
+        "group": group,
+        "target": name,
+        "probe": kind,
+        "sigma": sigma,
+        "accuracy": probe.accuracy(images),
+        "images": len(images),
+    }
 
 
 def summed(tasks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -105,25 +113,21 @@ def task_model(source: Source, extractor: Extractor, folder: Path) -> tuple[Tens
     _train_or_read(classifier, train, extractor, folder / f"{source.slug}.safetensors")
     seen, unseen = (logits_of(classifier, images, extractor) for images in (train, test))
     own, other = (logits.features.double().log_softmax(dim=1) for logits in (seen, unseen))
-    return own, other, accuracy_of(unseen)
+    return own, other, unseen.accuracy_of(other.argmax(dim=1))
 
 
 def _train_or_read(classifier: nn.Module, train: Images, extractor: Extractor, path: Path) -> None:
-    settings: EvaluateConfig = extractor.config.evaluate
-    views = [extractor.still, *extractor.pair]
-    key = digest_of(classifier, train, views, settings.supervised_epochs, LEARNING_RATE)
-    try:
-        with safe_open(path, "pt") as file:
-            kept = (file.metadata() or {}).get("key") == key
-    except (FileNotFoundError, SafetensorError):
-        kept = False
-    if kept:
-        classifier.load_state_dict(load_file(path))
-        classifier.to(extractor.accelerator.device).eval()
-        return
-    train_classifier(classifier, train, extractor, epochs=settings.supervised_epochs, lr=LEARNING_RATE)
+    epochs, views = extractor.config.evaluate.supervised_epochs, [extractor.still, *extractor.pair]
+    key = digest_of(classifier, train, views, epochs, LEARNING_RATE)
+    with suppress(FileNotFoundError, SafetensorError), safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("key") == key:
+            classifier.load_state_dict(load_file(path))
+            classifier.to(extractor.accelerator.device).eval()
+            return
+    train_classifier(classifier, train, extractor, epochs=epochs, lr=LEARNING_RATE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole({name: value.cpu() for name, value in classifier.state_dict().items()}, path, {"key": key})
+    weights = {name: value.cpu().contiguous() for name, value in classifier.state_dict().items()}
+    runs.write_bytes(path, save(weights, {"key": key}))
 
 
 def _measure(work: Work) -> dict[str, Any]:

@@ -76,7 +76,14 @@ def complete(
         queue = getattr(earlier.method, name).queue_length if queue < 0 else queue
     reasons = []
     if batch == 0:
-        batch = _batch_for(images, processes * config.train.accumulate)
+        (smallest, largest), parts = _BATCHES, processes * config.train.accumulate
+        wanted = min(max(1 << max((images // 16).bit_length() - 1, 0), smallest), largest)
+        batch = max(wanted // parts, 1) * parts
+        if batch > images:
+            raise UsageError(
+                f"train.batch_size is left open, and {images} images are too few for a batch of {batch}. "
+                "Give --train.batch_size, or more images."
+            )
         reasons.append(
             f"train.batch_size {batch}: the power of two next below a sixteenth of {images} images, from "
             f"{_BATCHES[0]} to {_BATCHES[1]}"
@@ -102,19 +109,6 @@ def complete(
         own = getattr(method, name).model_copy(update={"queue_length": queue})
         method = method.model_copy(update={name: own})
     return config.model_copy(update={"train": train, "method": method}), reasons
-
-
-def _batch_for(images: int, parts: int) -> int:
-    """The power of two next below a sixteenth of the images, within bounds, as a multiple of `parts`."""
-    smallest, largest = _BATCHES
-    wanted = min(max(1 << max((images // 16).bit_length() - 1, 0), smallest), largest)
-    batch = max(wanted // parts, 1) * parts
-    if batch > images:
-        raise UsageError(
-            f"train.batch_size is left open, and {images} images are too few for a batch of {batch}. Give "
-            "--train.batch_size, or more images."
-        )
-    return batch
 
 
 def view_specs(config: Config) -> tuple[ViewSpec, ...]:
@@ -232,8 +226,14 @@ def build_model(config: Config, plan: Plan, *, filled_later: bool = False) -> Me
         method = DSA(config.dsa, method, plan, config.views.size)
     if plan.batch_norm == "synchronised":
         synchronise_batch_norm(method)
-    if plan.negatives == "ring":
-        _pass_keys_around(config, method)
+    able = [part for part in method.modules() if isinstance(part, Method) and part.rings]
+    if plan.negatives == "ring" and not able:
+        raise UsageError(
+            f"method.negatives ring passes keys from rank to rank, and {config.method.name} has none to "
+            "pass. Use global, or simclr, mocov3 or cissl."
+        )
+    for part in able if plan.negatives == "ring" else ():
+        part.exchange = "ring"
     return method
 
 
@@ -247,18 +247,6 @@ def _without_sources(config: Config) -> Config:
         else config.dsa.model_copy(update={"helper_weights": "none"})
     )
     return config.model_copy(update={"model": model, "dsa": dsa})
-
-
-def _pass_keys_around(config: Config, method: Method) -> None:
-    able = [part for part in method.modules() if isinstance(part, Method) and part.rings]
-    if not able:
-        raise UsageError(
-            f"method.negatives ring passes keys from rank to rank, and {config.method.name} has none to "
-            "pass. Use global, or simclr, "
-            "mocov3 or cissl."
-        )
-    for part in able:
-        part.exchange = "ring"
 
 
 def build_objective(config: Config, plan: Plan, *, filled_later: bool = False) -> GeSSL | CachedObjective:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (code := run(words[1:])) is not None:
             sys.exit(code)
     except ValueError as error:
-        if not isinstance(error, _mistakes()):
+        if not getattr(error, "mendable", False):
             raise
         _fail(command, str(error))
     except KeyboardInterrupt:
@@ -64,14 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-def _mistakes() -> tuple[type[ValueError], ...]:
-    """What a user can mend: UsageError, and DataError if the pipelines were imported at all."""
-    from fastgessl.config import UsageError
-
-    pipelines = sys.modules.get("fastgessl.pipelines")
-    return (UsageError, pipelines.DataError) if pipelines else (UsageError,)
 
 
 def _fail(command: str, message: str) -> NoReturn:

@@ -30,6 +30,8 @@ class UsageError(ValueError):
     prints it and exits with 2.
     """
 
+    mendable = True
+
 
 class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
@@ -514,16 +516,6 @@ class Config(Section):
         ('custom', 0, 3000)
         """
         return flat(self.model_dump(mode="json"))
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> "Config":
-        if self.train.batch_size % self.train.accumulate:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} does not divide into train.accumulate "
-                f"{self.train.accumulate} "
-                "micro-batches. Choose a multiple."
-            )
-        return self
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,7 +64,7 @@ def build_accelerator(config: Config, folder: Path) -> Accelerator:
         cpu=_on_cpu(config),
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(config.log.trackers) or None,
-        project_config=tracker_folders(folder),
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.train.accumulate, sync_with_dataloader=False
         ),
@@ -82,14 +82,19 @@ def build_accelerator(config: Config, folder: Path) -> Accelerator:
             f"{accelerator.num_processes} of them. Launch with `torchrun --nproc_per_node N -m fastgessl "
             "train ...`, or set RANK and LOCAL_RANK for each."
         )
-    if accelerator.is_main_process:
-        _warn_of_restarts()
+    # torchrun then keeps one store over all restarts, which holds the addresses of processes that are gone,
+    # and gloo and NCCL call those (torch 2.15; pytorch issue 135712).
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    kept = restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if kept and accelerator.is_main_process:
+        print(
+            f"warning: --max_restarts {restarts}, but a restart may hang. Launch with "
+            "`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone ...`, or with --rdzv_backend c10d "
+            "on several machines.",
+            file=sys.stderr,
+            flush=True,
+        )
     return accelerator
-
-
-def tracker_folders(folder: Path) -> ProjectConfiguration:
-    """The run's folder, and below it the one for trackers that write files."""
-    return ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
 
 
 def choose_precision(config: Config) -> tuple[Precision, str]:
@@ -231,19 +236,4 @@ def _check_trackers(config: Config) -> None:
             f"log.trackers {missing[0]}: its package is not installed here. pip install {missing[0]}, or "
             "leave it out; "
             f"installed are {', '.join(sorted(here)) or 'none'}."
-        )
-
-
-def _warn_of_restarts() -> None:
-    """Say that a restart may hang, where torchrun keeps one store over all of them: it holds the addresses of
-    processes that are gone, and gloo and NCCL call those (torch 2.15; pytorch issue 135712).
-    """
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        print(
-            f"warning: --max_restarts {restarts}, but a restart may hang. Launch with "
-            "`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone ...`, or with --rdzv_backend c10d "
-            "on several machines.",
-            file=sys.stderr,
-            flush=True,
         )

@@ -282,7 +282,15 @@ def build(
         raise DataError(f"data.bad_files must be error or skip, found {bad_files!r}.")
     sampling = Sampling(len(images), batch_size, seed, rank, world_size, training)
     specs = tuple(spec for spec in views for _ in range(spec.repeat))
-    _check_views(images, specs)
+    if not specs:
+        raise DataError("views: no view is asked for. Give at least one ViewSpec.")
+    if isinstance(images, ArrayImages):
+        largest, most = max(spec.size for spec in specs), MAX_ENLARGEMENT * max(images.images.shape[1:3])
+        if largest > most:
+            raise DataError(
+                f"views.size {largest} is more than {MAX_ENLARGEMENT} times the images' "
+                f"{most // MAX_ENLARGEMENT} pixels. Choose at most {most}."
+            )
     name, _ = choose_engine(images, engine, device, resident_limit)
     if name != "dali" and any(spec.color == "yiq" for spec in specs):
         raise DataError(
@@ -299,18 +307,6 @@ def build(
     setup = Setup(images, draws, bad, batch_size // world_size, torch.device(device), workers)
     module = importlib.import_module(f"fastgessl.pipelines.engines.{name}")
     return Loader(name, getattr(module, ENGINES[name][0])(setup), setup, sampling)
-
-
-def _check_views(images: Images, specs: Sequence[ViewSpec]) -> None:
-    if not specs:
-        raise DataError("views: no view is asked for. Give at least one ViewSpec.")
-    if isinstance(images, ArrayImages):
-        largest, most = max(spec.size for spec in specs), MAX_ENLARGEMENT * max(images.images.shape[1:3])
-        if largest > most:
-            raise DataError(
-                f"views.size {largest} is more than {MAX_ENLARGEMENT} times the images' "
-                f"{most // MAX_ENLARGEMENT} pixels. Choose at most {most}."
-            )
 
 
 def _missing(engine: str) -> str:

@@ -2,14 +2,13 @@
 
 import importlib.util
 import os
-from importlib import metadata
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from fastgessl.recipes import Parser
-from fastgessl.runs import PACKAGES
+from fastgessl.runs import PACKAGES, version_of
 
 
 def main(words: list[str]) -> None:
@@ -26,7 +25,7 @@ def main(words: list[str]) -> None:
 def findings() -> list[tuple[str, str, str]]:
     """(what, found, what follows from it), in the order in which a run depends on them."""
     cuda, threads = torch.version.cuda or "none", torch.get_num_threads()
-    triton = _version("triton")
+    triton = version_of("triton")
     return [
         ("torch", f"{torch.__version__}, CUDA {cuda}", f"{threads} threads on {os.cpu_count()} cores"),
         *_gpus(),
@@ -73,7 +72,7 @@ def _dali() -> tuple[str, str, str]:
             "image files go through torchvision; pip install 'fastgessl[train]' brings DALI",
         )
     decoder = "mixed (nvJPEG)" if torch.cuda.is_available() else "cpu"
-    version = _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120") or "of unknown version"
+    version = version_of("nvidia-dali-cuda130") or version_of("nvidia-dali-cuda120") or "of unknown version"
     return (
         "DALI",
         version,
@@ -95,14 +94,7 @@ def _packages() -> tuple[str, str, str]:
         "safetensors",
         "tensorboard",
     ]
-    versions = {name: _version(name) for name in needed}
+    versions = {name: version_of(name) for name in needed}
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     absent = ", ".join(name for name, version in versions.items() if not version)
     return "packages", found, f"absent: {absent}" if absent else "all there"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -4,7 +4,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from fastgessl.recipes import Parser, Recipe, backbones, load, parts
+from fastgessl.recipes import Parser, backbones, load, parts
 
 
 def main(words: list[str]) -> None:
@@ -16,8 +16,11 @@ def main(words: list[str]) -> None:
     name = parser.parse_args(words).name
     if name is None:
         _print_matrix()
-    else:
-        _print_recipe(load(name))
+        return
+    recipe = load(name)
+    for option, value in recipe.config.options().items():
+        scalar = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+        print(f"{f'{option}: {scalar}':<56} # {recipe.sources.get(option, 'default')}")
 
 
 def _print_matrix() -> None:
@@ -42,9 +45,3 @@ def _print_matrix() -> None:
         for name, part in parts(kind).items():
             console.print(f"  {name:12} {part['about']}", highlight=False, soft_wrap=True)
     console.print("\n`fastgessl recipes NAME` shows one in full, with the source of each number.")
-
-
-def _print_recipe(recipe: Recipe) -> None:
-    for option, value in recipe.config.options().items():
-        scalar = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
-        print(f"{f'{option}: {scalar}':<56} # {recipe.sources.get(option, 'default')}")

@@ -21,9 +21,9 @@ from fastgessl.evaluate.features import (
     with_progress,
 )
 from fastgessl.evaluate.online import OnlineProbe
-from fastgessl.evaluate.sources import held_out_test, unusable_labels
+from fastgessl.evaluate.sources import DataFacts, held_out_test, unusable_labels
 from fastgessl.evaluate.tables import Column, Table
-from fastgessl.evaluate.tasks import TASKS, DataFacts, plan_tasks, wanted_tasks
+from fastgessl.evaluate.tasks import TASKS, plan_tasks, wanted_tasks
 from fastgessl.evaluate.tasks.geometry import effective_rank
 from fastgessl.evaluate.tasks.knn import knn_classify
 

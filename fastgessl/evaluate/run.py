@@ -22,9 +22,16 @@ from fastgessl.evaluate.extraction import Extractor
 from fastgessl.evaluate.features import Pixels, RowFeatures, on_first_rank
 from fastgessl.evaluate.measure import measure, monitor, plain, tables_of
 from fastgessl.evaluate.online import OnlineProbe
-from fastgessl.evaluate.sources import Source, labels_of, open_source, open_transfer, require_labels
+from fastgessl.evaluate.sources import (
+    DataFacts,
+    Source,
+    labels_of,
+    open_source,
+    open_transfer,
+    require_labels,
+)
 from fastgessl.evaluate.subject import Subject
-from fastgessl.evaluate.tasks import DataFacts, EvaluationTask, Work, plan_tasks, wanted_tasks
+from fastgessl.evaluate.tasks import EvaluationTask, Work, plan_tasks, wanted_tasks
 from fastgessl.methods import METHODS, Outputs
 from fastgessl.models import build_backbone, feature_width
 from fastgessl.pipelines.sources.images import Images

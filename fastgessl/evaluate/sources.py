@@ -221,3 +221,25 @@ def require_labels(task: str, train: Tensor | None, test: Tensor | None) -> tupl
     if obstacle or train is None or test is None:
         raise UsageError(f"Task {task}: {obstacle}")
     return train, test
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of a data set before its features are."""
+
+    train: Tensor | None
+    """Labels (N,) that probes learn from; None without labels."""
+    test: Tensor | None
+    """Labels (M,) that they are judged by."""
+    pool: Tensor | None = None
+    """Labels of the images that few-shot episodes are drawn from; None for those of `test`."""
+    views: bool = False
+    """Whether two augmented views of each image can be had."""
+    width: int = 0
+    """F of the widest encoder; 0 while it is not known."""
+
+    @property
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """(train, test) of a labelled data set."""
+        assert self.train is not None and self.test is not None
+        return self.train, self.test

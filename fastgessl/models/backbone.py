@@ -39,10 +39,10 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     if config.width != 1:
         backbone = _scaled(_resnet(backbone, f"model.width {config.width:g}", "1", config), config)
     if config.stem != "imagenet":
-        _shrink_stem(
-            _resnet(backbone, f"model.stem '{config.stem}'", "'imagenet'", config),
-            pool=config.stem == "medium",
-        )
+        backbone = _resnet(backbone, f"model.stem '{config.stem}'", "'imagenet'", config)
+        backbone.conv1 = _convolution(3, backbone.conv1.out_channels, kernel=3, stride=1)
+    if config.stem == "small":
+        backbone.maxpool = nn.Identity()
     if config.dimension is not None and config.dimension != backbone.num_features:
         instead = f"{backbone.num_features}, its own width,"
         widen(
@@ -105,12 +105,6 @@ def _scaled(original: Any, config: ModelConfig) -> Any:
         if original.layer1[0].downsample is None and stem == outputs:
             first.downsample = None
     return scaled
-
-
-def _shrink_stem(backbone: Any, *, pool: bool) -> None:
-    backbone.conv1 = _convolution(3, backbone.conv1.out_channels, kernel=3, stride=1)
-    if not pool:
-        backbone.maxpool = nn.Identity()
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:

@@ -175,15 +175,9 @@ def _apart(
     """Call the method at `weights` with copies of its buffers, alone on this rank."""
     tensors = {f"method.{name}": buffer.detach().clone() for name, buffer in method.named_buffers()}
     tensors |= {f"method.{name}": weight for name, weight in weights.items()}
-    with rank_local(), _uncached_autocast(device_type):
-        return functional_call(_Part(method, part), tensors, args, kwargs)
-
-
-@contextmanager
-def _uncached_autocast(device_type: str) -> Iterator[None]:
-    """The autocast that is on, without its cache: that would keep a cast copy of every θ_k until the outer
-    autocast ends, and serve it again should a weight be changed in place (the outputs were then identical,
-    and σ was 0)."""
+    # Autocast's cache would keep a cast copy of every θ_k until the outer autocast ends, and serve it again
+    # should a weight be changed in place (the outputs were then identical, and σ was 0).
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False):
-        yield
+    uncached = torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+    with rank_local(), uncached:
+        return functional_call(_Part(method, part), tensors, args, kwargs)

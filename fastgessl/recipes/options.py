@@ -78,13 +78,14 @@ def _add_section(parser: argparse.ArgumentParser, name: str, section: BaseModel)
             _add_section(parser, option, value)
             continue
         kinds = _kinds(field.annotation)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
         group.add_argument(
             f"--{option}",
             default=argparse.SUPPRESS,
             nargs="*" if any(get_origin(kind) is tuple for kind in kinds) else None,
             type=_or_none if types.NoneType in kinds else str,
             metavar="|".join(_shown_kind(kind) for kind in kinds),
-            help=f"{field.description} (default: {_shown_value(value)})".replace("%", "%%"),
+            help=f"{field.description} (default: {shown})".replace("%", "%%"),
         )
 
 
@@ -112,8 +113,3 @@ def _shown_kind(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return _shown_kind(_kinds(get_args(kind)[0])[0])
     return "None" if kind is types.NoneType else kind.__name__.upper()
-
-
-def _shown_value(value: object) -> str:
-    """A value as it is written behind its option."""
-    return " ".join(str(each) for each in value) if isinstance(value, tuple) else str(value)

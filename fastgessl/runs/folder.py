@@ -59,7 +59,12 @@ def run_folder(config: Config) -> Path:
                 f"--train.resume {resume} needs --train.run_dir, the folder of the run to continue. None was "
                 "given."
             )
-        return _unused(Path("runs") / f"{_file_name(config.recipe)}-{time.strftime('%Y%m%d-%H%M%S')}")
+        # A recipe file may come from anyone: nothing in its name leads a path elsewhere.
+        recipe = re.sub(r"[^\w.+-]+", "_", config.recipe).lstrip(".")[:100] or "run"
+        fresh = Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # Two runs may start within one second.
+        further = (fresh.with_name(f"{fresh.name}-{count}") for count in itertools.count(2))
+        return next(path for path in itertools.chain([fresh], further) if not path.exists())
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"train.run_dir '{folder}' is a file. Name a folder.")
     with writing(folder):
@@ -75,17 +80,6 @@ def run_folder(config: Config) -> Path:
             f"train.run_dir '{folder}' is not empty, and nothing in it will be overwritten. {advice}"
         )
     return folder
-
-
-def _file_name(recipe: str) -> str:
-    """A recipe's name without what would lead a path elsewhere: a recipe file may come from anyone."""
-    return re.sub(r"[^\w.+-]+", "_", recipe).lstrip(".")[:100] or "run"
-
-
-def _unused(path: Path) -> Path:
-    """`path`, or path-2, path-3 ... if that is taken, as by two runs that start within one second."""
-    further = (path.with_name(f"{path.name}-{count}") for count in itertools.count(2))
-    return next(folder for folder in itertools.chain([path], further) if not folder.exists())
 
 
 def create(folder: Path, config: Config, facts: Mapping[str, Any], continued: str = "") -> None:
@@ -113,18 +107,6 @@ def changes(earlier: Config, config: Config) -> list[str]:
 def _repeatable(config: Config) -> Config:
     train = config.train.model_copy(update={"run_dir": None, "resume": "never"})
     return config.model_copy(update={"train": train})
-
-
-def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
-    """Every option by its dotted name, in the types that trackers take.
-
-    >>> hyperparameters(Config())["log.trackers"]
-    "['tensorboard']"
-    """
-    return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in config.options().items()
-    }
 
 
 def continuation(folder: Path, before: Path | None = None) -> str:

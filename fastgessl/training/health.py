@@ -93,7 +93,17 @@ class Health:
         training = self._training
         if -torch.inf < reading.gradient_norm < torch.inf:
             self._skipped_in_a_row = 0
-            self._watch(reading)
+            spread = reading.metrics.get("spread", 1.0)
+            if reading.metrics:
+                self._collapsed_in_a_row = self._collapsed_in_a_row + 1 if spread < COLLAPSED else 0
+            if reading.metrics and self._collapsed_in_a_row == PATIENCE:
+                training.accelerator.print(
+                    f"fastgessl train: step {training.step + 1}: the projections have collapsed to one point "
+                    f"(spread {spread:.2g}, of 1). Nothing is learned like this: lower --optim.base_lr, or "
+                    "check the momentum and the batch norm of the heads.",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return True
         if self._skipped_in_a_row == 0:
             self._generators = training.generators
@@ -105,20 +115,6 @@ class Health:
         if self._skipped_in_a_row == training.config.train.nonfinite_limit:
             self._give_up(results)
         return False
-
-    def _watch(self, reading: Reading) -> None:
-        spread = reading.metrics.get("spread")
-        if spread is None:
-            return
-        self._collapsed_in_a_row = self._collapsed_in_a_row + 1 if spread < COLLAPSED else 0
-        if self._collapsed_in_a_row == PATIENCE and self._training.accelerator.is_main_process:
-            print(
-                f"fastgessl train: step {self._training.step + 1}: the projections have collapsed to one "
-                f"point (spread {spread:.2g}, of 1). Nothing is learned like this: lower --optim.base_lr, or "
-                "check the momentum and the batch norm of the heads.",
-                file=sys.stderr,
-                flush=True,
-            )
 
     def _give_up(self, results: Sequence[Result]) -> None:
         training, count = self._training, self._skipped_in_a_row

@@ -147,6 +147,14 @@ def opening_lines(config: Config, plan: Plan, run: Path, resumed: Path | None) -
     chunks = f", in chunks of {config.train.gradient_cache}" if config.train.gradient_cache else ""
     sharding = ", FSDP" if config.train.sharding == "fsdp" else ""
     continued = f", continued from {resumed.name}" if resumed else ""
+    gessl = config.gessl
+    schedule = {"constant": "", "cosine": " (cosine)", "times_lr": " x learning rate"}
+    bi_level = (
+        f"GeSSL over {config.method.name}: K {gessl.inner_steps}, lambda {gessl.target_steps}, alpha "
+        f"{gessl.inner_lr:g}{schedule[gessl.inner_lr_schedule]}, {gessl.hypergradient}, scope {gessl.scope}, "
+        f"sigma on every {gessl.every}. step with weight {gessl.w_sigma:g}"
+    )
+    objective = bi_level if gessl.w_sigma else f"{config.method.name}, plain"
     return (
         f"{config.recipe}: {plan.images} images, {plan.total_steps} steps of {batch} images "
         f"({plan.steps_per_epoch:g} per epoch)\n"
@@ -154,19 +162,7 @@ def opening_lines(config: Config, plan: Plan, run: Path, resumed: Path | None) -
         f"{config.train.accumulate}{chunks}, {plan.precision} ({plan.precision_reason}){sharding}\n"
         f"  learning rate  {plan.peak_learning_rate:g} ({scaling}), {optim.name}\n"
         f"  views          engine {plan.engine}: {plan.engine_reason}\n"
-        f"  objective      {_objective_line(config)}; batch norm {plan.batch_norm}, negatives "
+        f"  objective      {objective}; batch norm {plan.batch_norm}, negatives "
         f"{plan.negatives}\n"
         f"  folder         {run}{continued}"
-    )
-
-
-def _objective_line(config: Config) -> str:
-    gessl = config.gessl
-    if gessl.w_sigma == 0:
-        return f"{config.method.name}, plain"
-    schedule = {"constant": "", "cosine": " (cosine)", "times_lr": " x learning rate"}
-    return (
-        f"GeSSL over {config.method.name}: K {gessl.inner_steps}, lambda {gessl.target_steps}, alpha "
-        f"{gessl.inner_lr:g}{schedule[gessl.inner_lr_schedule]}, {gessl.hypergradient}, scope {gessl.scope}, "
-        f"sigma on every {gessl.every}. step with weight {gessl.w_sigma:g}"
     )

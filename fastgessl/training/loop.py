@@ -35,7 +35,9 @@ def train(config: Config) -> int:
 
     source = open_source(config.data.name, config.data.root)
     images, seen = source.train, trained_on(config, source)
-    earlier = _config_at(resumed)
+    # What the run that the checkpoint belongs to was trained with.
+    begun = resumed is not None and (resumed.parents[1] / "config.yaml").is_file()
+    earlier = runs.read_config(resumed.parents[1]) if resumed and begun else None
     config, chosen = complete(config, len(seen), accelerator.num_processes, earlier)
     for line in chosen:
         accelerator.print(f"chosen: {line}")
@@ -57,7 +59,11 @@ def train(config: Config) -> int:
             print(f"changed: {change}")
         print(opening_lines(config, plan, run, resumed), flush=True)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers("fastgessl", config=runs.hyperparameters(config))
+    trackable = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in config.options().items()
+    }
+    accelerator.init_trackers("fastgessl", config=trackable)
 
     with StopRequest() as stop:
         run_steps(training, evaluation, run, stop)
@@ -138,10 +144,3 @@ def run_steps(training: Training, evaluation: RunEvaluation, run: Path, stop: St
             stopping = reading.stopping
             if stopping or last or (saving and passed):
                 training.save(run)
-
-
-def _config_at(resumed: Path | None) -> Config | None:
-    """What the run that a checkpoint belongs to was trained with."""
-    if resumed is None or not (resumed.parents[1] / "config.yaml").is_file():
-        return None
-    return runs.read_config(resumed.parents[1])

@@ -4,7 +4,7 @@ what was drawn.
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,11 +47,12 @@ class Made(NamedTuple):
     """(B,) images shown: those asked for, but for bad ones, which are left out or replaced by another."""
 
 
-class Engine(Protocol):
+class Engine:
     """Makes batches of views."""
 
     def views(self, requests: Iterator[Request]) -> Generator[Made]:
         """What each request gets, in order. May read ahead."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Release threads, processes and device memory."""
+        """Release threads, processes and device memory. By default nothing outlives a stream."""

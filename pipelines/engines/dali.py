@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgessl.kernels.views.parameters import LUMA_WEIGHTS, NEUTRAL_FACTOR, ViewParameters
 from fastgessl.kernels.views.torch import color_views
 from fastgessl.pipelines.decode import decode, image_size
-from fastgessl.pipelines.engines import Made, Request, Setup
+from fastgessl.pipelines.engines import Engine, Made, Request, Setup
 from fastgessl.pipelines.sources import DataError
 from fastgessl.pipelines.sources.images import ArrayImages
 from fastgessl.pipelines.views import ViewSpec
@@ -52,7 +52,7 @@ class _Fed:
     drawn: list[ViewParameters]
 
 
-class DaliEngine:
+class DaliEngine(Engine):
     """Makes views by one DALI pipeline per stream of requests."""
 
     def __init__(self, setup: Setup) -> None:
@@ -87,9 +87,6 @@ class DaliEngine:
             self._in_flight.popleft()
             yield Made(list(map(self._color, views, self._specs, fed.drawn)), fed.index)
         yield from self._left_out()
-
-    def close(self) -> None:
-        """Nothing outlives a stream."""
 
     def _build(self) -> Any:
         device, on_gpu = self._setup.device, self._setup.device.type == "cuda"

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastgessl.kernels.collectives import to_device
 from fastgessl.kernels.views.torch import augment_views
-from fastgessl.pipelines.engines import Made, Request, Setup
+from fastgessl.pipelines.engines import Engine, Made, Request, Setup
 from fastgessl.pipelines.sources.images import ArrayImages
 
 
-class ResidentEngine:
+class ResidentEngine(Engine):
     """Holds (N, H, W, 3) bytes; a batch is a gather and a call of `augment_views` per view."""
 
     def __init__(self, setup: Setup) -> None:

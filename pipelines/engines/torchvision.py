@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastgessl.kernels.views.parameters import ViewParameters
 from fastgessl.pipelines.decode import decode
-from fastgessl.pipelines.engines import Made, Request, Setup
+from fastgessl.pipelines.engines import Engine, Made, Request, Setup
 from fastgessl.pipelines.sources import DataError
 from fastgessl.pipelines.sources.images import ArrayImages
 from fastgessl.pipelines.views import ViewSpec
@@ -100,7 +100,7 @@ class _Worker(Dataset[_Answer | DataError]):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-class TorchvisionEngine:
+class TorchvisionEngine(Engine):
     """Makes views by a DataLoader with `workers` processes per stream of requests."""
 
     def __init__(self, setup: Setup) -> None:
@@ -134,9 +134,6 @@ class TorchvisionEngine:
             # Workers that wait for the garbage collection of an error's traceback are not told to stop, and
             # torch waits 5 s for each.
             del answers
-
-    def close(self) -> None:
-        """Nothing outlives a stream."""
 
 
 def _unchanged(answer: Any) -> Any:

@@ -3,3 +3,5 @@
 
 class DataError(ValueError):
     """A mistake in the data, or in what is asked of it: what was wrong, what was found, what to do."""
+
+    mendable = True

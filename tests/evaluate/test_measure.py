@@ -32,7 +32,8 @@ from fastgessl.evaluate import (
     tasks as task_plan,
 )
 from fastgessl.evaluate.features import RowFeatures
-from fastgessl.evaluate.tasks import TASKS, DataFacts, named_tasks, plan_tasks
+from fastgessl.evaluate.sources import DataFacts
+from fastgessl.evaluate.tasks import TASKS, named_tasks, plan_tasks
 
 DEFAULT_TASKS = tuple(name for name, task in TASKS.items() if task.default)
 

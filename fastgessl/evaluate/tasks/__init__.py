@@ -8,15 +8,14 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from fastgessl.config import EvaluateConfig, UsageError
-from fastgessl.evaluate.sources import unusable_labels
-from fastgessl.evaluate.tasks.base import TASKS, DataFacts, EvaluationTask, Work, register
+from fastgessl.evaluate.sources import DataFacts, unusable_labels
+from fastgessl.evaluate.tasks.base import TASKS, EvaluationTask, Work, register
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "TASKS",
-    "DataFacts",
     "EvaluationTask",
     "Work",
     "named_tasks",

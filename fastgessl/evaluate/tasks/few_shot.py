@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from fastgessl.config import EvaluateConfig, UsageError
 from fastgessl.evaluate.features import Features, RowFeatures
+from fastgessl.evaluate.sources import DataFacts
 from fastgessl.evaluate.tables import accuracies
-from fastgessl.evaluate.tasks.base import DataFacts, EvaluationTask, register
+from fastgessl.evaluate.tasks.base import EvaluationTask, register
 
 
 def few_shot(

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from fastgessl.config import EvaluateConfig
 from fastgessl.evaluate.features import Features, RowFeatures
 from fastgessl.evaluate.sources import (
+    DataFacts,
     draw_fraction,
     draw_labelled,
     hold_out,
@@ -29,7 +30,7 @@ from fastgessl.evaluate.sources import (
     too_few_labels,
 )
 from fastgessl.evaluate.tables import Column, accuracies, decimals, percent, spread
-from fastgessl.evaluate.tasks.base import DataFacts, EvaluationTask, register
+from fastgessl.evaluate.tasks.base import EvaluationTask, register
 
 WEIGHT_DECAYS = tuple(10.0**power for power in range(1, -7, -1))
 VALIDATION_FRACTION = 0.2

@@ -65,7 +65,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain strings, integers, floats and lists; null for what is infinite."""
-        return plain(vars(self))
+        return as_json(vars(self))
 
     def table(self) -> Group:
         """The tables as rich prints them."""
@@ -245,10 +245,10 @@ def measure(
     )
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """The value as JSON has it: strings for keys, lists, null for what is infinite or NaN.
 
-    >>> plain({1: (0.5, float("inf"))})
+    >>> as_json({1: (0.5, float("inf"))})
     {'1': [0.5, None]}
     """
     return json.loads(TypeAdapter(Any).dump_json(value))

@@ -20,7 +20,7 @@ from fastgessl.config import Config, UsageError
 from fastgessl.distributed import build_accelerator, continues_alone
 from fastgessl.evaluate.extraction import Extractor
 from fastgessl.evaluate.features import Pixels, RowFeatures, on_first_rank
-from fastgessl.evaluate.measure import measure, monitor, plain, tables_of
+from fastgessl.evaluate.measure import as_json, measure, monitor, tables_of
 from fastgessl.evaluate.online import OnlineProbe
 from fastgessl.evaluate.sources import (
     DataFacts,
@@ -122,7 +122,7 @@ class RunEvaluation:
         for task in self._tasks:
             asked = task.name in settings.tasks or not task.needs_checkpoints
             if task.tables and (asked or checkpoint.complete(run)):
-                measured[task.name] = plain(task.measure(work))
+                measured[task.name] = as_json(task.measure(work))
         console = Console()
         for table in tables_of(measured):
             console.print(table.terminal())

@@ -25,6 +25,7 @@ class DISSL(ProjectedMethod):
     The teacher assigns the two views of full size; the student predicts each assignment from every other
     view.
 
+    >>> import torch
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> from fastgessl.config import DisslConfig

@@ -17,6 +17,7 @@ from fastgessl.models import at_least_float32, encode, feature_width
 class Supervised(Method):
     """Any number of views and one linear layer without bias over the representation. Keeps no state.
 
+    >>> import torch
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
     >>> backbone.num_features = 6
     >>> method = Supervised(MethodConfig(name="supervised"), backbone, RunFacts(classes=3))
